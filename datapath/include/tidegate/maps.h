@@ -1,0 +1,168 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* The maps, each declared once. A pinned map's name carries the version of
+ * its layout: change a struct, raise the number. Sizes are defaults; the
+ * loader may set others before load. */
+#ifndef TIDEGATE_MAPS_H
+#define TIDEGATE_MAPS_H
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include <tidegate/types.h>
+
+/* clang reduces key and value types of inner maps to forward declarations;
+ * naming each in a global keeps its layout in BTF. */
+
+struct tg_anchors {
+	struct tg_node_key node_key;
+	struct tg_endpoint endpoint;
+	struct tg_rule_key rule_key;
+	struct tg_rule rule;
+	struct tg_prefix prefix;
+	struct tg_ct_key ct_key;
+	struct tg_ct ct;
+	struct tg_event event;
+	enum tg_node_kind node_kind;
+	enum tg_peer_kind peer_kind;
+	enum tg_peer_word peer_word;
+	enum tg_limits limits;
+	enum tg_policy_flags policy_flags;
+	enum tg_action action;
+	enum tg_identity identity;
+	enum tg_ipcache_flags ipcache_flags;
+	enum tg_backend_state backend_state;
+	enum tg_ct_flags ct_flags;
+	enum tg_ct_word ct_word;
+	enum tg_rule_special rule_special;
+	enum tg_direction direction;
+	enum tg_reason reason;
+};
+struct tg_anchors *tg_anchors_unused;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct tg_control);
+	__uint(max_entries, 1);
+} control_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct {
+		__uint(type, BPF_MAP_TYPE_HASH);
+		__type(key, struct tg_node_key);
+		__type(value, struct tg_endpoint);
+		__uint(max_entries, 1);
+	});
+} node_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, TG_MAX_RULE_SETS);
+	__type(key, __u32);
+	__array(values, struct {
+		__uint(type, BPF_MAP_TYPE_HASH);
+		__type(key, struct tg_rule_key);
+		__type(value, struct tg_rule);
+		__uint(max_entries, 1);
+	});
+} rule_sets_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, TG_MAX_RULE_SETS);
+	__type(key, __u32);
+	__array(values, struct {
+		__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+		__uint(map_flags, BPF_F_NO_PREALLOC);
+		__type(key, struct tg_prefix);
+		__type(value, __u32);
+		__uint(max_entries, 1);
+	});
+} cidrs_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tg_addr);
+	__type(value, struct tg_ipcache);
+	__uint(max_entries, 262144);
+} ipcache_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tg_prefix);
+	__type(value, __u32); /* identity */
+	__uint(max_entries, 16384);
+} ipcache_lpm_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tg_frontend_key);
+	__type(value, struct tg_frontend);
+	__uint(max_entries, 65536);
+} frontends_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u32); /* backend id */
+	__uint(max_entries, 262144);
+} slots_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct tg_backend);
+	__uint(max_entries, 65536);
+} backends_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct tg_ct_key);
+	__type(value, struct tg_ct);
+	__uint(max_entries, 131072);
+} ct_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, TG_MAX_ENDPOINTS);
+	__type(key, __u32);
+	__array(values, struct {
+		__uint(type, BPF_MAP_TYPE_LRU_HASH);
+		__type(key, struct tg_ct_key);
+		__type(value, struct tg_ct);
+		__uint(max_entries, 1024);
+	});
+} half_open_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct tg_frag_key);
+	__type(value, struct tg_frag);
+	__uint(max_entries, 8192);
+} frags_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct tg_sock_key);
+	__type(value, struct tg_sock);
+	__uint(max_entries, 65536);
+} socks_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct tg_counter);
+	__uint(max_entries, TG_REASON_MAX * 2);
+} metrics_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} events_v1 SEC(".maps");
+
+#endif

@@ -1,0 +1,344 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Every struct that the kernel's maps hold, defined once.
+ *
+ * Python binds to these layouts through the object's BTF: it names fields and
+ * takes offsets and widths from here. __be16 and __be32 are network byte
+ * order, every other integer is the machine's own.
+ *
+ * Addresses are always 128 bits; IPv4 is the mapped form ::ffff:a.b.c.d, so
+ * that each table, key and lookup exists once for both families.
+ *
+ * Invariant (docs/architecture.md, "Torn reads"): HASH elements are recycled
+ * under their readers. A value that decides a verdict is either immutable
+ * (inner maps), or one eight-byte word that proves its own key.
+ */
+#ifndef TIDEGATE_TYPES_H
+#define TIDEGATE_TYPES_H
+
+#include <linux/types.h>
+
+struct tg_addr {
+	__be32 w[4];
+};
+
+/* Two checks of one fact: sizes here, fields again where Python binds. */
+#define TG_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), #type)
+
+/* ---- node table: ARRAY_OF_MAPS[0] -> immutable HASH -------------------- */
+
+enum tg_node_kind {
+	TG_NODE_IFINDEX = 1, /* key.addr.w[0] is the host-side ifindex */
+	TG_NODE_ADDR = 2,    /* key.addr is an address of a local endpoint */
+};
+
+struct tg_node_key {
+	__u32 kind;
+	struct tg_addr addr;
+};
+TG_SIZE(struct tg_node_key, 20);
+
+/* A key shape is which part of (peer, protocol, port) a rule names:
+ * peer kind << 5 | prefix bits of (protocol, port): 0 any, 8 a protocol,
+ * 8 + n a protocol and the first n bits of the port. */
+enum tg_peer_kind {
+	TG_PEER_IDENTITY = 0,
+	TG_PEER_CLASS = 1,
+	TG_PEER_ANY = 2,
+};
+
+enum tg_limits {
+	TG_MAX_SHAPES = 14,
+	TG_MAX_ENDPOINTS = 1024, /* half-open shares a node */
+	TG_MAX_RULE_SETS = 4096, /* rule sets in force at once, a node */
+	TG_MAX_EXT_HEADERS = 6,  /* IPv6 extension headers walked */
+};
+
+enum tg_policy_flags {
+	TG_POLICY_ISOLATED = 1, /* some policy selects the subject: no match = deny */
+	TG_POLICY_CIDR = 2,     /* the rule set has an LPM trie of classes */
+};
+
+/* One direction of one endpoint's policy. */
+struct tg_policy {
+	__u32 slot;     /* index into rule_sets and cidrs; reused after a switch */
+	__u32 rule_set; /* id; never reused while the pins live */
+	__u8 flags;     /* enum tg_policy_flags */
+	__u8 shape_count;
+	__u8 shapes[TG_MAX_SHAPES];
+};
+TG_SIZE(struct tg_policy, 24);
+
+struct tg_endpoint {
+	__u32 id; /* never reused while the pins live */
+	__u32 identity;
+	__u32 ifindex;   /* host side of the pod's veth pair */
+	__u32 half_open; /* slot of its share in half_open */
+	__u8 pod_mac[6];
+	__u8 host_mac[6];
+	__u32 flags;
+	struct tg_addr ip4; /* all zero: none */
+	struct tg_addr ip6;
+	struct tg_policy ingress;
+	struct tg_policy egress;
+};
+TG_SIZE(struct tg_endpoint, 112);
+
+/* ---- rule sets: ARRAY_OF_MAPS[slot] -> immutable HASH ------------------ */
+
+/* The peer word: an identity (24 bits), a CIDR class, or any. */
+enum tg_peer_word {
+	TG_PEER_WORD_CLASS = 0x01000000,
+	TG_PEER_WORD_ANY = 0x02000000,
+};
+
+struct tg_rule_key {
+	__u32 peer;
+	__be16 port;    /* masked to the shape's prefix */
+	__u8 protocol;  /* 0 where the shape names none */
+	__u8 prefix;    /* 0, 8 or 8 + n: the shape's prefix bits */
+};
+TG_SIZE(struct tg_rule_key, 8);
+
+enum tg_action {
+	TG_ACTION_DENY = 0,
+	TG_ACTION_ALLOW = 1,
+};
+
+/* The highest precedence wins; among equals the lowest rule, so that the
+ * rule a verdict names never depends on the order of look-ups. */
+struct tg_rule {
+	__u32 precedence;
+	__u32 rule; /* index into the RuleSet's spec.rules */
+	__u32 action;
+	__u32 pad;
+};
+TG_SIZE(struct tg_rule, 16);
+
+struct tg_prefix {
+	__u32 bits; /* of 128: an IPv4 /24 is 120 */
+	struct tg_addr addr;
+};
+TG_SIZE(struct tg_prefix, 20);
+
+/* ---- ipcache ------------------------------------------------------------ */
+
+enum tg_identity {
+	TG_ID_UNKNOWN = 0,
+	TG_ID_HOST = 1,
+	TG_ID_WORLD = 2,
+	TG_ID_KUBE_APISERVER = 3,
+	TG_ID_REMOTE_NODE = 4,
+	TG_ID_HEALTH = 5,
+	TG_ID_MASK = 0x00ffffff,
+};
+
+enum tg_ipcache_flags {
+	TG_IPCACHE_LOCAL = 0x01000000,    /* may be a local endpoint: ask the node table */
+	TG_IPCACHE_FRONTEND = 0x02000000, /* a service has a frontend on this address */
+	TG_IPCACHE_PEER = 0x04000000,     /* a pod or node has this address */
+};
+
+/* Read as one word. proof = tg_addr_proof(key). */
+struct tg_ipcache {
+	__u32 proof;
+	__u32 identity; /* low 24 bits; above them enum tg_ipcache_flags */
+} __attribute__((aligned(8)));
+TG_SIZE(struct tg_ipcache, 8);
+
+/* ---- services ------------------------------------------------------------ */
+
+struct tg_frontend_key {
+	struct tg_addr addr;
+	__be16 port;
+	__u8 protocol;
+	__u8 pad;
+};
+TG_SIZE(struct tg_frontend_key, 20);
+
+/* Read as one word: slots[base .. base + count) hold the backends' ids.
+ * proof = low 16 bits of tg_frontend_proof(key). */
+struct tg_frontend {
+	__u32 base;
+	__u16 count; /* 0: the service has no ready backend */
+	__u16 proof;
+} __attribute__((aligned(8)));
+TG_SIZE(struct tg_frontend, 8);
+
+/* Written only while no slot names its id; ids rest before reuse. */
+struct tg_backend {
+	struct tg_addr addr;
+	__be16 port;
+	__u8 protocol;
+	__u8 state;     /* enum tg_backend_state */
+	__u32 freed_at; /* boot-time seconds since which the id rests */
+};
+TG_SIZE(struct tg_backend, 24);
+
+enum tg_backend_state {
+	TG_BACKEND_FREE = 0,
+	TG_BACKEND_ACTIVE = 1,
+};
+
+/* ---- conntrack ------------------------------------------------------------ */
+
+/* Both directions of a flow have one key: (a, aport) is the smaller end.
+ * Which end began is in the value. ICMP echo: both ports are the identifier. */
+struct tg_ct_key {
+	struct tg_addr a;
+	struct tg_addr b;
+	__be16 aport;
+	__be16 bport;
+	__u8 protocol;
+	__u8 pad[3];
+};
+TG_SIZE(struct tg_ct_key, 40);
+
+enum tg_ct_flags {
+	TG_CT_BEGAN_A = 0x01,   /* end a began the flow (else end b) */
+	TG_CT_REPLIED = 0x02,   /* a reply was seen: the flow is established */
+	TG_CT_FIN_ORIG = 0x04,
+	TG_CT_FIN_REPLY = 0x08,
+	TG_CT_RST = 0x10,
+	TG_CT_NAT = 0x20,       /* nat_* is the frontend the client asked for */
+	TG_CT_SERVICE = 0x40,   /* client -> frontend; nat_* is the backend chosen */
+	TG_CT_HAIRPIN = 0x80,   /* client and backend are one pod */
+};
+
+/* Where to hand a packet that is bound for a local endpoint. */
+struct tg_forward {
+	__u32 ifindex; /* 0: not local, pass to the stack */
+	__u8 pod_mac[6];
+	__u8 host_mac[6];
+};
+TG_SIZE(struct tg_forward, 16);
+
+enum tg_ct_word {
+	TG_CT_PROOF_BITS = 24, /* word = epoch << 24 | low bits of the flow's hash */
+};
+
+struct tg_ct {
+	__u64 word;  /* policy epoch and proof of the key, in one word */
+	__u32 seen;  /* coarse boot-time seconds of the last packet */
+	__u16 flags; /* enum tg_ct_flags */
+	__be16 nat_port;
+	struct tg_addr nat_addr;
+	__u32 src_endpoint; /* ids of the local ends; 0: not local */
+	__u32 dst_endpoint;
+	__u32 src_rule; /* rule that allowed it at either end; TG_RULE_NONE */
+	__u32 dst_rule;
+	struct tg_forward to_dst;
+	struct tg_forward to_src;
+	__u32 backend; /* id, with TG_CT_SERVICE */
+	__u32 pad;
+};
+TG_SIZE(struct tg_ct, 88);
+
+enum tg_rule_special {
+	TG_RULE_NONE = -1,      /* no policy selects the subject, or default deny */
+	TG_RULE_HOST = -2,      /* generated on this node (kubelet probes) */
+	TG_RULE_SELF = -3,      /* a pod reaching itself */
+};
+
+struct tg_frag_key {
+	struct tg_addr src;
+	struct tg_addr dst;
+	__u32 id; /* as on the wire */
+	__u8 protocol;
+	__u8 pad[3];
+};
+TG_SIZE(struct tg_frag_key, 40);
+
+struct tg_frag {
+	__be16 sport;
+	__be16 dport;
+	__u32 proof;
+} __attribute__((aligned(8)));
+TG_SIZE(struct tg_frag, 8);
+
+/* ---- socket load balancing -------------------------------------------------- */
+
+struct tg_sock_key {
+	__u64 cookie;
+	struct tg_addr addr; /* the backend */
+	__be16 port;
+	__u8 pad[6];
+};
+TG_SIZE(struct tg_sock_key, 32);
+
+struct tg_sock {
+	__u64 cookie; /* proves the key */
+	struct tg_addr addr; /* the frontend that was asked for */
+	__be16 port;
+	__u8 pad[6];
+};
+TG_SIZE(struct tg_sock, 32);
+
+/* ---- control, counters, events ------------------------------------------------ */
+
+struct tg_control {
+	__u64 epoch;   /* bumped after maps have changed; programs only read it */
+	__u64 next_id; /* the loader's; endpoint and rule-set ids, never reused */
+};
+TG_SIZE(struct tg_control, 16);
+
+enum tg_direction {
+	TG_INGRESS = 0, /* into the pod */
+	TG_EGRESS = 1,  /* out of the pod */
+};
+
+/* Where another system has a number for the same thing, it is that number
+ * (docs/drop-reasons.md). Counter index = reason * 2 + direction. */
+enum tg_reason {
+	TG_FORWARDED = 0,
+	TG_DROP_INVALID_SOURCE = 132,
+	TG_DROP_POLICY = 133,
+	TG_DROP_INVALID = 134,
+	TG_DROP_TRUNCATED = 135,
+	TG_DROP_ETHERTYPE = 140,
+	TG_DROP_REWRITE = 142,
+	TG_DROP_CT_INSERT = 155,
+	TG_DROP_EXT_HEADER = 156,
+	TG_DROP_NO_BACKEND = 158,
+	TG_DROP_POLICY_DENY = 181,
+	TG_DROP_PENDING = 203,
+	TG_DROP_VLAN = 220,
+	TG_DROP_ND = 221,
+	TG_DROP_NO_RULE_SET = 222,
+	TG_DROP_FRAGMENT = 223,
+	TG_DROP_ICMP_ERROR = 224,
+	TG_DROP_SCTP_PORT = 225,
+	TG_DROP_SOURCE_ROUTE = 226,
+	TG_DROP_NO_NODE_TABLE = 227,
+	TG_REASON_EVENT_LOST = 254, /* counted, not a drop */
+	TG_REASON_MAX = 256,
+};
+
+struct tg_counter {
+	__u64 packets;
+	__u64 bytes;
+};
+TG_SIZE(struct tg_counter, 16);
+
+/* One denial. Fixed size; the ring buffer's records never split. */
+struct tg_event {
+	__u64 time; /* CLOCK_BOOTTIME, coarse, nanoseconds */
+	__u32 ifindex;
+	__u32 length;
+	struct tg_addr src;
+	struct tg_addr dst;
+	__be16 sport;
+	__be16 dport;
+	__u8 protocol;
+	__u8 reason;
+	__u8 direction;
+	__u8 tcp_flags;
+	__u32 src_identity;
+	__u32 dst_identity;
+	__u32 endpoint; /* the subject whose policy decided */
+	__u32 rule_set;
+	__u32 rule;
+	__u32 pad;
+};
+TG_SIZE(struct tg_event, 80);
+
+#endif
