@@ -99,6 +99,7 @@ def from_web(rule: str) -> str:
 
 SHOP = "namespaceSelector: {matchLabels: {team: shop}}"
 BY_NAME = "namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: other}}"
+SHOP_BY_NAME = BY_NAME.replace("other", "shop")
 APP_CLIENT = "podSelector: {matchLabels: {app: client}}"
 TO_WEB_ALL = to_web("{}")
 BY_POD = to_web(f"{{from: [{{{APP_CLIENT}}}]}}")
@@ -168,6 +169,12 @@ ROWS = [
     ("namespaceSelector", [BY_SHOP], "db web 80/TCP", True),
     ("namespaceSelector: other", [BY_SHOP], "other web 80/TCP", False),
     ("name label, Namespace missing", [BY_OTHER], "bare web 80/TCP", True),
+    (
+        "name label, other labels",
+        [to_web(f"{{from: [{{{SHOP_BY_NAME}}}]}}")],
+        "db web 80/TCP",
+        True,
+    ),
     ("name label: not own", [BY_OTHER], "db web 80/TCP", False),
     ("namespaceSelector {}: all pods", [ALL_PODS], "bare web 80/TCP", True),
     ("namespaceSelector {}: no external", [ALL_PODS], "world web 80/TCP", False),
