@@ -71,7 +71,7 @@ class LoadedObject:
 class ObjectFile:
     """The spec of a compiled object: deterministic, needs no root and no kernel.
 
-    `programs`, `maps`: by name, in file order; `rodata`: the `const volatile` knobs;
+    `programs`, `maps`: by name; `rodata`: the `const volatile` knobs;
     `enums`: {enum: {enumerator: value}}. Internal maps (.rodata, .bss) are not in `maps`.
     Raises BpfError when the file cannot be read as an object.
     """
