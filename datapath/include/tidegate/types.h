@@ -170,7 +170,7 @@ struct tg_backend {
 	__be16 port;
 	__u8 protocol;
 	__u8 state;     /* enum tg_backend_state */
-	__u32 freed_at; /* boot-time seconds since which the id rests */
+	__u32 freed_at; /* CLOCK_MONOTONIC seconds since which the id rests */
 };
 TG_SIZE(struct tg_backend, 24);
 
@@ -218,18 +218,18 @@ enum tg_ct_word {
 
 struct tg_ct {
 	__u64 word;  /* policy epoch and proof of the key, in one word */
-	__u32 seen;  /* coarse boot-time seconds of the last packet */
-	__u16 flags; /* enum tg_ct_flags */
-	__be16 nat_port;
+	__u32 seen;  /* last packet: coarse CLOCK_MONOTONIC nanoseconds >> 30 */
+	__u32 flags; /* enum tg_ct_flags */
 	struct tg_addr nat_addr;
 	__u32 src_endpoint; /* ids of the local ends; 0: not local */
 	__u32 dst_endpoint;
-	__u32 src_rule; /* rule that allowed it at either end; TG_RULE_NONE */
+	__u32 src_rule; /* rule that allowed it at either end; enum tg_rule_special */
 	__u32 dst_rule;
 	struct tg_forward to_dst;
 	struct tg_forward to_src;
-	__u32 backend; /* id, with TG_CT_SERVICE */
-	__u32 pad;
+	__u32 backend; /* id, with TG_CT_NAT or TG_CT_SERVICE */
+	__be16 nat_port;
+	__u16 pad;
 };
 TG_SIZE(struct tg_ct, 88);
 
@@ -309,6 +309,7 @@ enum tg_reason {
 	TG_DROP_SCTP_PORT = 225,
 	TG_DROP_SOURCE_ROUTE = 226,
 	TG_DROP_NO_NODE_TABLE = 227,
+	TG_DROP_L2_SENDER = 228,
 	TG_REASON_EVENT_LOST = 254, /* counted, not a drop */
 	TG_REASON_MAX = 256,
 };
@@ -321,7 +322,7 @@ TG_SIZE(struct tg_counter, 16);
 
 /* One denial. Fixed size; the ring buffer's records never split. */
 struct tg_event {
-	__u64 time; /* CLOCK_BOOTTIME, coarse, nanoseconds */
+	__u64 time; /* CLOCK_MONOTONIC, coarse, nanoseconds */
 	__u32 ifindex;
 	__u32 length;
 	struct tg_addr src;

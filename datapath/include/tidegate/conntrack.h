@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Flows. One key serves both directions; which end began is in the value, so
+ * a packet of either direction costs one look-up.
+ *
+ * A value is valid if its word is (epoch, proof of the key) both before and
+ * after the other fields were read: an LRU element may be recycled for another
+ * flow under its reader. Writers clear the word, write, then set it.
+ */
+#ifndef TIDEGATE_CONNTRACK_H
+#define TIDEGATE_CONNTRACK_H
+
+#include <tidegate/parse.h>
+
+/* Life times, in units of `seen` (2^30 ns, about a second). */
+const volatile __u32 tcp_established_life = 20117; /* 6 h */
+const volatile __u32 tcp_closed_life = 10;         /* both ends closed, or a reset */
+const volatile __u32 tcp_opening_life = 60;        /* no reply yet */
+const volatile __u32 other_established_life = 180;
+const volatile __u32 other_opening_life = 60;
+
+#define TG_PROOF_MASK ((1ull << TG_CT_PROOF_BITS) - 1)
+#define TG_CT_CLOSED_BOTH (TG_CT_FIN_ORIG | TG_CT_FIN_REPLY)
+
+tg_inline __u32 tg_now(void)
+{
+	return bpf_ktime_get_coarse_ns() >> 30;
+}
+
+/* Fills the key; returns whether the tuple's source is its end a. */
+tg_inline int tg_ct_key(const struct tg_tuple *t, struct tg_ct_key *key)
+{
+	const __u64 *src = (const __u64 *)&t->src, *dst = (const __u64 *)&t->dst;
+	int src_is_a;
+
+	if (t->sport != t->dport)
+		src_is_a = t->sport < t->dport;
+	else if (src[1] != dst[1])
+		src_is_a = src[1] < dst[1];
+	else
+		src_is_a = src[0] <= dst[0];
+	if (src_is_a) {
+		key->a = t->src;
+		key->b = t->dst;
+		key->aport = t->sport;
+		key->bport = t->dport;
+	} else {
+		key->a = t->dst;
+		key->b = t->src;
+		key->aport = t->dport;
+		key->bport = t->sport;
+	}
+	key->protocol = t->protocol;
+	key->pad[0] = key->pad[1] = key->pad[2] = 0;
+	return src_is_a;
+}
+
+/* The same for both directions. */
+tg_inline __u64 tg_flow_proof(const struct tg_tuple *t)
+{
+	__u32 h = (tg_addr_proof(&t->src) + tg_addr_proof(&t->dst)) * 0x9E3779B1u;
+
+	h ^= ((__u32)t->sport + t->dport + ((__u32)t->protocol << 16)) * 0x85EBCA77u;
+	return (h ^ h >> 15) & TG_PROOF_MASK;
+}
+
+tg_inline __u64 tg_word(__u64 epoch, __u64 proof)
+{
+	return epoch << TG_CT_PROOF_BITS | proof;
+}
+
+tg_inline __u64 tg_read_word(const struct tg_ct *ct)
+{
+	__u64 word = *(volatile const __u64 *)&ct->word;
+
+	tg_barrier();
+	return word;
+}
+
+tg_inline int tg_closed(__u32 flags)
+{
+	return (flags & TG_CT_RST) || (flags & TG_CT_CLOSED_BOTH) == TG_CT_CLOSED_BOTH;
+}
+
+tg_inline int tg_expired(const struct tg_ct *ct, __u8 protocol, __u32 now)
+{
+	__u32 life;
+
+	if (protocol == IPPROTO_TCP)
+		life = tg_closed(ct->flags) ? tcp_closed_life :
+		       ct->flags & TG_CT_REPLIED ? tcp_established_life : tcp_opening_life;
+	else
+		life = ct->flags & TG_CT_REPLIED ? other_established_life : other_opening_life;
+	return (__s32)(now - ct->seen) > (__s32)life;
+}
+
+/* A SYN without ACK opens a flow anew where the old one is closed. */
+tg_inline int tg_is_syn(const struct tg_packet *p)
+{
+	return (p->tcp_flags & (TG_TCP_SYN | TG_TCP_ACK)) == TG_TCP_SYN;
+}
+
+/* Whether the entry is this flow's and lives, whatever its epoch. */
+tg_inline int tg_ct_alive(const struct tg_ct *ct, __u64 proof, const struct tg_packet *p,
+			  __u32 now)
+{
+	if ((tg_read_word(ct) ^ proof) & TG_PROOF_MASK)
+		return 0;
+	return !tg_expired(ct, p->t.protocol, now) && !(tg_is_syn(p) && tg_closed(ct->flags));
+}
+
+tg_inline void tg_touch(struct tg_ct *ct, const struct tg_packet *p, int reply, __u32 now)
+{
+	__u32 add = 0;
+
+	if (ct->seen != now)
+		ct->seen = now;
+	if (p->tcp_flags & TG_TCP_FIN)
+		add |= reply ? TG_CT_FIN_REPLY : TG_CT_FIN_ORIG;
+	if (p->tcp_flags & TG_TCP_RST)
+		add |= TG_CT_RST;
+	if (add)
+		__sync_fetch_and_or(&ct->flags, add);
+}
+
+#endif

@@ -1,0 +1,430 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Flows: judged once, followed after, judged again when the policy moves. */
+#ifndef TIDEGATE_FLOW_H
+#define TIDEGATE_FLOW_H
+
+#include <tidegate/run.h>
+#include <tidegate/service.h>
+
+/* ---- verdict -------------------------------------------------------------------- */
+
+/* Judges the flow whose tuple (as its originator sent it, after translation)
+ * is `t`; `self_is_src`: this interface's pod began it. Fills verdicts, and in
+ * `made` what conntrack keeps of them. Returns an enum tg_reason. */
+static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struct tg_ct *made,
+			       int self_is_src)
+{
+	const struct tg_endpoint *src, *dst, *ep = r->ep;
+	struct tg_question q = {};
+	struct tg_peer peer;
+
+	if (!ep)
+		return TG_DROP_PENDING;
+	made->src_rule = made->dst_rule = TG_RULE_NONE;
+	tg_find_peer(r->node, self_is_src ? &t->dst : &t->src, &peer);
+	src = self_is_src ? ep : peer.endpoint;
+	dst = self_is_src ? peer.endpoint : ep;
+	r->s->src_identity = self_is_src ? ep->identity : peer.identity;
+	r->s->dst_identity = self_is_src ? peer.identity : ep->identity;
+	if (r->s->host) {
+		r->s->src_identity = TG_ID_HOST;
+		src = NULL;
+	}
+	if (src) {
+		made->src_endpoint = src->id;
+		tg_set_forward(&made->to_src, src);
+	}
+	if (dst) {
+		made->dst_endpoint = dst->id;
+		tg_set_forward(&made->to_dst, dst);
+	}
+	/* What a node makes itself may reach its pods: kubelet probes. */
+	if (r->s->host) {
+		r->s->ingress.rule = made->dst_rule = TG_RULE_HOST;
+		return 0;
+	}
+	if (peer.endpoint == ep || (r->s->flags & TG_CT_HAIRPIN)) {
+		r->s->egress.rule = made->src_rule = TG_RULE_SELF;
+		r->s->ingress.rule = made->dst_rule = TG_RULE_SELF;
+		if (r->s->flags & TG_CT_HAIRPIN)
+			tg_set_forward(&made->to_dst, ep);
+		return 0;
+	}
+	q.port = t->dport;
+	q.protocol = t->protocol;
+	if (src) {
+		q.addr = t->dst;
+		q.identity = r->s->dst_identity;
+		tg_policy_check(&src->egress, &q, &r->s->egress);
+		if (r->s->egress.reason)
+			return r->s->egress.reason;
+		made->src_rule = r->s->egress.rule;
+	}
+	if (dst) {
+		q.addr = t->src;
+		q.identity = r->s->src_identity;
+		tg_policy_check(&dst->ingress, &q, &r->s->ingress);
+		if (r->s->ingress.reason)
+			return r->s->ingress.reason;
+		made->dst_rule = r->s->ingress.rule;
+	}
+	return 0;
+}
+
+/* ---- half-open flows --------------------------------------------------------------- */
+
+tg_inline void *tg_share(const struct tg_endpoint *ep)
+{
+	__u32 slot = ep->half_open;
+
+	return bpf_map_lookup_elem(&half_open_v1, &slot);
+}
+
+tg_inline void tg_save(struct tg_run *r, struct tg_ct *ct)
+{
+	void *share;
+
+	ct->seen = r->s->now;
+	ct->flags = r->s->flags | (r->s->src_is_a ? TG_CT_BEGAN_A : 0);
+	ct->backend = r->s->backend;
+	ct->nat_addr = r->s->nat.addr;
+	ct->nat_port = r->s->nat.port;
+	ct->word = tg_word(r->s->epoch, r->s->proof);
+	if (dry_run)
+		return;
+	share = tg_share(r->ep);
+	if (share)
+		bpf_map_update_elem(share, &r->s->key, ct, BPF_ANY);
+}
+
+/* Out of the share, into the table. Of a translated flow the client's side is
+ * recorded too, so that what it sends next finds its backend. */
+static __noinline int tg_establish(struct tg_run *r, void *share, const struct tg_ct *ct,
+				   int reply)
+{
+	struct tg_scratch *s = r->s;
+	struct tg_tuple *client = &s->client;
+
+	if (dry_run)
+		return 0;
+	s->made = *ct;
+	if (s->made.word != tg_word(r->s->epoch, r->s->proof))
+		return 0;
+	s->made.flags |= TG_CT_REPLIED;
+	if (bpf_map_update_elem(&ct_v1, &r->s->key, &s->made, BPF_ANY))
+		return 0;
+	bpf_map_delete_elem(share, &r->s->key);
+	if (!(s->made.flags & TG_CT_NAT))
+		return 0;
+	client->src = reply ? r->s->p.t.dst : r->s->p.t.src;
+	client->sport = reply ? r->s->p.t.dport : r->s->p.t.sport;
+	client->dst = s->made.nat_addr;
+	client->dport = s->made.nat_port;
+	client->protocol = r->s->p.t.protocol;
+	s->made.nat_addr = reply ? r->s->p.t.src : r->s->p.t.dst;
+	s->made.nat_port = reply ? r->s->p.t.sport : r->s->p.t.dport;
+	if (s->made.flags & TG_CT_HAIRPIN)
+		client->src = s->made.nat_addr;
+	s->made.flags = TG_CT_SERVICE | TG_CT_REPLIED | (s->made.flags & TG_CT_HAIRPIN);
+	if (tg_ct_key(client, &s->client_key))
+		s->made.flags |= TG_CT_BEGAN_A;
+	s->made.word = tg_word(r->s->epoch, tg_flow_proof(client));
+	bpf_map_update_elem(&ct_v1, &s->client_key, &s->made, BPF_ANY);
+	return 0;
+}
+
+/* ---- tracked flows ------------------------------------------------------------------- */
+
+/* The policy has moved since this flow was judged: judge it again, in the
+ * direction it began, whichever way this packet goes. */
+static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, void *map, int reply)
+{
+	struct tg_scratch *s = r->s;
+	struct tg_tuple t = r->s->p.t;
+	int reason, self_is_src;
+
+	__builtin_memset(&s->made, 0, sizeof(s->made));
+	if (reply) {
+		t.src = r->s->p.t.dst;
+		t.dst = r->s->p.t.src;
+		t.sport = r->s->p.t.dport;
+		t.dport = r->s->p.t.sport;
+	}
+	self_is_src = !r->from_pod == !!reply;
+	r->s->host = ct->dst_rule == (__u32)TG_RULE_HOST;
+	r->s->flags = ct->flags & (TG_CT_NAT | TG_CT_HAIRPIN);
+	reason = tg_judge(r, &t, &s->made, self_is_src);
+	if (reason) {
+		if (!dry_run)
+			bpf_map_delete_elem(map, &r->s->key);
+		return reason;
+	}
+	if (dry_run)
+		return 0;
+	*(volatile __u64 *)&ct->word = 0;
+	tg_barrier();
+	ct->src_endpoint = s->made.src_endpoint;
+	ct->dst_endpoint = s->made.dst_endpoint;
+	ct->src_rule = s->made.src_rule;
+	ct->dst_rule = s->made.dst_rule;
+	ct->to_dst = s->made.to_dst;
+	ct->to_src = s->made.to_src;
+	tg_barrier();
+	*(volatile __u64 *)&ct->word = tg_word(r->s->epoch, r->s->proof);
+	return 0;
+}
+
+enum tg_follow {
+	TG_FOLLOWED = 0,  /* r->s->forward and the packet are set */
+	TG_LOST = -1,     /* the entry changed under us: treat as a miss */
+};
+
+/* A packet of a known flow. Above zero: an enum tg_reason. */
+tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct, void *map)
+{
+	__u64 word = tg_read_word(ct);
+	__u32 flags = ct->flags;
+	int reply = !!(flags & TG_CT_BEGAN_A) != !!r->s->src_is_a;
+	struct tg_target to = { .side = TG_SIDE_SRC };
+	int reason;
+
+	if (word != tg_word(r->s->epoch, r->s->proof)) {
+		if ((word ^ r->s->proof) & TG_PROOF_MASK)
+			return TG_LOST;
+		reason = tg_rejudge(r, ct, map, reply);
+		if (reason)
+			return reason;
+		word = tg_word(r->s->epoch, r->s->proof);
+	}
+	r->s->forward = reply ? ct->to_src : ct->to_dst;
+	to.addr = ct->nat_addr;
+	to.port = ct->nat_port;
+	if (!dry_run)
+		tg_touch(ct, &r->s->p, reply, r->s->now);
+	if (!dry_run && tg_read_word(ct) != word)
+		return TG_LOST;
+	if (!reply || !(flags & TG_CT_NAT))
+		return TG_FOLLOWED;
+	if (flags & TG_CT_HAIRPIN) {
+		struct tg_target back = { .addr = r->s->p.t.src, .port = r->s->p.t.dport,
+					  .side = TG_SIDE_DST };
+
+		tg_set_forward(&r->s->forward, r->ep);
+		reason = tg_rewrite(r->skb, &r->s->p, &back);
+		if (reason)
+			return reason;
+	}
+	return tg_rewrite(r->skb, &r->s->p, &to);
+}
+
+tg_inline void tg_key(struct tg_run *r)
+{
+	r->s->src_is_a = tg_ct_key(&r->s->p.t, &r->s->key);
+	r->s->proof = tg_flow_proof(&r->s->p.t);
+}
+
+tg_inline struct tg_ct *tg_lookup(struct tg_run *r, void *map)
+{
+	struct tg_ct *ct = bpf_map_lookup_elem(map, &r->s->key);
+
+	return ct && tg_ct_alive(ct, r->s->proof, &r->s->p, r->s->now) ? ct : NULL;
+}
+
+/* In the table; notes a dead entry. */
+tg_inline struct tg_ct *tg_lookup_table(struct tg_run *r)
+{
+	struct tg_ct *ct = bpf_map_lookup_elem(&ct_v1, &r->s->key);
+
+	r->s->stale = ct != NULL;
+	return ct && tg_ct_alive(ct, r->s->proof, &r->s->p, r->s->now) ? ct : NULL;
+}
+
+/* Whether this packet shows that both ends talk: from then on the flow has a
+ * place in the table. A flood of SYNs and the answers to it never get there. */
+tg_inline int tg_proves(const struct tg_packet *p, __u32 flags)
+{
+	return (flags & TG_CT_REPLIED) && !(p->tcp_flags & (TG_TCP_SYN | TG_TCP_RST));
+}
+
+tg_inline int tg_follow_share(struct tg_run *r, void *share)
+{
+	struct tg_ct *ct = tg_lookup(r, share);
+	int reply;
+
+	if (!ct)
+		return TG_LOST;
+	reply = !!(ct->flags & TG_CT_BEGAN_A) != !!r->s->src_is_a;
+	if (tg_proves(&r->s->p, ct->flags)) {
+		struct tg_ct *moved;
+
+		tg_establish(r, share, ct, reply);
+		moved = tg_lookup(r, &ct_v1);
+		if (moved)
+			return tg_follow(r, moved, &ct_v1);
+	}
+	if (reply && !(ct->flags & TG_CT_REPLIED) && !dry_run)
+		__sync_fetch_and_or(&ct->flags, TG_CT_REPLIED);
+	return tg_follow(r, ct, share);
+}
+
+/* Looks for a flow that is not established: in this pod's share, then in that
+ * of the peer, if it lives here. */
+static __noinline int tg_follow_half_open(struct tg_run *r)
+{
+	const struct tg_endpoint *ep = r->ep;
+	void *share;
+	int found;
+
+	if (!ep)
+		return TG_LOST;
+	share = tg_share(ep);
+	found = share ? tg_follow_share(r, share) : TG_LOST;
+	if (found != TG_LOST)
+		return found;
+	ep = tg_local(r->node, r->from_pod ? &r->s->p.t.dst : &r->s->p.t.src);
+	share = ep ? tg_share(ep) : NULL;
+	return share ? tg_follow_share(r, share) : TG_LOST;
+}
+
+/* ---- services per packet ---------------------------------------------------------------- */
+
+/* Sends the packet to its backend: `choice`. */
+static __noinline int tg_translate(struct tg_run *r, const struct tg_choice *choice)
+{
+	struct tg_target to = { .addr = choice->addr, .port = choice->port, .side = TG_SIDE_DST };
+	struct tg_target from = { .side = TG_SIDE_SRC };
+	int reason;
+
+	r->s->nat.addr = r->s->p.t.dst;
+	r->s->nat.port = r->s->p.t.dport;
+	r->s->backend = choice->backend;
+	r->s->flags = TG_CT_NAT;
+	if (tg_addr_equal(&choice->addr, &r->s->p.t.src)) {
+		r->s->flags |= TG_CT_HAIRPIN;
+		if (r->s->p.family == 4)
+			__builtin_memcpy(&from.addr, (const void *)&hairpin_ip4, 16);
+		else
+			__builtin_memcpy(&from.addr, (const void *)&hairpin_ip6, 16);
+		from.port = r->s->p.t.sport;
+		reason = tg_rewrite(r->skb, &r->s->p, &from);
+		if (reason)
+			return reason;
+	}
+	return tg_rewrite(r->skb, &r->s->p, &to);
+}
+
+/* The backend that this client's flow has, by its entry; UDP leaves one that
+ * is gone, TCP stays until it ends. */
+tg_inline int tg_chosen(struct tg_run *r, struct tg_ct *ct, struct tg_choice *choice)
+{
+	struct tg_choice now = {};
+
+	choice->addr = ct->nat_addr;
+	choice->port = ct->nat_port;
+	choice->backend = ct->backend;
+	if (!dry_run)
+		tg_touch(ct, &r->s->p, 0, r->s->now);
+	if ((tg_read_word(ct) ^ r->s->proof) & TG_PROOF_MASK)
+		return TG_SERVICE_NONE;
+	if (r->s->p.t.protocol == IPPROTO_TCP)
+		return TG_SERVICE_FOUND;
+	if (tg_backend(choice->backend, r->s->p.t.protocol, &now) != TG_SERVICE_FOUND ||
+	    !tg_addr_equal(&now.addr, &choice->addr) || now.port != choice->port)
+		return TG_SERVICE_NONE;
+	return TG_SERVICE_FOUND;
+}
+
+tg_inline int tg_choose(struct tg_run *r, struct tg_choice *choice)
+{
+	struct tg_frontend_key key = { .addr = r->s->p.t.dst, .port = r->s->p.t.dport,
+				       .protocol = r->s->p.t.protocol };
+	__u32 hash = tg_mix(tg_addr_proof(&r->s->p.t.src) * 31 + r->s->p.t.sport + (__u32)r->s->proof);
+
+	return tg_service(&key, hash, choice);
+}
+
+/* ---- the slow path ------------------------------------------------------------------------ */
+
+static __noinline int tg_new_flow(struct tg_run *r)
+{
+	struct tg_scratch *s = r->s;
+	int reason;
+
+	__builtin_memset(&s->made, 0, sizeof(s->made));
+	/* A dead entry under this key would hide the new one. */
+	if (r->s->stale && !dry_run)
+		bpf_map_delete_elem(&ct_v1, &r->s->key);
+	reason = tg_judge(r, &r->s->p.t, &s->made, r->from_pod);
+	if (reason)
+		return reason;
+	r->s->forward = s->made.to_dst;
+	tg_save(r, &s->made);
+	return 0;
+}
+
+/* Follows the flow if it is known under the tuple as it now is. */
+tg_inline int tg_follow_known(struct tg_run *r, struct tg_ct *ct)
+{
+	int found = TG_LOST;
+
+	if (ct)
+		found = tg_follow(r, ct, &ct_v1);
+	/* An opening SYN is judged again rather than looked for. */
+	if (found == TG_LOST && !tg_is_syn(&r->s->p))
+		found = tg_follow_half_open(r);
+	return found;
+}
+
+/* Whatever is not an established flow's packet: a service's, a young flow's, a
+ * new one's. */
+static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
+{
+	struct tg_choice choice = {};
+	int answer = TG_SERVICE_NONE, found;
+
+	if (ct && (ct->flags & TG_CT_SERVICE)) {
+		if (r->from_pod && !tg_is_syn(&r->s->p))
+			answer = tg_chosen(r, ct, &choice);
+		ct = NULL;
+	}
+	if (answer == TG_SERVICE_NONE) {
+		found = tg_follow_known(r, ct);
+		if (found != TG_LOST)
+			return found;
+		if (r->from_pod)
+			answer = tg_choose(r, &choice);
+	}
+	if (answer == TG_SERVICE_EMPTY)
+		return TG_DROP_NO_BACKEND;
+	if (answer == TG_SERVICE_FOUND) {
+		found = tg_translate(r, &choice);
+		if (found)
+			return found;
+		tg_key(r);
+		found = tg_follow_known(r, tg_lookup_table(r));
+		if (found != TG_LOST)
+			return found;
+	}
+	return tg_new_flow(r);
+}
+
+/* 0 and r->s->forward, or an enum tg_reason. */
+tg_inline int tg_flow(struct tg_run *r)
+{
+	struct tg_ct *ct;
+	int found;
+
+	if (dry_run == 1)
+		return tg_slow(r, NULL);
+	tg_key(r);
+	ct = tg_lookup_table(r);
+	if (ct && !(ct->flags & TG_CT_SERVICE)) {
+		found = tg_follow(r, ct, &ct_v1);
+		if (found != TG_LOST)
+			return found;
+		ct = NULL;
+	}
+	return tg_slow(r, ct);
+}
+
+#endif

@@ -1,0 +1,431 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* From bytes to a tuple. Every function bounds-checks before it reads and
+ * returns an enum tg_reason: 0 or why the packet must be dropped. */
+#ifndef TIDEGATE_PARSE_H
+#define TIDEGATE_PARSE_H
+
+#include <linux/icmpv6.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
+#include <tidegate/addr.h>
+#include <tidegate/maps.h>
+
+enum tg_kind {
+	TG_KIND_FLOW = 0,
+	TG_KIND_ARP = 1,
+	TG_KIND_ND = 2,         /* NS, NA, RS, RA or redirect; see icmp_type */
+	TG_KIND_ICMP_ERROR = 3, /* the tuple is the quoted one */
+};
+
+struct tg_tuple {
+	struct tg_addr src;
+	struct tg_addr dst;
+	__be16 sport;
+	__be16 dport;
+	__u8 protocol;
+	__u8 pad[3];
+};
+
+struct tg_packet {
+	struct tg_tuple t;   /* of the flow; of the quoted packet in an error */
+	__u32 l4;            /* offset of the transport header */
+	__u8 family;         /* 4 or 6 */
+	__u8 kind;           /* enum tg_kind */
+	__u8 tcp_flags;      /* byte 13 of the TCP header, else 0 */
+	__u8 icmp_type;
+	__u8 fragment;       /* enum tg_fragment_kind */
+	__u8 hop_limit;
+	__u8 protocol;       /* outer; t.protocol is the quoted one in an error */
+	__u8 pad;
+	__u32 fragment_id;   /* as on the wire */
+};
+
+enum tg_fragment_kind {
+	TG_NOT_FRAGMENT = 0,
+	TG_FIRST_FRAGMENT = 1,
+	TG_LATER_FRAGMENT = 2, /* has no transport header */
+};
+
+/* linux/icmp.h needs headers of a hosted C library. */
+struct tg_icmp {
+	__u8 type;
+	__u8 code;
+	__sum16 checksum;
+	__be16 id; /* echo */
+	__be16 sequence;
+};
+
+#define TG_ICMP_ECHO_REPLY 0
+#define TG_ICMP_REDIRECT 5
+#define TG_ICMP_ECHO 8
+#define TG_TCP_FIN 0x01
+#define TG_TCP_SYN 0x02
+#define TG_TCP_RST 0x04
+#define TG_TCP_ACK 0x10
+#define TG_IP_MF 0x2000
+#define TG_IP_OFFSET 0x1fff
+#define TG_MAX_L4 512 /* headers deeper than this are not walked */
+
+#ifndef IPPROTO_SCTP
+#define IPPROTO_SCTP 132
+#endif
+#define TG_ICMP_ERRORS_V4 (1u << 3 | 1u << 4 | 1u << 11 | 1u << 12)
+
+struct tg_ports {
+	__be16 source;
+	__be16 dest;
+};
+
+tg_inline int tg_load(struct __sk_buff *skb, __u32 offset, void *to, __u32 len)
+{
+	return bpf_skb_load_bytes(skb, offset, to, len);
+}
+
+/* A pointer to `len` bytes at `offset` of the linear data, or NULL. */
+tg_inline void *tg_at(struct __sk_buff *skb, __u32 offset, __u32 len)
+{
+	void *end = (void *)(long)skb->data_end;
+	void *at;
+
+	if (offset > TG_MAX_L4)
+		return NULL;
+	at = (void *)(long)skb->data + offset;
+	return at + len > end ? NULL : at;
+}
+
+tg_inline int tg_is_icmp(__u8 protocol)
+{
+	return protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6;
+}
+
+/* First fragments leave their ports for those that follow; a later one whose
+ * first was not seen is dropped. Called once the sender is known to own its
+ * address: else one pod could name the ports of another's fragments. */
+tg_global int tg_track_fragment(struct tg_packet *p, int dry)
+{
+	struct tg_frag_key key = {};
+	struct tg_frag value = {};
+	struct tg_frag *seen;
+
+	if (!p)
+		return TG_DROP_INVALID;
+	key.src = p->t.src;
+	key.dst = p->t.dst;
+	key.id = p->fragment_id;
+	key.protocol = p->t.protocol;
+	value.sport = p->t.sport;
+	value.dport = p->t.dport;
+	value.proof = tg_addr_proof(&key.src) ^ tg_addr_proof(&key.dst) ^ key.id;
+	if (p->fragment == TG_FIRST_FRAGMENT) {
+		if (!dry)
+			bpf_map_update_elem(&frags_v1, &key, &value, BPF_ANY);
+		return 0;
+	}
+	seen = bpf_map_lookup_elem(&frags_v1, &key);
+	if (!seen)
+		return TG_DROP_FRAGMENT;
+	key.id = value.proof;
+	*(__u64 *)&value = *(volatile __u64 *)seen;
+	if (value.proof != key.id)
+		return TG_DROP_FRAGMENT;
+	p->t.sport = value.sport;
+	p->t.dport = value.dport;
+	return 0;
+}
+
+tg_inline int tg_parse_ports(struct __sk_buff *skb, struct tg_packet *p)
+{
+	if (p->t.protocol == IPPROTO_TCP) {
+		struct tcphdr *tcp = tg_at(skb, p->l4, sizeof(*tcp));
+
+		if (!tcp)
+			return TG_DROP_TRUNCATED;
+		p->t.sport = tcp->source;
+		p->t.dport = tcp->dest;
+		p->tcp_flags = ((__u8 *)tcp)[13];
+	} else if (p->t.protocol == IPPROTO_UDP || p->t.protocol == IPPROTO_SCTP) {
+		struct udphdr *udp = tg_at(skb, p->l4, sizeof(*udp));
+
+		if (!udp)
+			return TG_DROP_TRUNCATED;
+		p->t.sport = udp->source;
+		p->t.dport = udp->dest;
+	}
+	return 0;
+}
+
+/* ICMP as a flow (echo by identifier, else by type alone) or as an error. */
+tg_inline int tg_parse_icmp(struct __sk_buff *skb, struct tg_packet *p)
+{
+	struct tg_icmp *icmp = tg_at(skb, p->l4, sizeof(*icmp));
+	__u8 type;
+
+	if (!icmp)
+		return TG_DROP_TRUNCATED;
+	/* A family carries its own ICMP only: nothing answers the other. */
+	if ((p->t.protocol == IPPROTO_ICMP) != (p->family == 4))
+		return TG_DROP_INVALID;
+	type = icmp->type;
+	p->icmp_type = type;
+	if (p->family == 4) {
+		if (type == TG_ICMP_ECHO || type == TG_ICMP_ECHO_REPLY) {
+			p->t.sport = p->t.dport = icmp->id;
+			return 0;
+		}
+		if (type == TG_ICMP_REDIRECT)
+			p->kind = TG_KIND_ND;
+		else if (type < 32 && (TG_ICMP_ERRORS_V4 & 1u << type))
+			p->kind = TG_KIND_ICMP_ERROR;
+		return 0;
+	}
+	if (type == ICMPV6_ECHO_REQUEST || type == ICMPV6_ECHO_REPLY)
+		p->t.sport = p->t.dport = icmp->id;
+	else if (type >= 133 && type <= 137)
+		p->kind = TG_KIND_ND;
+	else if (type >= 1 && type <= 4)
+		p->kind = TG_KIND_ICMP_ERROR;
+	return 0;
+}
+
+tg_inline int tg_parse_l4(struct __sk_buff *skb, struct tg_packet *p)
+{
+	p->protocol = p->t.protocol;
+	return tg_is_icmp(p->t.protocol) ? tg_parse_icmp(skb, p) : tg_parse_ports(skb, p);
+}
+
+/* Loose and strict source routes name another destination than the header's. */
+tg_global int tg_source_routed(struct __sk_buff *skb, __u32 end)
+{
+	__u32 at = ETH_HLEN + sizeof(struct iphdr);
+	__u8 option[2];
+	int i;
+
+	for (i = 0; i < 40; i++) {
+		if (at >= end)
+			return 0;
+		if (tg_load(skb, at, option, 1))
+			return 1;
+		if (option[0] == 0)
+			return 0;
+		if (option[0] == 1) {
+			at += 1;
+			continue;
+		}
+		if (option[0] == 131 || option[0] == 137)
+			return 1;
+		if (tg_load(skb, at, option, 2) || option[1] < 2)
+			return 1;
+		at += option[1];
+	}
+	return 0;
+}
+
+tg_inline int tg_parse_ipv4(struct __sk_buff *skb, struct tg_packet *p)
+{
+	struct iphdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
+	__u32 header;
+	__u16 frag;
+
+	if (!ip)
+		return TG_DROP_TRUNCATED;
+	if (ip->version != 4 || ip->ihl < 5)
+		return TG_DROP_INVALID;
+	p->family = 4;
+	tg_addr_v4(&p->t.src, ip->saddr);
+	tg_addr_v4(&p->t.dst, ip->daddr);
+	p->t.protocol = ip->protocol;
+	header = ip->ihl * 4;
+	p->fragment_id = ip->id;
+	frag = bpf_ntohs(ip->frag_off);
+	p->l4 = ETH_HLEN + header;
+	if (header > sizeof(*ip) && tg_source_routed(skb, p->l4))
+		return TG_DROP_SOURCE_ROUTE;
+	if (frag & TG_IP_OFFSET) {
+		p->protocol = p->t.protocol;
+		p->fragment = TG_LATER_FRAGMENT;
+		/* RFC 1858: a TCP header must not continue in a second fragment. */
+		return p->protocol == IPPROTO_TCP && (frag & TG_IP_OFFSET) < 3 ?
+			       TG_DROP_FRAGMENT : 0;
+	}
+	if (frag & TG_IP_MF)
+		p->fragment = TG_FIRST_FRAGMENT;
+	return tg_parse_l4(skb, p);
+}
+
+struct tg_ext {
+	__u8 next;
+	__u8 length;
+	__be16 offset; /* fragment header: offset and flags */
+	__be32 id;
+};
+
+tg_inline int tg_is_ext(__u8 next)
+{
+	return next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING || next == IPPROTO_DSTOPTS ||
+	       next == IPPROTO_FRAGMENT || next == IPPROTO_AH;
+}
+
+/* Walks to the upper layer. A later fragment ends the walk at its header. */
+tg_global int tg_walk_ipv6(struct __sk_buff *skb, struct tg_packet *p,
+				   struct tg_ext *fragment)
+{
+	struct tg_ext ext;
+	__u32 at = ETH_HLEN + sizeof(struct ipv6hdr);
+	__u8 next;
+	int i;
+
+	if (!p || !fragment)
+		return TG_DROP_INVALID;
+	next = p->t.protocol;
+	for (i = 0; i < TG_MAX_EXT_HEADERS; i++) {
+		if (!tg_is_ext(next))
+			break;
+		if (at > TG_MAX_L4 - sizeof(ext) || tg_load(skb, at, &ext, sizeof(ext)))
+			return TG_DROP_EXT_HEADER;
+		if (next == IPPROTO_ROUTING && ((__u8 *)&ext)[3])
+			return TG_DROP_SOURCE_ROUTE; /* segments left */
+		if (next == IPPROTO_FRAGMENT) {
+			if (fragment->next != IPPROTO_NONE)
+				return TG_DROP_EXT_HEADER;
+			*fragment = ext;
+			fragment->length = 1;
+			at += 8;
+			if (bpf_ntohs(ext.offset) & 0xfff8) {
+				next = ext.next;
+				break;
+			}
+		} else if (next == IPPROTO_AH) {
+			at += (ext.length + 2) * 4;
+		} else {
+			at += (ext.length + 1) * 8;
+		}
+		next = ext.next;
+	}
+	if (tg_is_ext(next) && !(bpf_ntohs(fragment->offset) & 0xfff8))
+		return TG_DROP_EXT_HEADER;
+	p->t.protocol = next;
+	p->l4 = at;
+	return 0;
+}
+
+tg_inline int tg_parse_ipv6(struct __sk_buff *skb, struct tg_packet *p)
+{
+	struct ipv6hdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
+	struct tg_ext fragment = { .next = IPPROTO_NONE };
+	__u16 offset;
+	int reason;
+
+	if (!ip)
+		return TG_DROP_TRUNCATED;
+	if (ip->version != 6)
+		return TG_DROP_INVALID;
+	p->family = 6;
+	__builtin_memcpy(&p->t.src, &ip->saddr, sizeof(p->t.src));
+	__builtin_memcpy(&p->t.dst, &ip->daddr, sizeof(p->t.dst));
+	/* On the wire a mapped address is nobody's; in our tables it is IPv4's. */
+	if (tg_addr_is_v4(&p->t.src) || tg_addr_is_v4(&p->t.dst))
+		return TG_DROP_INVALID_SOURCE;
+	p->t.protocol = ip->nexthdr;
+	p->hop_limit = ip->hop_limit;
+	p->l4 = ETH_HLEN + sizeof(*ip);
+	if (!tg_is_ext(ip->nexthdr))
+		return tg_parse_l4(skb, p);
+	reason = tg_walk_ipv6(skb, p, &fragment);
+	if (reason)
+		return reason;
+	offset = bpf_ntohs(fragment.offset);
+	p->fragment_id = fragment.id;
+	if (fragment.length && (offset & 0xfff8)) {
+		p->protocol = p->t.protocol;
+		p->fragment = TG_LATER_FRAGMENT;
+		return p->protocol == IPPROTO_TCP && (offset & 0xfff8) < 24 ?
+			       TG_DROP_FRAGMENT : 0;
+	}
+	if (fragment.length && (offset & 1))
+		p->fragment = TG_FIRST_FRAGMENT;
+	reason = tg_parse_l4(skb, p);
+	if (!reason && fragment.length && p->kind == TG_KIND_ND)
+		return TG_DROP_FRAGMENT; /* RFC 6980: ND is never fragmented */
+	return reason;
+}
+
+/* The tuple that an ICMP error quotes. At least eight bytes of its transport
+ * header are quoted (RFC 792), enough for the ports. */
+tg_global int tg_parse_quoted(struct __sk_buff *skb, struct tg_packet *p)
+{
+	struct ipv6hdr ip6;
+	struct iphdr ip;
+	struct tg_ports ports;
+	__u32 at;
+
+	if (!p)
+		return TG_DROP_INVALID;
+	at = p->l4 + sizeof(struct tg_icmp);
+	if (p->family == 4) {
+		if (tg_load(skb, at, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+			return TG_DROP_ICMP_ERROR;
+		if (bpf_ntohs(ip.frag_off) & TG_IP_OFFSET)
+			return TG_DROP_ICMP_ERROR;
+		tg_addr_v4(&p->t.src, ip.saddr);
+		tg_addr_v4(&p->t.dst, ip.daddr);
+		p->t.protocol = ip.protocol;
+		at += ip.ihl * 4;
+	} else {
+		if (tg_load(skb, at, &ip6, sizeof(ip6)) || ip6.version != 6)
+			return TG_DROP_ICMP_ERROR;
+		__builtin_memcpy(&p->t.src, &ip6.saddr, sizeof(p->t.src));
+		__builtin_memcpy(&p->t.dst, &ip6.daddr, sizeof(p->t.dst));
+		p->t.protocol = ip6.nexthdr;
+		at += sizeof(ip6);
+	}
+	p->t.sport = p->t.dport = 0;
+	if (tg_is_icmp(p->t.protocol)) {
+		/* echo: the identifier, four bytes in */
+		if (tg_load(skb, at + 4, &ports, 2))
+			return TG_DROP_ICMP_ERROR;
+		p->t.sport = p->t.dport = ports.source;
+	} else if (p->t.protocol == IPPROTO_TCP || p->t.protocol == IPPROTO_UDP ||
+		   p->t.protocol == IPPROTO_SCTP) {
+		if (tg_load(skb, at, &ports, sizeof(ports)))
+			return TG_DROP_ICMP_ERROR;
+		p->t.sport = ports.source;
+		p->t.dport = ports.dest;
+	}
+	return 0;
+}
+
+/* Headers may lie in fragments of the skb: bring the first bytes together. */
+tg_inline void tg_linearise(struct __sk_buff *skb)
+{
+	__u32 want = skb->len < 128 ? skb->len : 128;
+
+	if ((long)skb->data_end - (long)skb->data < want)
+		bpf_skb_pull_data(skb, want);
+}
+
+tg_inline int tg_parse(struct __sk_buff *skb, struct tg_packet *p)
+{
+	struct ethhdr *eth;
+
+	tg_linearise(skb);
+	eth = tg_at(skb, 0, sizeof(*eth));
+	if (!eth)
+		return TG_DROP_TRUNCATED;
+	if (skb->vlan_present || eth->h_proto == bpf_htons(ETH_P_8021Q) ||
+	    eth->h_proto == bpf_htons(ETH_P_8021AD))
+		return TG_DROP_VLAN;
+	if (eth->h_proto == bpf_htons(ETH_P_IP))
+		return tg_parse_ipv4(skb, p);
+	if (eth->h_proto == bpf_htons(ETH_P_IPV6))
+		return tg_parse_ipv6(skb, p);
+	if (eth->h_proto != bpf_htons(ETH_P_ARP))
+		return TG_DROP_ETHERTYPE;
+	p->kind = TG_KIND_ARP;
+	return 0;
+}
+
+#endif

@@ -1,0 +1,170 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* One run of a program over one packet: what it knows, and how it ends. */
+#ifndef TIDEGATE_RUN_H
+#define TIDEGATE_RUN_H
+
+#include <linux/pkt_cls.h>
+#include <tidegate/conntrack.h>
+#include <tidegate/nat.h>
+#include <tidegate/policy.h>
+
+/* A copy loaded with dry_run writes no map and no event, and answers in
+ * skb->cb and skb->mark: 1 judges as if the flow were new, 2 asks conntrack. */
+const volatile __u8 dry_run = 0;
+
+/* What a pod sees as the source when it reaches itself through a Service and
+ * the translation was made per packet. Never on a wire. */
+const volatile struct tg_addr hairpin_ip4 = {};
+const volatile struct tg_addr hairpin_ip6 = {};
+
+#define TG_PASS TC_ACT_UNSPEC /* other programs on the interface have their turn */
+
+/* What a run works on. Beside the program's stack, which is too small for it;
+ * one a CPU is enough, because tc programs run with bottom halves off. */
+struct tg_scratch {
+	struct tg_packet p;
+	struct tg_ct_key key;
+	__u32 src_is_a;
+	__u64 epoch;
+	__u64 proof;
+	__u32 now;
+	__u32 stale; /* the table held a dead entry under the key */
+	__u32 host;  /* generated on this node, towards the pod */
+	__u32 src_identity;
+	__u32 dst_identity;
+	struct tg_verdict egress;
+	struct tg_verdict ingress;
+	struct tg_forward forward;
+	struct tg_target nat; /* frontend asked for; side unused */
+	__u32 backend;
+	__u32 flags;       /* TG_CT_NAT, TG_CT_HAIRPIN of the flow being made */
+	struct tg_ct made; /* the entry being made */
+	struct tg_ct_key client_key;
+	struct tg_tuple client;
+	struct tg_target inner; /* in errors */
+	struct tg_target outer;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct tg_scratch);
+	__uint(max_entries, 1);
+} scratch SEC(".maps");
+
+struct tg_run {
+	struct __sk_buff *skb;
+	void *node;                   /* this run's node table */
+	const struct tg_endpoint *ep; /* the pod at this interface */
+	struct tg_scratch *s;
+	__u32 from_pod;
+};
+
+/* ---- counters and events ---------------------------------------------------- */
+
+tg_inline void tg_count(struct __sk_buff *skb, __u32 reason, int from_pod)
+{
+	__u32 index = reason * 2 + (from_pod ? TG_EGRESS : TG_INGRESS);
+	struct tg_counter *counter;
+
+	if (dry_run)
+		return;
+	counter = bpf_map_lookup_elem(&metrics_v1, &index);
+	if (counter) {
+		counter->packets += 1;
+		counter->bytes += skb->len;
+	}
+}
+
+tg_inline void tg_answer(struct tg_run *r, __u32 reason)
+{
+	if (!dry_run)
+		return;
+	r->skb->cb[0] = reason;
+	r->skb->cb[1] = r->s->egress.rule_set;
+	r->skb->cb[2] = r->s->egress.rule;
+	r->skb->cb[3] = r->s->ingress.rule_set;
+	r->skb->cb[4] = r->s->ingress.rule;
+	r->skb->mark = r->s->egress.shape | r->s->ingress.shape << 8;
+}
+
+static __noinline int tg_event(struct tg_run *r, __u32 reason)
+{
+	const struct tg_verdict *v = &r->s->egress;
+	struct tg_event *e;
+
+	e = bpf_ringbuf_reserve(&events_v1, sizeof(*e), 0);
+	if (!e) {
+		tg_count(r->skb, TG_REASON_EVENT_LOST, r->from_pod);
+		return 0;
+	}
+	e->direction = r->from_pod ? TG_EGRESS : TG_INGRESS;
+	if (r->s->ingress.reason) {
+		v = &r->s->ingress;
+		e->direction = TG_INGRESS;
+	}
+	e->time = bpf_ktime_get_coarse_ns();
+	e->ifindex = r->skb->ifindex;
+	e->length = r->skb->len;
+	e->src = r->s->p.t.src;
+	e->dst = r->s->p.t.dst;
+	e->sport = r->s->p.t.sport;
+	e->dport = r->s->p.t.dport;
+	e->protocol = r->s->p.t.protocol;
+	e->reason = reason;
+	e->tcp_flags = r->s->p.tcp_flags;
+	e->src_identity = r->s->src_identity;
+	e->dst_identity = r->s->dst_identity;
+	e->endpoint = r->ep ? r->ep->id : 0;
+	e->rule_set = v->rule_set;
+	e->rule = v->rule;
+	e->pad = 0;
+	/* Readers poll; waking one per denial would let a flood buy CPU time. */
+	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+	return 0;
+}
+
+tg_inline int tg_drop(struct tg_run *r, __u32 reason)
+{
+	tg_answer(r, reason);
+	if (!dry_run) {
+		tg_count(r->skb, reason, r->from_pod);
+		tg_event(r, reason);
+	}
+	return TC_ACT_SHOT;
+}
+
+/* ---- forwarding --------------------------------------------------------------- */
+
+tg_inline int tg_pass(struct tg_run *r)
+{
+	tg_answer(r, TG_FORWARDED);
+	tg_count(r->skb, TG_FORWARDED, r->from_pod);
+	return TG_PASS;
+}
+
+/* Into the pod at `forward`, or on to the stack. */
+tg_inline int tg_forward_packet(struct tg_run *r)
+{
+	struct ethhdr *eth;
+
+	if (!r->from_pod || !r->s->forward.ifindex)
+		return tg_pass(r);
+	eth = tg_at(r->skb, 0, sizeof(*eth));
+	if (!eth)
+		return tg_drop(r, TG_DROP_TRUNCATED);
+	__builtin_memcpy(eth->h_dest, r->s->forward.pod_mac, ETH_ALEN);
+	__builtin_memcpy(eth->h_source, r->s->forward.host_mac, ETH_ALEN);
+	tg_answer(r, TG_FORWARDED);
+	tg_count(r->skb, TG_FORWARDED, r->from_pod);
+	return bpf_redirect_peer(r->s->forward.ifindex, 0);
+}
+
+tg_inline void tg_set_forward(struct tg_forward *forward, const struct tg_endpoint *ep)
+{
+	forward->ifindex = ep->ifindex;
+	__builtin_memcpy(forward->pod_mac, ep->pod_mac, 6);
+	__builtin_memcpy(forward->host_mac, ep->host_mac, 6);
+}
+
+#endif

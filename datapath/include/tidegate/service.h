@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* From a frontend to one of its backends; sockets and packets share it. */
+#ifndef TIDEGATE_SERVICE_H
+#define TIDEGATE_SERVICE_H
+
+#include <tidegate/addr.h>
+#include <tidegate/maps.h>
+
+enum tg_service_answer {
+	TG_SERVICE_NONE = 0,    /* not a frontend */
+	TG_SERVICE_FOUND = 1,
+	TG_SERVICE_EMPTY = 2,   /* a frontend without backends */
+};
+
+struct tg_choice {
+	struct tg_addr addr;
+	__be16 port;
+	__u16 pad;
+	__u32 backend; /* id */
+};
+
+tg_inline int tg_backend(__u32 id, __u8 protocol, struct tg_choice *choice)
+{
+	struct tg_backend *backend = bpf_map_lookup_elem(&backends_v1, &id);
+
+	if (!backend || backend->state != TG_BACKEND_ACTIVE || backend->protocol != protocol)
+		return TG_SERVICE_EMPTY;
+	choice->addr = backend->addr;
+	choice->port = backend->port;
+	choice->backend = id;
+	return TG_SERVICE_FOUND;
+}
+
+/* `hash` spreads over the backends: the same hash, the same backend, for as
+ * long as the list does not change. */
+tg_global int tg_service(const struct tg_frontend_key *key, __u32 hash,
+				 struct tg_choice *choice)
+{
+	struct tg_frontend frontend;
+	__u16 proof;
+	__u64 *word;
+	__u32 slot, *id;
+	int i;
+
+	if (!key || !choice)
+		return TG_SERVICE_NONE;
+	proof = tg_frontend_proof(key);
+	/* A wrong proof: the element was recycled under us; look once more. */
+	for (i = 0; i < 2; i++) {
+		word = bpf_map_lookup_elem(&frontends_v1, key);
+		if (!word)
+			return TG_SERVICE_NONE;
+		*(__u64 *)&frontend = *(volatile __u64 *)word;
+		if (frontend.proof == proof)
+			break;
+	}
+	if (frontend.proof != proof)
+		return TG_SERVICE_NONE;
+	if (!frontend.count)
+		return TG_SERVICE_EMPTY;
+	slot = frontend.base + (__u32)((__u64)hash * frontend.count >> 32);
+	id = bpf_map_lookup_elem(&slots_v1, &slot);
+	if (!id)
+		return TG_SERVICE_EMPTY;
+	return tg_backend(*(volatile __u32 *)id, key->protocol, choice);
+}
+
+#endif

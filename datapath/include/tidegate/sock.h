@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Socket load balancing: a socket that asks for a frontend is connected to a
+ * backend, and told that it talks to the frontend. No packet is touched.
+ *
+ * A v4-mapped IPv6 address is the same 128 bits as our form of the IPv4 one, so
+ * the IPv6 hooks serve dual-stack sockets without a case of their own.
+ */
+#ifndef TIDEGATE_SOCK_H
+#define TIDEGATE_SOCK_H
+
+#include <tidegate/service.h>
+
+#define TG_ECONNREFUSED 111
+#define TG_SOCK_PROCEED 1
+#define TG_SOCK_REFUSE 0
+
+tg_inline void tg_sock_read(struct bpf_sock_addr *ctx, int v6, struct tg_addr *addr)
+{
+	if (!v6) {
+		tg_addr_v4(addr, ctx->user_ip4);
+		return;
+	}
+	addr->w[0] = ctx->user_ip6[0];
+	addr->w[1] = ctx->user_ip6[1];
+	addr->w[2] = ctx->user_ip6[2];
+	addr->w[3] = ctx->user_ip6[3];
+}
+
+tg_inline void tg_sock_write(struct bpf_sock_addr *ctx, int v6, const struct tg_addr *addr,
+			     __be16 port)
+{
+	if (v6) {
+		ctx->user_ip6[0] = addr->w[0];
+		ctx->user_ip6[1] = addr->w[1];
+		ctx->user_ip6[2] = addr->w[2];
+		ctx->user_ip6[3] = addr->w[3];
+	} else {
+		ctx->user_ip4 = addr->w[3];
+	}
+	ctx->user_port = port;
+}
+
+/* Remembers which frontend the socket asked for, so that the peer's address
+ * can be shown as that. */
+tg_inline void tg_sock_remember(struct bpf_sock_addr *ctx, const struct tg_choice *choice,
+				const struct tg_frontend_key *asked)
+{
+	struct tg_sock_key key = { .cookie = bpf_get_socket_cookie(ctx),
+				   .addr = choice->addr, .port = choice->port };
+	struct tg_sock value = { .cookie = key.cookie, .addr = asked->addr,
+				 .port = asked->port };
+
+	bpf_map_update_elem(&socks_v1, &key, &value, BPF_ANY);
+}
+
+/* connect and sendmsg */
+tg_inline int tg_sock_forward(struct bpf_sock_addr *ctx, int v6)
+{
+	struct tg_frontend_key key = {};
+	struct tg_choice choice = {};
+
+	tg_sock_read(ctx, v6, &key.addr);
+	key.port = ctx->user_port;
+	key.protocol = ctx->protocol;
+	switch (tg_service(&key, bpf_get_prandom_u32(), &choice)) {
+	case TG_SERVICE_NONE:
+		return TG_SOCK_PROCEED;
+	case TG_SERVICE_EMPTY:
+		/* As a user of kube-proxy expects: refused, not a time-out. */
+		bpf_set_retval(-TG_ECONNREFUSED);
+		return TG_SOCK_REFUSE;
+	}
+	/* A plain IPv6 frontend has IPv6 backends; a mapped one mapped ones. */
+	if (!v6 && !tg_addr_is_v4(&choice.addr))
+		return TG_SOCK_PROCEED;
+	tg_sock_remember(ctx, &choice, &key);
+	tg_sock_write(ctx, v6, &choice.addr, choice.port);
+	return TG_SOCK_PROCEED;
+}
+
+/* recvmsg and getpeername */
+tg_inline int tg_sock_reverse(struct bpf_sock_addr *ctx, int v6)
+{
+	struct tg_sock_key key = { .cookie = bpf_get_socket_cookie(ctx) };
+	struct tg_sock *found;
+	struct tg_addr addr;
+	__be16 port;
+
+	tg_sock_read(ctx, v6, &key.addr);
+	key.port = ctx->user_port;
+	found = bpf_map_lookup_elem(&socks_v1, &key);
+	if (!found)
+		return TG_SOCK_PROCEED;
+	addr = found->addr;
+	port = found->port;
+	tg_barrier();
+	if (*(volatile __u64 *)&found->cookie == key.cookie)
+		tg_sock_write(ctx, v6, &addr, port);
+	return TG_SOCK_PROCEED;
+}
+
+#endif
