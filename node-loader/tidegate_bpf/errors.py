@@ -82,10 +82,8 @@ def last_useful_line(log: str) -> str:
 def error(code: int, what: str) -> BpfError:
     """The exception for a positive errno of a call that did `what`."""
     text = f"{what}: {os.strerror(code) if code != ENOTSUPP else 'not supported'}"
-    match code:
-        case errno.EPERM | errno.EACCES:
-            return PermissionDenied(code, text)
-        case errno.EOPNOTSUPP | errno.ENOSYS | 524:
-            return NotSupported(what, code)
-        case _:
-            return BpfError(code, text)
+    if code in (errno.EPERM, errno.EACCES):
+        return PermissionDenied(code, text)
+    if code in (errno.EOPNOTSUPP, errno.ENOSYS, ENOTSUPP):
+        return NotSupported(what, code)
+    return BpfError(code, text)

@@ -38,7 +38,7 @@ def key(number: int) -> bytes:
 
 def value(a_map: Map, number: int) -> bytes:
     copies = a_map.value_stride // 8
-    return number.to_bytes(8, "little") * copies
+    return bytes(number.to_bytes(8, "little") * copies)
 
 
 @pytest.mark.parametrize(("kind", "flags"), KEYED)

@@ -102,9 +102,12 @@ def test_load_refuses(
     assert message in str(caught.value), reason
 
 
-def test_verifier_error(spec: ObjectFile, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("log_level", [0, 1])  # at 1 programs that pass leave a log too
+def test_verifier_error(
+    spec: ObjectFile, capfd: pytest.CaptureFixture[str], log_level: int
+) -> None:
     with pytest.raises(VerifierError) as caught:
-        spec.load(autoload={"answer", "bad"})
+        spec.load(autoload={"answer", "bad"}, log_level=log_level)
     assert caught.value.program == "bad"
     assert "invalid mem access 'map_value_or_null'" in str(caught.value)
     assert "processed" in caught.value.log
