@@ -1,0 +1,119 @@
+"""Peer sets: which identities a peer selector picks now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from tidegate_api.state import PeerSet, digest
+
+from tidegate_operator.objects import IdentityKey, PodPeer
+
+NAME_CACHE = 65_536
+
+
+@lru_cache(maxsize=NAME_CACHE)
+def set_name(peer: PodPeer) -> str:
+    """Content name of the set: equal selectors have equal names."""
+    return digest(peer)
+
+
+def describe(peer: PodPeer) -> str:
+    if peer.namespaces is None:
+        return f"pods {peer.pods} in namespace {peer.namespace}"
+    return f"pods {peer.pods} in namespaces {peer.namespaces}"
+
+
+class _Set:
+    __slots__ = ("members", "published")
+
+    def __init__(self, members: set[int]) -> None:
+        self.members = members
+        self.published: PeerSet | None = None
+
+
+class PeerSets:
+    """The members of every peer selector in use. An update costs what changed times
+    the selectors; a selector that is new costs the identities it may pick."""
+
+    def __init__(self) -> None:
+        self._sets: dict[PodPeer, _Set] = {}
+        self._live: Mapping[IdentityKey, int] = {}
+        self._labels: dict[IdentityKey, dict[str, str]] = {}
+        self._by_namespace: dict[str, dict[IdentityKey, int]] = {}
+        self._namespaces: Mapping[str, dict[str, str]] = {}
+
+    def update(
+        self,
+        used: Mapping[PodPeer, None],
+        live: Mapping[IdentityKey, int],
+        namespaces: Mapping[str, dict[str, str]],
+    ) -> None:
+        """Make the sets those of `used`; `live` are the identities that exist."""
+        gone = self._live.items() - live.items() if live is not self._live else set()
+        new = live.items() - self._live.items() if live is not self._live else set()
+        for key, _ in gone:
+            del self._by_namespace[key.namespace][key]
+            del self._labels[key]
+        for key, number in new:
+            self._by_namespace.setdefault(key.namespace, {})[key] = number
+            self._labels[key] = dict(key.labels)
+        moved = set(new)
+        for name, labels in namespaces.items():
+            if self._namespaces.get(name) != labels:
+                moved.update(self._by_namespace.get(name, {}).items())
+        self._live, self._namespaces = live, namespaces
+        for peer in self._sets.keys() - used.keys():
+            del self._sets[peer]
+        for peer, held in self._sets.items():
+            self._change(peer, held, gone, moved)
+        for peer in used:
+            if peer not in self._sets:
+                self._sets[peer] = _Set(self._pick(peer))
+
+    def _change(
+        self,
+        peer: PodPeer,
+        held: _Set,
+        gone: set[tuple[IdentityKey, int]],
+        moved: set[tuple[IdentityKey, int]],
+    ) -> None:
+        dropped = {number for _, number in gone} & held.members
+        held.members -= dropped
+        changed = bool(dropped)
+        for key, number in moved:
+            if self._picks(peer, key) != (number in held.members):
+                held.members ^= {number}
+                changed = True
+        if changed:
+            held.published = None
+
+    def _pick(self, peer: PodPeer) -> set[int]:
+        if peer.namespace is not None:
+            candidates = [self._by_namespace.get(peer.namespace, {})]
+        else:
+            candidates = list(self._by_namespace.values())
+        return {
+            number for keys in candidates for key, number in keys.items() if self._picks(peer, key)
+        }
+
+    def _picks(self, peer: PodPeer, key: IdentityKey) -> bool:
+        if key.cidrs:  # hosts outside are no pods, whatever a selector says
+            return False
+        if peer.namespaces is None:
+            if peer.namespace != key.namespace:
+                return False
+        elif not peer.namespaces.matches(self._namespaces[key.namespace]):
+            return False
+        return peer.pods.matches(self._labels[key])
+
+    def is_empty(self, peer: PodPeer) -> bool:
+        return not self._sets[peer].members
+
+    def published(self, peer: PodPeer) -> PeerSet:
+        held = self._sets[peer]
+        if held.published is None:
+            held.published = PeerSet(
+                name=set_name(peer), selector=describe(peer), identities=sorted(held.members)
+            )
+        return held.published

@@ -1,0 +1,114 @@
+"""The ledger of identity numbers: the one stateful step between world and compile.
+
+A number stands for a namespace and the identity-relevant labels of its pods. It is
+kept while such a pod or a pre-warming Identity exists, and rests unused afterwards, so
+that a late packet or a slow node never meets a number with a new meaning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tidegate_api.state import FIRST_IDENTITY, IDENTITY_BITS
+
+from tidegate_operator.objects import IdentityKey, World
+
+MAX_RELEASED = 10_000
+"""Numbers that rest; the longest-resting are forgotten beyond it."""
+
+# Labels that differ between the pods of one workload, or change with each release,
+# without meaning anything to a policy. A key that a selector mentions is relevant anyway.
+IRRELEVANT = frozenset(
+    (
+        "pod-template-hash",
+        "controller-revision-hash",
+        "pod-template-generation",
+        "controller-uid",
+        "job-name",
+        "statefulset.kubernetes.io/pod-name",
+        "apps.kubernetes.io/pod-index",
+        "helm.sh/chart",
+        "app.kubernetes.io/version",
+        "argocd.argoproj.io/instance",
+        "rollouts-pod-template-hash",
+    )
+)
+IRRELEVANT_PREFIXES = (
+    "batch.kubernetes.io/",
+    "kustomize.toolkit.fluxcd.io/",
+    "helm.toolkit.fluxcd.io/",
+)
+
+
+def irrelevant(label: str) -> bool:
+    """True for a label key that makes no identity unless a selector mentions it."""
+    return label in IRRELEVANT or label.startswith(IRRELEVANT_PREFIXES)
+
+
+def identity_key(
+    namespace: str, labels: Mapping[str, str], mentioned: frozenset[str]
+) -> IdentityKey:
+    relevant = sorted(
+        item for item in labels.items() if item[0] in mentioned or not irrelevant(item[0])
+    )
+    return IdentityKey(namespace, tuple(relevant))
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """`live`: key -> number, in use. `released`: number -> (key, when it was released
+    on the ledger's own count), oldest first. `count`: releases so far.
+    Never changed after it is made."""
+
+    live: dict[IdentityKey, int]
+    released: dict[int, tuple[IdentityKey, int]]
+    count: int = 0
+
+
+EMPTY_LEDGER = Ledger({}, {})
+
+
+def wanted(world: World) -> dict[IdentityKey, None]:
+    """The keys that need a number, in sorted order of their owners: pods that are
+    subjects and peers, and pre-warming Identities."""
+    keys = {pod.identity: None for pod in world.pods.values() if not pod.host_network}
+    keys.update((identity.key, None) for identity in world.identities.values())
+    return keys
+
+
+def allocate(world: World, ledger: Ledger) -> Ledger:
+    """Give every wanted key a number; release those that nothing wants. Returns the
+    same ledger if nothing changed. A released key that returns gets its number back."""
+    keys = wanted(world)
+    if keys.keys() == ledger.live.keys():
+        return ledger
+    live = {key: number for key, number in ledger.live.items() if key in keys}
+    released, count = dict(ledger.released), ledger.count
+    for key, number in sorted(ledger.live.items()):
+        if key not in keys:
+            count += 1
+            released[number] = (key, count)
+    resting = {key: number for number, (key, _) in released.items()}
+    taken = set(live.values())
+    for key in sorted(keys.keys() - live.keys()):
+        known = resting.get(key)
+        number = known if known is not None else _free(key, taken, released)
+        released.pop(number, None)
+        live[key] = number
+        taken.add(number)
+    for number in list(released)[: max(len(released) - MAX_RELEASED, 0)]:
+        del released[number]
+    return Ledger(live, released, count)
+
+
+def _free(key: IdentityKey, taken: set[int], released: Mapping[int, object]) -> int:
+    size = (1 << IDENTITY_BITS) - FIRST_IDENTITY
+    text = repr(tuple(key)).encode()
+    start = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") % size
+    for step in range(size):
+        number = FIRST_IDENTITY + (start + step) % size
+        if number not in taken and number not in released:
+            return number
+    raise OverflowError("every identity number is taken")  # 16 million label sets

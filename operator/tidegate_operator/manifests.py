@@ -1,0 +1,520 @@
+"""The folder: every manifest below a path, validated, each with its last valid meaning.
+
+What cannot be read or understood never takes away what was in force: a document that
+became invalid keeps its last valid version, an unreadable file, directory or folder
+keeps everything it held. Only a file or document that is really gone removes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+from tidegate_api.users import KINDS, AnyObject
+
+from tidegate_operator import yamldoc
+from tidegate_operator.problems import Problem, Source, at
+
+SUFFIXES = (".yaml", ".yml", ".json")
+MAX_FILE_BYTES = 16 << 20
+MAX_FILES = 10_000
+MAX_DOCUMENTS = 10_000
+"""Documents in one file, items of lists included."""
+MAX_ERRORS = 10
+"""Errors reported for one object."""
+
+STAYS = "the last valid version stays in force"
+
+
+class Key(NamedTuple):
+    """What makes two documents the same object."""
+
+    kind: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        name = f"{self.namespace}/{self.name}" if self.namespace else self.name
+        return f"{self.kind} {name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One valid object. While its text does not change, `object` is the same Python
+    object in every read, so readers may cache by identity."""
+
+    key: Key
+    object: AnyObject
+    source: Source
+    stale: bool = False
+    """In force although the file no longer says so: its text is invalid now."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One read. Not `complete`: the folder was never read, so its emptiness means
+    nothing and nothing may be written."""
+
+    documents: tuple[Document, ...]
+    problems: tuple[Problem, ...]
+    complete: bool
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One object of a chunk: valid (`object`), or not (`problems`); `key` is None
+    where not even the name could be read. Lines count from the chunk's first."""
+
+    line: int
+    key: Key | None = None
+    object: AnyObject | None = None
+    problems: tuple[Problem, ...] = ()
+    skipped: tuple[str, str] | None = None
+    """(apiVersion, kind) of a kind that is none of ours."""
+
+
+@dataclass
+class _File:
+    """What one file last said. `held` is in force, whatever the text says now."""
+
+    data: bytes = b""
+    chunks: dict[str, tuple[_Item, ...]] = field(default_factory=dict)
+    held: tuple[Document, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+class Folder:
+    """The manifests below `path`. Not thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: dict[str, _File] = {}
+        self._complete = False
+
+    def read(self) -> Input:
+        """Read what is there now. Never raises for what the folder holds."""
+        listing = _list(self._path)
+        problems = list(listing.problems)
+        if listing.names is not None:
+            self._complete = True
+            for gone in set(self._files) - set(listing.names):
+                if not any(gone.startswith(f"{held}/") for held in listing.unreadable):
+                    del self._files[gone]
+            for name in listing.names:
+                self._read_file(name)
+        documents, late = self._resolve()
+        for name in sorted(self._files):
+            problems += self._files[name].problems
+        problems += late + self._skipped()
+        if listing.names is not None and not documents and not self._files:
+            text = f"no {', '.join(SUFFIXES)} file here"
+            problems.append(
+                Problem(severity="warning", message=text, remedy="put manifests into the folder")
+            )
+        return Input(documents, tuple(problems), self._complete)
+
+    def _read_file(self, name: str) -> None:
+        known = self._files.setdefault(name, _File())
+        try:
+            data = _contents(self._path / name)
+        except FileNotFoundError:  # between listing and reading
+            del self._files[name]
+            return
+        except (OSError, _TooBig) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            stays = f"; {STAYS}" if known.held else ""
+            problem = Problem(
+                severity="error",
+                file=name,
+                message=f"cannot be read: {reason}{stays}",
+                remedy="make it a readable file of our size limit",
+            )
+            # Forget the text, so that the next readable one is parsed anew.
+            self._files[name] = replace(known, data=b"", problems=(problem,))
+            return
+        if data != known.data or not known.chunks:
+            self._files[name] = _parse_file(name, data, known)
+
+    def _resolve(self) -> tuple[tuple[Document, ...], list[Problem]]:
+        """One document a key: the first in order of file and place, but what a file
+        says now before what another one only used to say."""
+        chosen: dict[Key, Document] = {}
+        problems = []
+        held = [document for name in sorted(self._files) for document in self._files[name].held]
+        for stale in (False, True):
+            for document in held:
+                if document.stale != stale:
+                    continue
+                first = chosen.setdefault(document.key, document)
+                if first is document or stale:
+                    continue
+                problems.append(
+                    at(
+                        document.source,
+                        "error",
+                        f"is defined a second time; the one in {first.source.file}, document "
+                        f"{first.source.document} (line {first.source.line}), stays in force",
+                        object=str(document.key),
+                        field="metadata.name",
+                        remedy="rename or remove one of the two",
+                    )
+                )
+        return tuple(sorted(chosen.values(), key=lambda document: document.key)), problems
+
+    def _skipped(self) -> list[Problem]:
+        """Kinds that are none of ours, each named once with how many there are."""
+        count: dict[tuple[str, str], int] = {}
+        for file in self._files.values():
+            for kind in file.skipped:
+                count[kind] = count.get(kind, 0) + 1
+        return [
+            Problem(
+                severity="info",
+                object=f"{kind} ({version})",
+                message=f"{number} skipped: Tidegate does not read this kind",
+            )
+            for (version, kind), number in sorted(count.items())
+        ]
+
+
+# ---- Files -------------------------------------------------------------------------
+
+
+class _TooBig(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """`names` is None if the folder itself could not be listed; `unreadable` are
+    directories below it that could not."""
+
+    names: tuple[str, ...] | None
+    unreadable: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+def _list(root: Path) -> _Listing:
+    names: list[str] = []
+    failed: list[tuple[str, str]] = []
+
+    def note(error: OSError) -> None:
+        failed.append((os.path.relpath(error.filename, root), error.strerror or "unreadable"))
+
+    for where, directories, files in os.walk(root, onerror=note, followlinks=False):
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        below = os.path.relpath(where, root)
+        for name in files:
+            if not name.startswith(".") and name.endswith(SUFFIXES):
+                names.append(name if below == "." else f"{below}/{name}")
+    problems = [
+        Problem(
+            severity="error",
+            file="" if name == "." else name,
+            message=f"the folder cannot be read: {reason}; what it held stays in force",
+            remedy="bring it back, or make it readable",
+        )
+        for name, reason in failed
+    ]
+    if any(name == "." for name, _ in failed):
+        return _Listing(None, (), tuple(problems))
+    if not root.is_dir():
+        text = "the folder is not there; what it held stays in force"
+        problem = Problem(severity="error", message=text, remedy="bring it back")
+        return _Listing(None, (), (problem,))
+    if len(names) > MAX_FILES:
+        text = f"{len(names)} files; what was in force stays"
+        remedy = f"keep at most {MAX_FILES} manifests in one folder"
+        return _Listing(None, (), (Problem(severity="error", message=text, remedy=remedy),))
+    return _Listing(tuple(sorted(names)), tuple(name for name, _ in failed), tuple(problems))
+
+
+def _contents(path: Path) -> bytes:
+    # O_NONBLOCK: a FIFO named x.yaml must not stop us.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise _TooBig("it is not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise _TooBig(f"it has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
+        return file.read(MAX_FILE_BYTES + 1)
+
+
+def _parse_file(name: str, data: bytes, known: _File) -> _File:
+    """The file's new meaning, with what `known` held for documents now invalid."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        item = _Item(
+            line=data[: error.start].count(b"\n") + 1,
+            problems=(Problem(severity="error", message="is not UTF-8", remedy="save as UTF-8"),),
+        )
+        return _assemble(name, data, known, [(0, item)], {})
+    chunks: dict[str, tuple[_Item, ...]] = {}
+    items: list[tuple[int, _Item]] = []
+    for index, chunk in enumerate(yamldoc.split(text, json=name.endswith(".json")), start=1):
+        found = chunks.get(chunk.text) or known.chunks.get(chunk.text)
+        chunks[chunk.text] = found or tuple(_parse_chunk(chunk.text))
+        for item in chunks[chunk.text]:
+            items.append((index, replace(item, line=item.line + chunk.line - 1)))
+        if len(items) > MAX_DOCUMENTS:
+            problem = Problem(
+                severity="error",
+                message=f"more than {MAX_DOCUMENTS} documents",
+                remedy="split the file",
+            )
+            return _assemble(name, data, known, [(0, _Item(1, problems=(problem,)))], {})
+    return _assemble(name, data, known, items, chunks)
+
+
+def _assemble(
+    name: str,
+    data: bytes,
+    known: _File,
+    items: list[tuple[int, _Item]],
+    chunks: dict[str, tuple[_Item, ...]],
+) -> _File:
+    valid = [
+        Document(item.key, item.object, Source(name, index, item.line))
+        for index, item in items
+        if item.object is not None and item.key is not None
+    ]
+    keys = {document.key for document in valid}
+    broken = [(index, item) for index, item in items if item.problems]
+    named = {item.key for _, item in broken if item.key is not None}
+    nameless = any(item.key is None for _, item in broken)
+    # A document that cannot even be named might be any of those that are missing.
+    kept = [
+        replace(document, stale=True)
+        for document in known.held
+        if document.key not in keys and (nameless or document.key in named)
+    ]
+    kept_keys = {document.key for document in kept}
+    problems = []
+    for index, item in broken:
+        stays = item.key in kept_keys if item.key is not None else bool(kept)
+        for problem in item.problems:
+            problems.append(_placed(problem, name, index, item, f"; {STAYS}" if stays else ""))
+    skipped = tuple(item.skipped for _, item in items if item.skipped is not None)
+    return _File(data, chunks, (*valid, *kept), tuple(problems), skipped)
+
+
+def _placed(problem: Problem, file: str, index: int, item: _Item, tail: str) -> Problem:
+    """`problem` of a chunk, with its place in the file. The chunk's own problem carries
+    its line relative to the item."""
+    return Problem(
+        severity=problem.severity,
+        file=file,
+        document_index=index,
+        line=item.line + problem.line,
+        object=problem.object,
+        field=problem.field,
+        message=problem.message + tail,
+        remedy=problem.remedy,
+    )
+
+
+# ---- Documents -----------------------------------------------------------------------
+
+
+def _error(message: str, remedy: str, *, line: int = 0, what: str = "", at: str = "") -> Problem:
+    return Problem(
+        severity="error", line=line, object=what, field=at, message=message, remedy=remedy
+    )
+
+
+def _parse_chunk(text: str) -> Iterator[_Item]:
+    try:
+        loaded = yamldoc.load(text)
+    except yamldoc.DocumentError as error:
+        yield _Item(error.line, problems=(_error(error.message, error.remedy),))
+        return
+    if loaded.data is None:
+        return
+    yield from _parse_object(loaded, loaded.data, (), ("", ""))
+
+
+def _parse_object(
+    loaded: yamldoc.Loaded, data: Any, path: tuple[str | int, ...], implied: tuple[str, str]
+) -> Iterator[_Item]:
+    """`implied`: apiVersion and kind that items of a typed list need not repeat."""
+    line = loaded.line(path)
+    where = _field(path)
+    if not isinstance(data, dict):
+        text = f"is {_kind_of(data)}, not an object"
+        problem = _error(text, "write apiVersion, kind and metadata", at=where)
+        yield _Item(line, problems=(problem,))
+        return
+    version, kind = data.get("apiVersion") or implied[0], data.get("kind") or implied[1]
+    if not isinstance(version, str) or not isinstance(kind, str) or not version or not kind:
+        missing = "kind" if isinstance(version, str) and version else "apiVersion"
+        problem = _error(
+            "is not a Kubernetes object", f"give it {missing}", at=_field((*path, missing))
+        )
+        yield _Item(line, problems=(problem,))
+        return
+    if kind.endswith("List") and isinstance(data.get("items"), list | None) and "items" in data:
+        of = ("", "") if kind == "List" else (version, kind.removesuffix("List"))
+        for index, item in enumerate(data["items"] or []):
+            yield from _parse_object(loaded, item, (*path, "items", index), of)
+        return
+    model = KINDS.get((version, kind))
+    if model is not None:
+        body = {**data, "apiVersion": version, "kind": kind}
+        yield _validate(loaded, body, path, model)
+        return
+    versions = [known for known, name in KINDS if name == kind]
+    if not versions:
+        yield _Item(line, skipped=(version, kind))
+        return
+    problem = _error(
+        f"{kind} of {version} is not read",
+        f"use apiVersion {versions[0]}",
+        what=kind,
+        at=_field((*path, "apiVersion")),
+    )
+    yield _Item(line, _key(data, kind), problems=(problem,))
+
+
+def _key(data: dict[str, Any], kind: str) -> Key | None:
+    metadata = data.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict) or not isinstance(name, str) or not name:
+        return None
+    namespaced = next((m.namespaced for (_, k), m in KINDS.items() if k == kind), True)
+    namespace = metadata.get("namespace") or "default"
+    return Key(kind, str(namespace) if namespaced else "", name)
+
+
+def _validate(
+    loaded: yamldoc.Loaded,
+    data: dict[str, Any],
+    path: tuple[str | int, ...],
+    model: type[AnyObject],
+) -> _Item:
+    line = loaded.line(path)
+    key = _key(data, data["kind"])
+    try:
+        return _Item(line, key, model.model_validate(data))
+    except ValidationError as error:
+        what = str(key) if key else str(data["kind"])
+        details = error.errors(include_url=False)
+        problems = [
+            _explain(detail, loaded, path, (model, what)) for detail in details[:MAX_ERRORS]
+        ]
+        if len(details) > MAX_ERRORS:
+            text = f"and {len(details) - MAX_ERRORS} more errors"
+            problems.append(_error(text, "repair the first ones", what=what))
+        return _Item(line, key, problems=tuple(_relative(problem, line) for problem in problems))
+
+
+def _relative(problem: Problem, base: int) -> Problem:
+    """`problem` with its line counted from `base` instead of from 1."""
+    return Problem(
+        severity=problem.severity,
+        line=max(problem.line - base, 0),
+        object=problem.object,
+        field=problem.field,
+        message=problem.message,
+        remedy=problem.remedy,
+    )
+
+
+# ---- What pydantic found, in our words ---------------------------------------------------
+
+
+def _explain(
+    detail: Any,
+    loaded: yamldoc.Loaded,
+    path: tuple[str | int, ...],
+    about: tuple[type[BaseModel], str],
+) -> Problem:
+    model, what = about
+    spot = tuple(detail["loc"])
+    full = (*path, *spot)
+    message, remedy = _words(detail, loaded.written(full), model)
+    return _error(message, remedy, line=loaded.line(full), what=what, at=_field(full))
+
+
+def _words(detail: Any, written: str, model: type[BaseModel]) -> tuple[str, str]:
+    """(message, remedy) for one pydantic error."""
+    kind, value = detail["type"], detail["input"]
+    context = detail.get("ctx", {})
+    if kind == "tidegate":
+        return context["message"], context["remedy"]
+    if kind == "extra_forbidden":
+        name = str(detail["loc"][-1])
+        close = difflib.get_close_matches(name, _field_names(model), n=1)
+        hint = f"did you mean {close[0]}?" if close else "remove it or check its spelling"
+        return f"unknown field {name!r}", hint
+    if kind == "missing":
+        return "is missing", f"give {detail['loc'][-1]}"
+    if kind == "string_type" and isinstance(value, bool | int | float | date):
+        shown = written or str(value)
+        return f"{shown} is {_kind_of(value)} in YAML, not text", f'quote it: "{shown}"'
+    if kind in ("literal_error", "enum"):
+        return f"{str(value)[:60]!r} is not a value of this field", f"use {context['expected']}"
+    if kind in ("int_type", "int_parsing") and isinstance(value, str) and value.isdigit():
+        return f"{value!r} is text, not a number", f"write it without quotes: {value}"
+    expected = {
+        "int_type": "a number",
+        "bool_type": "true or false",
+        "string_type": "text",
+        "list_type": "a list",
+        "dict_type": "a map",
+        "model_type": "a map",
+        "model_attributes_type": "a map",
+    }.get(kind)
+    if expected:
+        return f"is {_kind_of(value)}, not {expected}", f"write {expected}"
+    return str(detail["msg"]), "see the field's description in the Kubernetes API"
+
+
+@cache
+def _field_names(model: type[BaseModel]) -> tuple[str, ...]:
+    """Every field name below `model`, for spelling hints."""
+    names: set[str] = set()
+    todo: list[Any] = [model.model_json_schema(by_alias=True)]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict):
+            names.update(part.get("properties", {}))
+            todo += part.values()
+        elif isinstance(part, list):
+            todo += part
+    return tuple(sorted(names))
+
+
+def _kind_of(value: object) -> str:
+    if value is None:
+        return "empty"
+    names = (
+        (bool, "a boolean"),
+        (int | float, "a number"),
+        (str, "text"),
+        (list, "a list"),
+        (dict, "a map"),
+        (date, "a date"),
+    )
+    return next((name for kind, name in names if isinstance(value, kind)), "something else")
+
+
+def _field(path: tuple[str | int, ...]) -> str:
+    text = ""
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        elif any(mark in step for mark in "./["):
+            text += f"[{step[:60]!r}]"
+        else:
+            text += f".{step[:60]}" if text else step[:60]
+    return text

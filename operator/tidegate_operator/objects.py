@@ -1,0 +1,246 @@
+"""What the world is made of: frozen values, upstream defaults applied.
+
+Dicts in them are never changed after they are made. Objects that did not change
+between two worlds are the same Python objects, so that caches may key on `is`.
+No I/O, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from tidegate_operator.problems import Source
+
+Protocol = Literal["TCP", "UDP", "SCTP"]
+Direction = Literal["Ingress", "Egress"]
+
+NAME_LABEL = "kubernetes.io/metadata.name"
+"""On every Namespace, always its name: the one label of it that no user can set."""
+
+
+class ObjectName(NamedTuple):
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+class IdentityKey(NamedTuple):
+    """What an allocated identity stands for: a namespace and the identity-relevant
+    labels, sorted by key; or `cidrs`, sorted, of hosts outside (namespace "")."""
+
+    namespace: str
+    labels: tuple[tuple[str, str], ...]
+    cidrs: tuple[str, ...] = ()
+
+
+# ---- Selectors -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Requirement:
+    """One condition on a label. `values` sorted; empty for the two Exists."""
+
+    key: str
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
+    values: tuple[str, ...] = ()
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        value = labels.get(self.key)
+        match self.operator:
+            case "In":
+                return value is not None and value in self.values
+            case "NotIn":  # a missing label is not in any list
+                return value is None or value not in self.values
+            case "Exists":
+                return value is not None
+            case "DoesNotExist":
+                return value is None
+
+    def __str__(self) -> str:
+        match self.operator:
+            case "In":
+                return f"{self.key} in ({', '.join(self.values)})"
+            case "NotIn":
+                return f"{self.key} not in ({', '.join(self.values)})"
+            case "Exists":
+                return self.key
+            case "DoesNotExist":
+                return f"!{self.key}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Selector:
+    """A label selector, normalised: requirements sorted and without repeats,
+    matchLabels written as In. No requirement: selects everything."""
+
+    requirements: tuple[Requirement, ...] = ()
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        return all(requirement.matches(labels) for requirement in self.requirements)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.requirements)) or "any"
+
+
+@dataclass(frozen=True, slots=True)
+class PodPeer:
+    """Pods, by labels, of one `namespace` (namespaces is None), or of the namespaces
+    that `namespaces` selects (namespace is None)."""
+
+    namespace: str | None
+    namespaces: Selector | None
+    pods: Selector
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPeer:
+    """Addresses of `cidr` outside all `excepts`; canonical text, excepts sorted."""
+
+    cidr: str
+    excepts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyPort:
+    """`port` None: every port of the protocol. A name or an end port is not yet
+    expressible."""
+
+    protocol: Protocol
+    port: int | str | None = None
+    end_port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRule:
+    """None = any. Upstream's empty list is None here; no rule has an empty tuple."""
+
+    peers: tuple[PodPeer | BlockPeer, ...] | None
+    ports: tuple[PolicyPort, ...] | None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A NetworkPolicy after defaulting. `ingress`, `egress`: None = does not isolate
+    in that direction; () = isolates and allows nothing."""
+
+    name: ObjectName
+    pods: Selector
+    ingress: tuple[PolicyRule, ...] | None
+    egress: tuple[PolicyRule, ...] | None
+    label_keys: frozenset[str] = field(compare=False, repr=False)
+    """Every pod label that the policy's selectors mention."""
+    origin: object = field(compare=False, repr=False)
+
+    def rules(self, direction: Direction) -> tuple[PolicyRule, ...] | None:
+        return self.ingress if direction == "Ingress" else self.egress
+
+
+# ---- Cluster -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """`index` gives addresses and pod CIDRs, and stays while the node lives."""
+
+    name: str
+    index: int
+    addresses: tuple[str, ...]
+    pod_cidrs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerPort:
+    port: int
+    protocol: Protocol
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One pod on its node. `addresses`: canonical, IPv4 first; a host-network pod has
+    its node's. `slot`: its place in the node's pod CIDRs, 0 for host network."""
+
+    uid: str
+    namespace: str
+    name: str
+    labels: dict[str, str]
+    node: str
+    addresses: tuple[str, ...]
+    ports: tuple[ContainerPort, ...]
+    host_network: bool
+    workload: str
+    """"Deployment frontend"; "Pod x" for one that nothing controls."""
+    command: str
+    """Annotation tidegate.dev/command; "" = the built-in responder."""
+    slot: int
+    identity: IdentityKey
+    origin: object = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    port: int
+    protocol: Protocol
+    name: str
+    target: int | str
+    """A container port, or the name of one."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """`cluster_ips`: one per family, () for headless and ExternalName. `selector` None:
+    the Service's endpoints are somebody's EndpointSlices."""
+
+    name: ObjectName
+    type: str
+    selector: dict[str, str] | None
+    ports: tuple[ServicePort, ...]
+    cluster_ips: tuple[str, ...]
+    origin: object = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointPort:
+    """The backends of one Service port in one family; (address, port), sorted."""
+
+    port: int
+    protocol: Protocol
+    family: Literal[4, 6]
+    backends: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class UserIdentity:
+    """A user-made Identity: pods to come (pre-warming), or hosts outside."""
+
+    name: str
+    key: IdentityKey
+
+
+@dataclass(frozen=True)
+class World:
+    """One snapshot. Every dict is in sorted order of its keys."""
+
+    nodes: dict[str, Node]
+    namespaces: dict[str, dict[str, str]]
+    """name -> labels, NAME_LABEL included."""
+    pods: dict[ObjectName, Pod]
+    services: dict[ObjectName, Service]
+    endpoints: dict[ObjectName, tuple[EndpointPort, ...]]
+    policies: dict[ObjectName, Policy]
+    identities: dict[str, UserIdentity]
+    sources: dict[tuple[str, str, str], Source]
+    """(kind, namespace, name) -> where it was written."""
+    mentioned: frozenset[str]
+    """Pod label keys that some selector mentions: always identity-relevant."""
+    pod_cidrs: tuple[str, ...]
+    """Every address that a pod may ever have."""
+    cursors: dict[str, int]
+    """node -> the slot given last; addresses rest until the range has gone round."""
+
+
+EMPTY_WORLD = World({}, {}, {}, {}, {}, {}, {}, {}, frozenset(), (), {})

@@ -1,0 +1,85 @@
+"""NetworkPolicy as written -> Policy as meant: upstream defaults, normal forms.
+
+This is the one place that knows what null, [], {} and absence mean in NetworkPolicy.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+
+from tidegate_api import users
+
+from tidegate_operator.objects import (
+    NAME_LABEL,
+    BlockPeer,
+    ObjectName,
+    PodPeer,
+    Policy,
+    PolicyPort,
+    PolicyRule,
+    Requirement,
+    Selector,
+)
+
+
+def selector(written: users.LabelSelector) -> Selector:
+    """Normalise: equal meanings as far as sorting and folding can tell are equal."""
+    found = {Requirement(key, "In", (value,)) for key, value in written.match_labels.items()} | {
+        Requirement(part.key, part.operator, tuple(sorted(set(part.values))))
+        for part in written.match_expressions
+    }
+    return Selector(tuple(sorted(found)))
+
+
+def policy(name: ObjectName, written: users.NetworkPolicy) -> Policy:
+    spec = written.spec
+    isolates = spec.isolates()
+    ingress = egress = None
+    if "Ingress" in isolates:
+        ingress = tuple(
+            PolicyRule(_peers(name.namespace, rule.from_), _ports(rule.ports))
+            for rule in spec.ingress
+        )
+    if "Egress" in isolates:
+        egress = tuple(
+            PolicyRule(_peers(name.namespace, rule.to), _ports(rule.ports)) for rule in spec.egress
+        )
+    pods = selector(spec.pod_selector)
+    keys = {part.key for part in pods.requirements}
+    for rule in (*(ingress or ()), *(egress or ())):
+        for peer in rule.peers or ():
+            if isinstance(peer, PodPeer):
+                keys.update(part.key for part in peer.pods.requirements)
+    return Policy(name, pods, ingress, egress, frozenset(keys), written)
+
+
+def _peers(
+    namespace: str, written: Sequence[users.NetworkPolicyPeer]
+) -> tuple[PodPeer | BlockPeer, ...] | None:
+    if not written:
+        return None
+    return tuple(_peer(namespace, peer) for peer in written)
+
+
+def _peer(namespace: str, written: users.NetworkPolicyPeer) -> PodPeer | BlockPeer:
+    if written.ip_block is not None:
+        block = written.ip_block
+        excepts = {ipaddress.ip_network(text) for text in block.except_}
+        ordered = sorted(excepts, key=lambda net: (int(net.network_address), net.prefixlen))
+        return BlockPeer(str(ipaddress.ip_network(block.cidr)), tuple(str(net) for net in ordered))
+    pods = selector(written.pod_selector) if written.pod_selector is not None else Selector()
+    if written.namespace_selector is None:
+        return PodPeer(namespace, None, pods)
+    spaces = selector(written.namespace_selector)
+    match spaces.requirements:
+        case (Requirement(key=key, operator="In", values=(only,)),) if key == NAME_LABEL:
+            # The label is the namespace's name, always: the same pods as naming it.
+            return PodPeer(only, None, pods)
+    return PodPeer(None, spaces, pods)
+
+
+def _ports(written: Sequence[users.NetworkPolicyPort]) -> tuple[PolicyPort, ...] | None:
+    if not written:
+        return None
+    return tuple(PolicyPort(port.protocol, port.port, port.end_port) for port in written)

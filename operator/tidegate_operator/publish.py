@@ -1,0 +1,457 @@
+"""Desired -> objects as the cluster stores them, and their files in a run directory.
+
+`objects_of` and `render` are pure. `Publisher` writes only what differs from what is
+there, each file by atomic rename, in an order in which a reader that stops anywhere
+holds nothing that names what it cannot find.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO, TypeVar
+
+import msgspec
+import yaml
+from msgspec import UNSET
+from tidegate_api import API_VERSION
+from tidegate_api.state import (
+    FORMAT,
+    TABLES,
+    Identity,
+    IdentitySpec,
+    IPCacheEntry,
+    Meta,
+    NodeState,
+    NodeStateSpec,
+    PeerSet,
+    RuleSet,
+    StateObject,
+    StateSlice,
+    StateSliceSpec,
+    TableRef,
+    digest,
+    encode,
+    shard_of,
+    slice_name,
+)
+
+from tidegate_operator.compile import Desired, NodeContent
+from tidegate_operator.identities import Ledger
+from tidegate_operator.objects import IdentityKey
+from tidegate_operator.problems import Problem
+
+Table = Literal["ipcache", "services", "peers"]
+
+SHARDS = 8
+"""Of every table; a power of two."""
+EPOCH = 1
+TABLE_LABEL = "tidegate.dev/table"
+RELEASED_LABEL = "tidegate.dev/released"
+"""On an Identity that nothing uses: when it was released, on the ledger's own count."""
+
+KIND_DIRECTORIES = {
+    "Identity": "identities",
+    "RuleSet": "rulesets",
+    "StateSlice": "stateslices",
+    "NodeState": "nodestates",
+}
+
+
+class PublishError(Exception):
+    """The run directory could not be written. What was written before stands, and the
+    next publish goes on from there."""
+
+
+# ---- Objects ------------------------------------------------------------------------
+
+
+def identity_object(number: int, key: IdentityKey, released: int | None = None) -> Identity:
+    spec = (
+        IdentitySpec(cidrs=list(key.cidrs))
+        if key.cidrs
+        else IdentitySpec(namespace=key.namespace, labels=dict(key.labels))
+    )
+    labels = {RELEASED_LABEL: str(released)} if released is not None else UNSET
+    return Identity(
+        api_version=API_VERSION,
+        kind="Identity",
+        metadata=Meta(name=str(number), labels=labels),
+        spec=spec,
+    )
+
+
+def ledger_objects(ledger: Ledger) -> dict[int, Identity]:
+    """number -> Identity, sorted by number."""
+    found = {number: identity_object(number, key) for key, number in ledger.live.items()}
+    for number, (key, count) in ledger.released.items():
+        found[number] = identity_object(number, key, count)
+    return dict(sorted(found.items()))
+
+
+def ledger_of(identities: Iterable[Identity]) -> Ledger:
+    """The ledger that `ledger_objects` wrote. Names that are no number are left out."""
+    live: dict[IdentityKey, int] = {}
+    released: dict[int, tuple[IdentityKey, int]] = {}
+    for identity in identities:
+        if not identity.metadata.name.isdigit():
+            continue
+        spec, number = identity.spec, int(identity.metadata.name)
+        key = IdentityKey(
+            spec.namespace or "",
+            tuple(sorted((spec.labels or {}).items())),
+            tuple(spec.cidrs or ()),
+        )
+        count = (identity.metadata.labels or {}).get(RELEASED_LABEL)
+        if count is None:
+            live[key] = number
+        else:
+            released[number] = (key, int(count))
+    ordered = dict(sorted(released.items(), key=lambda item: item[1][1]))
+    return Ledger(live, ordered, max((count for _, count in ordered.values()), default=0))
+
+
+def slice_object(table: Table, shard: int, revision: int, content: Mapping[str, Any]) -> StateSlice:
+    """One shard; `content` is key -> entry, for services key -> list of entries."""
+    entries: list[Any] = []
+    for key in sorted(content):
+        entries += content[key] if table == "services" else [content[key]]
+    lists: dict[str, Any] = {table: entries}
+    return StateSlice(
+        api_version=API_VERSION,
+        kind="StateSlice",
+        metadata=Meta(name=slice_name(table, EPOCH, shard, SHARDS), labels={TABLE_LABEL: table}),
+        spec=StateSliceSpec(
+            format=FORMAT,
+            table=table,
+            epoch=EPOCH,
+            shard=shard,
+            shards=SHARDS,
+            revision=revision,
+            **lists,
+        ),
+    )
+
+
+def node_object(name: str, content: NodeContent, revisions: Mapping[str, int]) -> NodeState:
+    """`revisions`: table -> the revision without which the content cannot be applied."""
+    tables = {
+        table: TableRef(epoch=EPOCH, shards=SHARDS, min_revision=revisions[table])
+        for table in TABLES
+    }
+    return NodeState(
+        api_version=API_VERSION,
+        kind="NodeState",
+        metadata=Meta(name=name),
+        spec=NodeStateSpec(
+            format=FORMAT,
+            mode="Enforcing",
+            endpoints=content.endpoints,
+            rule_sets=content.rule_sets,
+            peer_sets=content.peer_sets,
+            tables=tables,
+        ),
+    )
+
+
+def render(desired: Desired, ledger: Ledger) -> list[StateObject]:
+    """Every object, in publish order, as a first publish into an empty place writes them."""
+    revisions = {"peers": 1, "ipcache": 0, "services": 0}
+    found: list[StateObject] = [*ledger_objects(ledger).values(), *desired.rule_sets.values()]
+    found += _slices("peers", desired.peers)
+    found += [node_object(name, content, revisions) for name, content in desired.nodes.items()]
+    found += _slices("ipcache", desired.ipcache)
+    found += _slices("services", desired.services)
+    return found
+
+
+def _slices(table: Table, content: Mapping[str, Any]) -> list[StateSlice]:
+    shards: list[dict[str, Any]] = [{} for _ in range(SHARDS)]
+    for key, entry in content.items():
+        shards[shard_of(key, SHARDS)][key] = entry
+    return [slice_object(table, shard, 1, part) for shard, part in enumerate(shards)]
+
+
+def path_of(item: StateObject) -> str:
+    """The object's file below `objects/`."""
+    return f"{KIND_DIRECTORIES[item.kind]}/{item.metadata.name}.json"
+
+
+def write_folder(desired: Desired, ledger: Ledger, directory: Path) -> None:
+    """Write every object as a file, as in a run directory's `objects/`. Raises OSError."""
+    for item in render(desired, ledger):
+        _write(directory / path_of(item), encode(item))
+
+
+def write_stream(
+    desired: Desired, ledger: Ledger, stream: TextIO, form: Literal["yaml", "json"]
+) -> None:
+    """Write every object to `stream`: YAML documents, or one JSON List."""
+    items = [msgspec.to_builtins(item) for item in render(desired, ledger)]
+    if form == "json":
+        whole = {"apiVersion": "v1", "kind": "List", "items": items}
+        stream.write(msgspec.json.format(encode(whole), indent=2).decode() + "\n")
+        return
+    yaml.dump_all(items, stream, Dumper=_NoAliases, explicit_start=True, sort_keys=False, width=100)
+
+
+class _NoAliases(yaml.CSafeDumper):
+    """Equal lists are written out: an object must be readable by itself."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+# ---- The run directory -----------------------------------------------------------------
+
+_T = TypeVar("_T", RuleSet, StateSlice, NodeState, Identity)
+
+
+def read_ledger(run_dir: Path) -> Ledger:
+    """The ledger of an earlier run; empty if there was none."""
+    return ledger_of(_read_all(run_dir / "objects", Identity).values())
+
+
+def _read_all(objects: Path, kind: type[_T]) -> dict[str, _T]:
+    """name -> object for every readable file of `kind`. One that cannot be read or
+    decoded counts as absent: it is written anew."""
+    directory = objects / KIND_DIRECTORIES[kind.__name__]
+    decoder = msgspec.json.Decoder(kind)
+    found: dict[str, _T] = {}
+    for path in sorted(directory.glob("*.json")):
+        try:
+            item = decoder.decode(path.read_bytes())
+        except (OSError, msgspec.DecodeError):
+            continue
+        if item.metadata.name == path.name.removesuffix(".json"):
+            found[item.metadata.name] = item
+    return found
+
+
+@dataclass
+class _TableState:
+    """One table as it is on disk: `shards[i]` is None until it was written."""
+
+    content: dict[str, Any]
+    shards: list[dict[str, Any] | None]
+    revision: int
+
+
+def _table_state(table: str, slices: Iterable[StateSlice]) -> _TableState:
+    state = _TableState({}, [None] * SHARDS, 0)
+    for item in slices:
+        spec = item.spec
+        if spec.table != table or (spec.epoch, spec.shards) != (EPOCH, SHARDS):
+            continue
+        part = _content(spec)
+        state.shards[spec.shard] = part
+        state.content.update(part)
+        state.revision = max(state.revision, spec.revision)
+    return state
+
+
+def _content(spec: StateSliceSpec) -> dict[str, Any]:
+    match spec.table:
+        case "ipcache":
+            return {entry.cidr: entry for entry in spec.ipcache or ()}
+        case "peers":
+            return {entry.name: entry for entry in spec.peers or ()}
+        case "services":
+            found: dict[str, Any] = {}
+            for port in spec.services or ():
+                found.setdefault(f"{port.namespace}/{port.name}", []).append(port)
+            return found
+
+
+class Publisher:
+    """The only writer of `run_dir/objects`. Starts from what is there."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._objects = run_dir / "objects"
+        slices = _read_all(self._objects, StateSlice)
+        self._tables = {table: _table_state(table, slices.values()) for table in TABLES}
+        self._slice_names = set(slices)
+        self._nodes = {
+            name: item.spec for name, item in _read_all(self._objects, NodeState).items()
+        }
+        self._rule_sets = {
+            name
+            for name, item in _read_all(self._objects, RuleSet).items()
+            if digest(item.spec) == name
+        }
+        self._identities = _read_all(self._objects, Identity)
+        self._ledger: Ledger | None = None
+        self._problems: bytes | None = None
+        self._changed: list[str] = []
+
+    def publish(
+        self, desired: Desired, ledger: Ledger, problems: Sequence[Problem] = ()
+    ) -> tuple[str, ...]:
+        """Make the directory hold `desired`; the paths written or removed, in order.
+
+        Referents first: identities, rule sets and peer sets before the node states that
+        name them, node states before the facts that use their identities. Removals
+        reversed. An address that changes identity does so between two states of the peer
+        sets: the first knows the old and the new number, the second only the new (DESIGN
+        invariant 8). Raises PublishError."""
+        self._changed = []
+        try:
+            self._write_identities(ledger)
+            self._write_rule_sets(desired.rule_sets)
+            self._write_table("peers", self._bridge(desired))
+            self._write_nodes(desired.nodes)
+            self._write_table("ipcache", desired.ipcache)
+            self._write_table("services", desired.services)
+            self._write_table("peers", desired.peers)
+            self._remove_nodes(desired.nodes)
+            self._remove_rule_sets(desired.rule_sets)
+            self._remove_identities(ledger)
+            self._remove_slices()
+            self._write_problems(problems)
+        except OSError as error:
+            raise PublishError(f"cannot write {error.filename}: {error.strerror}") from error
+        return tuple(self._changed)
+
+    # ---- additions ----
+
+    def _put(self, name: str, data: bytes) -> None:
+        _write(self._objects / name, data)
+        self._changed.append(name)
+
+    def _drop(self, name: str) -> None:
+        (self._objects / name).unlink(missing_ok=True)
+        self._changed.append(name)
+
+    def _write_identities(self, ledger: Ledger) -> None:
+        if ledger is self._ledger:
+            return
+        for number, item in ledger_objects(ledger).items():
+            if self._identities.get(str(number)) != item:
+                self._put(path_of(item), encode(item))
+                self._identities[str(number)] = item
+
+    def _write_rule_sets(self, wanted: Mapping[str, RuleSet]) -> None:
+        for name in wanted.keys() - self._rule_sets:
+            self._put(path_of(wanted[name]), encode(wanted[name]))
+            self._rule_sets.add(name)
+
+    def _bridge(self, desired: Desired) -> dict[str, PeerSet]:
+        """Peer sets between old and new: also those that node states on disk still name,
+        and also members whose addresses ipcache is about to move."""
+        held: dict[str, IPCacheEntry] = self._tables["ipcache"].content
+        moving = {
+            held[cidr].identity
+            for cidr, entry in desired.ipcache.items()
+            if cidr in held and held[cidr] is not entry and held[cidr].identity != entry.identity
+        }
+        peers: dict[str, PeerSet] = dict(desired.peers)
+        for name, before in self._tables["peers"].content.items():
+            now = peers.get(name)
+            if now is None:
+                peers[name] = before
+            elif moving and now is not before:
+                stay = moving.intersection(before.identities).difference(now.identities)
+                if stay:
+                    members = sorted(stay.union(now.identities))
+                    peers[name] = msgspec.structs.replace(now, identities=members)
+        return peers
+
+    def _write_table(self, table: Table, wanted: Mapping[str, Any]) -> None:
+        state = self._tables[table]
+        dirty = {shard_of(key, SHARDS) for key in _differing(state.content, wanted)}
+        dirty.update(shard for shard, part in enumerate(state.shards) if part is None)
+        if not dirty:
+            state.content = dict(wanted)  # equal, but the objects that the next diff compares
+            return
+        parts: dict[int, dict[str, Any]] = {shard: {} for shard in dirty}
+        for key, entry in wanted.items():
+            part = parts.get(shard_of(key, SHARDS))
+            if part is not None:
+                part[key] = entry
+        revision = state.revision + 1
+        for shard in sorted(dirty):
+            item = slice_object(table, shard, revision, parts[shard])
+            self._put(path_of(item), encode(item))
+            self._slice_names.add(item.metadata.name)
+            state.revision = revision
+            for key in state.shards[shard] or ():
+                state.content.pop(key, None)
+            state.content.update(parts[shard])
+            state.shards[shard] = parts[shard]
+
+    def _write_nodes(self, wanted: Mapping[str, NodeContent]) -> None:
+        revisions = {table: self._tables[table].revision for table in TABLES}
+        for name, content in wanted.items():
+            held = self._nodes.get(name)
+            if held is not None and _says(held, content):
+                continue
+            item = node_object(name, content, revisions)
+            self._put(path_of(item), encode(item))
+            self._nodes[name] = item.spec
+
+    def _write_problems(self, problems: Sequence[Problem]) -> None:
+        data = encode(list(problems))
+        if data != self._problems:
+            self._put("problems.json", data)
+            self._problems = data
+
+    # ---- removals ----
+
+    def _remove_nodes(self, wanted: Mapping[str, NodeContent]) -> None:
+        for name in sorted(self._nodes.keys() - wanted.keys()):
+            self._drop(f"nodestates/{name}.json")
+            del self._nodes[name]
+
+    def _remove_rule_sets(self, wanted: Mapping[str, RuleSet]) -> None:
+        for name in sorted(self._rule_sets - wanted.keys()):
+            self._drop(f"rulesets/{name}.json")
+            self._rule_sets.discard(name)
+
+    def _remove_identities(self, ledger: Ledger) -> None:
+        if ledger is self._ledger:
+            return
+        keep = {str(number) for number in (*ledger.live.values(), *ledger.released)}
+        for name in sorted(self._identities.keys() - keep):
+            self._drop(f"identities/{name}.json")
+            del self._identities[name]
+        self._ledger = ledger
+
+    def _remove_slices(self) -> None:
+        ours = {
+            slice_name(table, EPOCH, shard, SHARDS) for table in TABLES for shard in range(SHARDS)
+        }
+        for name in sorted(self._slice_names - ours):
+            self._drop(f"stateslices/{name}.json")
+        self._slice_names &= ours
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    absent = object()
+    found = {
+        key
+        for key, entry in now.items()
+        if (held := before.get(key, absent)) is not entry and held != entry
+    }
+    found.update(before.keys() - now.keys())
+    return found
+
+
+def _says(spec: NodeStateSpec, content: NodeContent) -> bool:
+    return (
+        spec.format == FORMAT
+        and spec.mode == "Enforcing"
+        and spec.endpoints == content.endpoints
+        and spec.rule_sets == content.rule_sets
+        and spec.peer_sets == content.peer_sets
+        and spec.tables.keys() == set(TABLES)
+        and all((ref.epoch, ref.shards) == (EPOCH, SHARDS) for ref in spec.tables.values())
+    )

@@ -1,0 +1,454 @@
+"""Documents -> World: a small cluster made of what people wrote.
+
+Expands workloads into pods, places them, gives addresses. Deterministic; and stable:
+given the previous world, what did not change keeps its node and addresses, whatever
+was added or removed beside it. No I/O, no clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tidegate_api import users
+
+from tidegate_operator import identities, policies, services
+from tidegate_operator.manifests import Document, Key
+from tidegate_operator.objects import (
+    EMPTY_WORLD,
+    NAME_LABEL,
+    ContainerPort,
+    IdentityKey,
+    Node,
+    ObjectName,
+    Pod,
+    Policy,
+    UserIdentity,
+    World,
+)
+from tidegate_operator.problems import Problem, Source, at
+
+COMMAND_ANNOTATION = "tidegate.dev/command"
+DEFAULT_NODES = 2
+MAX_NODES = 64
+MAX_PODS = 10_000
+FIRST_SLOT = 2
+"""Slot 0 is the network's own address, 1 the node's inside its pod CIDR."""
+
+_NAMESPACE_UUID = uuid.UUID("6f0f2c1c-5d5b-5a0e-9a9e-74696465676d")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to lay the cluster out. CIDRs IPv4 first; each node takes a /24 and a /64."""
+
+    nodes: int | None = None
+    """None: as many as there are Node objects, or DEFAULT_NODES without any."""
+    pod_cidrs: tuple[str, ...] = ("10.244.0.0/16", "fd00:10:244::/56")
+    service_cidrs: tuple[str, ...] = ("10.96.0.0/16", "fd00:10:96::/112")
+    first_node: tuple[str, ...] = ("172.18.0.2", "fc00:f853:ccd:e793::2")
+    """Addresses of the first node; the others follow it."""
+
+
+DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A pod before it has a place. `node` "" = anywhere."""
+
+    namespace: str
+    name: str
+    labels: dict[str, str]
+    annotations: Mapping[str, str]
+    spec: users.PodSpec
+    node: str
+    workload: str
+    origin: object
+    source: Source
+
+
+def build(
+    documents: Iterable[Document], options: Options = DEFAULTS, previous: World | None = None
+) -> tuple[World, tuple[Problem, ...]]:
+    """One snapshot of `documents`, whose keys are distinct. Never raises for what they say."""
+    builder = _Builder(options, previous or EMPTY_WORLD)
+    return builder.build({document.key: document for document in documents})
+
+
+def _overlap(one: users.IPNetwork, other: users.IPNetwork) -> bool:
+    return one.version == other.version and one.overlaps(other)
+
+
+def _short(*parts: str) -> str:
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:6]
+
+
+def pod_uid(namespace: str, name: str) -> str:
+    return str(uuid.uuid5(_NAMESPACE_UUID, f"{namespace}/{name}"))
+
+
+@dataclass
+class _Builder:
+    options: Options
+    previous: World
+    problems: list[Problem] = field(default_factory=list)
+
+    def build(self, documents: Mapping[Key, Document]) -> tuple[World, tuple[Problem, ...]]:
+        by_kind: dict[str, list[Document]] = {}
+        for key in sorted(documents):
+            by_kind.setdefault(key.kind, []).append(documents[key])
+        nodes = self._nodes(by_kind.get("Node", []))
+        namespaces = self._namespaces(documents, by_kind.get("Namespace", []))
+        found = self._policies(by_kind.get("NetworkPolicy", []))
+        mentioned = frozenset(
+            key for item in found.values() for key in item.label_keys if identities.irrelevant(key)
+        )
+        wanted = self._expand(by_kind, sorted(nodes))
+        pods, cursors = _Placement(self, nodes, mentioned).place(wanted)
+        served = services.Builder(self.options.service_cidrs, self.previous)
+        served_services, endpoints = served.build(
+            by_kind.get("Service", []), by_kind.get("EndpointSlice", []), pods, nodes.values()
+        )
+        self.problems += served.problems
+        world = World(
+            nodes=nodes,
+            namespaces=namespaces,
+            pods=pods,
+            services=served_services,
+            endpoints=endpoints,
+            policies=found,
+            identities=self._identities(by_kind.get("Identity", []), mentioned),
+            sources={(*key,): document.source for key, document in documents.items()},
+            mentioned=mentioned,
+            pod_cidrs=self.options.pod_cidrs,
+            cursors=cursors,
+        )
+        return world, tuple(self.problems)
+
+    # ---- nodes, namespaces, policies, identities ----
+
+    def _nodes(self, documents: Sequence[Document]) -> dict[str, Node]:
+        names = [document.key.name for document in documents]
+        count = self.options.nodes or len(names) or DEFAULT_NODES
+        if count > MAX_NODES:
+            text = f"{count} nodes wanted; {MAX_NODES} are made"
+            self.problems.append(Problem(severity="error", message=text, remedy="use fewer"))
+            count = MAX_NODES
+        for document in documents[count:]:
+            self.problems.append(
+                at(
+                    document.source,
+                    "warning",
+                    f"is not made: only {count} nodes are wanted",
+                    object=str(document.key),
+                    remedy="raise --nodes or leave it out",
+                )
+            )
+        names = names[:count]
+        fillers = (f"node-{number}" for number in range(1, 2 * MAX_NODES + 1))
+        names += [name for name in fillers if name not in names][: count - len(names)]
+        known = {name: self.previous.nodes[name] for name in names if name in self.previous.nodes}
+        taken = {node.index for node in known.values()}
+        free = iter(index for index in range(MAX_NODES) if index not in taken)
+        return {
+            name: known[name] if name in known else self._node(name, next(free))
+            for name in sorted(names)
+        }
+
+    def _node(self, name: str, index: int) -> Node:
+        addresses = [ipaddress.ip_address(first) + index for first in self.options.first_node]
+        cidrs = []
+        for text in self.options.pod_cidrs:
+            whole = ipaddress.ip_network(text)
+            bits = 24 if whole.version == 4 else 64
+            base = whole.network_address + (index << (whole.max_prefixlen - bits))
+            cidrs.append(f"{base}/{bits}")
+        return Node(name, index, tuple(str(address) for address in addresses), tuple(cidrs))
+
+    def _namespaces(
+        self, documents: Mapping[Key, Document], declared: Sequence[Document]
+    ) -> dict[str, dict[str, str]]:
+        labels: dict[str, dict[str, str]] = {"default": {}}
+        for key, document in documents.items():
+            if key.namespace:
+                labels[key.namespace] = {}
+            elif isinstance(document.object, users.Identity) and document.object.spec.namespace:
+                labels[document.object.spec.namespace] = {}
+        for document in declared:
+            labels[document.key.name] = document.object.metadata.labels
+        return {
+            # Last, so that nobody's own label of that name counts (DESIGN invariant 10).
+            name: {**labels[name], NAME_LABEL: name}
+            for name in sorted(labels)
+        }
+
+    def _policies(self, documents: Sequence[Document]) -> dict[ObjectName, Policy]:
+        found = {}
+        for document in documents:
+            assert isinstance(document.object, users.NetworkPolicy)
+            name = ObjectName(document.key.namespace, document.key.name)
+            before = self.previous.policies.get(name)
+            if before is not None and before.origin is document.object:
+                found[name] = before
+                continue
+            now = policies.policy(name, document.object)
+            found[name] = now if before != now or before is None else before
+        return found
+
+    def _identities(
+        self, documents: Sequence[Document], mentioned: frozenset[str]
+    ) -> dict[str, UserIdentity]:
+        found: dict[str, UserIdentity] = {}
+        taken: list[tuple[users.IPNetwork, str]] = []
+        for document in documents:
+            assert isinstance(document.object, users.Identity)
+            name, spec = document.key.name, document.object.spec
+            if spec.namespace is not None and spec.labels is not None:
+                key = identities.identity_key(spec.namespace, spec.labels, mentioned)
+                found[name] = UserIdentity(name, key)
+                continue
+            networks = sorted({users.network(text) for text in spec.cidrs or ()}, key=str)
+            clash = self._clash(networks, taken)
+            if clash:
+                self.problems.append(
+                    at(
+                        document.source,
+                        "error",
+                        f"stalled: {clash}",
+                        object=str(document.key),
+                        field="spec.cidrs",
+                        remedy="name each outside address once, and no pod's",
+                    )
+                )
+                continue
+            taken += [(network, name) for network in networks]
+            key = IdentityKey("", (), tuple(map(str, networks)))
+            found[name] = UserIdentity(name, key)
+        return found
+
+    def _clash(
+        self, networks: Sequence[users.IPNetwork], taken: Sequence[tuple[users.IPNetwork, str]]
+    ) -> str:
+        pods = [ipaddress.ip_network(text) for text in self.options.pod_cidrs]
+        for network in networks:
+            for other, owner in taken:
+                if _overlap(network, other):
+                    return f"{network} overlaps {other} of Identity {owner}"
+            for other in pods:
+                if network.prefixlen >= other.prefixlen and _overlap(network, other):
+                    return f"{network} lies among the pods' addresses ({other})"
+        return ""
+
+    # ---- pods ----
+
+    def _expand(
+        self, by_kind: Mapping[str, list[Document]], nodes: Sequence[str]
+    ) -> dict[ObjectName, _Wanted]:
+        """Every pod by name. Pods written as such come first: a generated one gives way."""
+        found: dict[ObjectName, _Wanted] = {}
+        kinds = ("Pod", "StatefulSet", "DaemonSet", "Deployment", "ReplicaSet", "Job")
+        for kind in kinds:
+            for document in by_kind.get(kind, []):
+                for wanted in _pods_of(document, nodes):
+                    name = ObjectName(wanted.namespace, wanted.name)
+                    first = found.setdefault(name, wanted)
+                    if first is not wanted:
+                        self._report(wanted, f"pod {name} is also made by {first.workload}")
+                    elif len(found) > MAX_PODS:
+                        del found[name]
+                        self._report(wanted, f"more than {MAX_PODS} pods", "use fewer replicas")
+                        return found
+        return found
+
+    def _report(self, pod: _Wanted, message: str, remedy: str = "rename one of the two") -> None:
+        self.problems.append(
+            at(
+                pod.source,
+                "error",
+                message,
+                object=f"Pod {pod.namespace}/{pod.name}",
+                remedy=remedy,
+            )
+        )
+
+
+def _pods_of(document: Document, nodes: Sequence[str]) -> Iterator[_Wanted]:
+    kind, namespace, name = document.key
+    written = document.object
+    code = _short(kind, namespace, name)
+
+    def one(
+        template: users.PodTemplate | users.Pod,
+        pod: str,
+        own: dict[str, str],
+        node: str | None = None,
+    ) -> _Wanted:
+        return _Wanted(
+            namespace=namespace,
+            name=pod,
+            labels={**template.metadata.labels, **own},
+            annotations=template.metadata.annotations,
+            spec=template.spec,
+            node=template.spec.node_name if node is None else node,
+            workload=f"{kind} {name}",
+            origin=written,
+            source=document.source,
+        )
+
+    match written:
+        case users.Pod():
+            yield one(written, name, {})
+        case users.StatefulSet():
+            start = written.spec.ordinals.start
+            for ordinal in range(start, start + min(written.spec.replicas, MAX_PODS + 1)):
+                own = {
+                    "statefulset.kubernetes.io/pod-name": f"{name}-{ordinal}",
+                    "apps.kubernetes.io/pod-index": str(ordinal),
+                    "controller-revision-hash": code,
+                }
+                yield one(written.spec.template, f"{name}-{ordinal}", own)
+        case users.DaemonSet():
+            for node in nodes:
+                pod = f"{name}-{_short(kind, namespace, name, node)}"
+                yield one(written.spec.template, pod, {"controller-revision-hash": code}, node)
+        case users.Deployment() | users.ReplicaSet():
+            # The hash names the workload, not the template: an edited template changes
+            # its pods in place instead of replacing them.
+            for index in range(min(written.spec.replicas, MAX_PODS + 1)):
+                own = {"pod-template-hash": code}
+                yield one(written.spec.template, f"{name}-{code}-{index}", own)
+        case users.Job():
+            spec = written.spec
+            count = 0 if spec.suspend else min(spec.parallelism, MAX_PODS + 1)
+            if spec.completions is not None:
+                count = min(count, spec.completions)
+            own = {"job-name": name, "batch.kubernetes.io/job-name": name}
+            for index in range(count):
+                yield one(spec.template, f"{name}-{code}-{index}", own)
+
+
+class _Placement:
+    """Gives every wanted pod a node and addresses."""
+
+    def __init__(
+        self, builder: _Builder, nodes: dict[str, Node], mentioned: frozenset[str]
+    ) -> None:
+        self._builder = builder
+        self._nodes = nodes
+        self._mentioned = mentioned
+        self._load = dict.fromkeys(nodes, 0)
+        self._used: dict[str, set[int]] = {name: set() for name in nodes}
+        before = builder.previous.cursors
+        self._cursors = {name: before.get(name, FIRST_SLOT - 1) for name in nodes}
+        self._networks = {
+            name: tuple(map(ipaddress.ip_network, node.pod_cidrs)) for name, node in nodes.items()
+        }
+        # The last address of an IPv4 network is its broadcast address.
+        self._slots = {
+            name: min((net.num_addresses for net in networks), default=2) - 1
+            for name, networks in self._networks.items()
+        }
+
+    def place(
+        self, wanted: Mapping[ObjectName, _Wanted]
+    ) -> tuple[dict[ObjectName, Pod], dict[str, int]]:
+        names = sorted(wanted)
+        places: dict[ObjectName, tuple[str, int]] = {}
+        for name in names:  # who stays is settled before anybody new is placed
+            pod, before = wanted[name], self._builder.previous.pods.get(name)
+            if before is None or before.node not in self._nodes:
+                continue
+            if pod.node in ("", before.node):
+                keeps = before.host_network == pod.spec.host_network
+                places[name] = (before.node, before.slot if keeps else -1)
+                self._load[before.node] += 1
+                if keeps:
+                    self._used[before.node].add(before.slot)
+        for name in names:
+            if name not in places and wanted[name].node in self._nodes:
+                places[name] = (wanted[name].node, -1)
+                self._load[wanted[name].node] += 1
+        pods: dict[ObjectName, Pod] = {}
+        for name in names:
+            made = self._make(name, wanted[name], places.get(name))
+            if made is not None:
+                pods[name] = made
+        return pods, self._cursors
+
+    def _make(self, name: ObjectName, pod: _Wanted, place: tuple[str, int] | None) -> Pod | None:
+        if place is None:
+            if pod.node:
+                known = ", ".join(sorted(self._nodes))
+                self._builder._report(
+                    pod,
+                    f"stays pending: there is no node {pod.node}",
+                    f"use one of {known}, add a Node of that name, or remove nodeName",
+                )
+                return None
+            node = min(self._load, key=lambda name: (self._load[name], name))
+            self._load[node] += 1
+            place = (node, -1)
+        node, slot = place
+        if slot < 0:
+            slot = 0 if pod.spec.host_network else self._next_slot(node)
+            if slot < 0:
+                text = f"stays pending: node {node} has no free address"
+                self._builder._report(pod, text, "use more nodes or fewer pods")
+                return None
+        before = self._builder.previous.pods.get(name)
+        if (
+            before is not None
+            and before.origin is pod.origin
+            and (before.node, before.slot) == (node, slot)
+            and self._mentioned == self._builder.previous.mentioned
+        ):
+            return before
+        made = self._pod(pod, node, slot)
+        return before if before is not None and before == made else made
+
+    def _next_slot(self, node: str) -> int:
+        used, last = self._used[node], self._cursors[node]
+        span = self._slots[node] - FIRST_SLOT
+        for step in range(span):
+            slot = FIRST_SLOT + (last - FIRST_SLOT + 1 + step) % span
+            if slot not in used:
+                used.add(slot)
+                self._cursors[node] = slot
+                return slot
+        return -1
+
+    def _pod(self, pod: _Wanted, node: str, slot: int) -> Pod:
+        if pod.spec.host_network:
+            addresses = self._nodes[node].addresses
+        else:
+            addresses = tuple(str(net.network_address + slot) for net in self._networks[node])
+        key: IdentityKey = identities.identity_key(pod.namespace, pod.labels, self._mentioned)
+        return Pod(
+            uid=pod_uid(pod.namespace, pod.name),
+            namespace=pod.namespace,
+            name=pod.name,
+            labels=pod.labels,
+            node=node,
+            addresses=addresses,
+            ports=_ports(pod.spec),
+            host_network=pod.spec.host_network,
+            workload=pod.workload,
+            command=pod.annotations.get(COMMAND_ANNOTATION, ""),
+            slot=slot,
+            identity=key,
+            origin=pod.origin,
+        )
+
+
+def _ports(spec: users.PodSpec) -> tuple[ContainerPort, ...]:
+    """The pod's ports, once each, the first name of a number winning."""
+    found: dict[tuple[int, str, str], ContainerPort] = {}
+    for container in (*spec.containers, *spec.init_containers):
+        for port in container.ports:
+            made = ContainerPort(port.container_port, port.protocol, port.name)
+            found.setdefault((made.port, made.protocol, made.name), made)
+    return tuple(found[key] for key in sorted(found))
