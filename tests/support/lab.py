@@ -15,10 +15,22 @@ from tidegate_bpf import Codec, LoadedObject, Map, MapType, ObjectFile, SkbConte
 
 BUILD = Path(__file__).parents[2] / "datapath" / "build"
 PASS, DROP, REDIRECT = -1, 2, 7
-STRUCTS = (
-    "tg_node_key tg_endpoint tg_rule_key tg_rule tg_prefix tg_ipcache tg_frontend_key tg_frontend "
-    "tg_backend tg_ct_key tg_ct tg_control tg_counter tg_event"
-).split()
+STRUCTS = [
+    "tg_node_key",
+    "tg_endpoint",
+    "tg_rule_key",
+    "tg_rule",
+    "tg_prefix",
+    "tg_ipcache",
+    "tg_frontend_key",
+    "tg_frontend",
+    "tg_backend",
+    "tg_ct_key",
+    "tg_ct",
+    "tg_control",
+    "tg_counter",
+    "tg_event",
+]
 U32 = struct.Struct("=I")
 HAIRPIN4, HAIRPIN6 = "169.254.42.1", "fd74:6964:6567:6174::1"
 
