@@ -1,14 +1,102 @@
-# Everything a developer or CI runs. `make help` lists it.
+# Everything a user, a developer or CI runs. `make help` lists it.
 SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
 CLANG := clang-19
-MULTIARCH := $(shell gcc -print-multiarch 2>/dev/null)
-OBJECTS := $(patsubst datapath/%.bpf.c,datapath/build/%.o,$(wildcard datapath/*.bpf.c))
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_DIR ?= /run/tidegate
+EXAMPLE ?= examples/shop
+# Installed only where missing; `apt-get` is not called otherwise.
+BUILD_PACKAGES := python3-venv $(CLANG) libbpf1 libbpf-dev linux-libc-dev libc6-dev
+TEST_PACKAGES := iproute2 qemu-system-x86 busybox-static cpio
+SOURCES := $(wildcard datapath/*.bpf.c)
+OBJECTS := $(SOURCES:datapath/%.bpf.c=datapath/build/%.o)
 HEADERS := $(wildcard datapath/include/tidegate/*.h)
-BPF_CFLAGS := -O2 -g -Wall -Wextra -Werror -target bpf -mcpu=v3 -Idatapath/include $(if $(MULTIARCH),-isystem /usr/include/$(MULTIARCH))
+MULTIARCH = $(shell gcc -print-multiarch)
+BPF_CFLAGS = -O2 -g -Wall -Wextra -Werror -target bpf -mcpu=v3 -Idatapath/include -isystem /usr/include/$(MULTIARCH)
+say = @printf '\033[1m==>\033[0m %s\n'
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: objects
-objects: $(OBJECTS)
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-datapath/build/%.o: datapath/%.bpf.c $(HEADERS)
+# ---- what the project needs on a machine -------------------------------------------
+
+# install-packages LIST: those of the list that dpkg does not know as installed
+define install-packages
+missing=(); for p in $(1); do [[ "$$(dpkg-query -W -f '$${Status}' $$p 2>/dev/null)" == *' installed' ]] || missing+=($$p); done; \
+if (( $${#missing[@]} )); then \
+  printf '\033[1m==>\033[0m installing Debian packages: %s\n' "$${missing[*]}"; \
+  export DEBIAN_FRONTEND=noninteractive; \
+  apt-get update -qq; apt-get install -y -qq --no-install-recommends "$${missing[@]}" > .cache/apt.log 2>&1 || { tail -n 20 .cache/apt.log; exit 1; }; \
+fi
+endef
+
+.cache:
+	@mkdir -p $@
+
+.cache/build-packages: Makefile | .cache
+	@$(call install-packages,$(BUILD_PACKAGES))
+	@touch $@
+
+.cache/test-packages: Makefile | .cache
+	@$(call install-packages,$(TEST_PACKAGES))
+	@touch $@
+
+$(BIN)/.installed: pyproject.toml .cache/build-packages
+	$(say) "installing Python packages into $(VENV)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+datapath/build/%.o: datapath/%.bpf.c $(HEADERS) | .cache/build-packages
+	$(say) "compiling $<"
 	@mkdir -p datapath/build
-	$(CLANG) $(BPF_CFLAGS) -c $< -o $@
+	@$(CLANG) $(BPF_CFLAGS) -c $< -o $@
+
+.PHONY: objects install
+objects: $(OBJECTS) ## compile the eBPF objects
+
+install: $(BIN)/.installed $(OBJECTS) ## packages, .venv and objects
+
+# ---- run ------------------------------------------------------------------------------
+
+.PHONY: demo demo-down
+demo: install ## bring an example up on this machine and show it
+	@$(BIN)/tidegate --run-dir $(RUN_DIR) demo $(EXAMPLE)
+
+demo-down: install ## remove everything that `make demo` made
+	@$(BIN)/tidegate --run-dir $(RUN_DIR) down
+
+# ---- check -----------------------------------------------------------------------------
+
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: lint check test soak bench
+lint: install
+	$(say) "ruff, mypy, import contracts"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check -q .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo | tail -n 3
+
+check: lint ## the inner loop: lint, types, import contracts, fast tests
+	$(say) "fast tests"
+	@$(PYTEST) -q -n 2 -m 'not kernel and not cluster and not slow'
+
+test: lint .cache/test-packages ## every test, on the real kernel with real packets
+	$(say) "all tests (eBPF programs, network namespaces, real packets)"
+	@$(PYTEST) -q -m 'not cluster' -n 2
+	@$(PYTEST) -q -m cluster
+
+soak: install .cache/test-packages ## the long campaigns in full; writes soak/results.json
+	$(say) "campaigns in full; this takes long"
+	@TIDEGATE_SOAK=1 $(PYTEST) -q -m slow
+
+bench: install .cache/test-packages ## measure; writes bench/results.json
+	@$(BIN)/python bench/run.py
