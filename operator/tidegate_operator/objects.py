@@ -214,6 +214,14 @@ class EndpointPort:
 
 
 @dataclass(frozen=True)
+class Endpoints:
+    """Where a Service leads. `notes`: what is odd about it, (field, message, remedy)."""
+
+    ports: tuple[EndpointPort, ...]
+    notes: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class UserIdentity:
     """A user-made Identity: pods to come (pre-warming), or hosts outside."""
 
@@ -230,7 +238,7 @@ class World:
     """name -> labels, NAME_LABEL included."""
     pods: dict[ObjectName, Pod]
     services: dict[ObjectName, Service]
-    endpoints: dict[ObjectName, tuple[EndpointPort, ...]]
+    endpoints: dict[ObjectName, Endpoints]
     policies: dict[ObjectName, Policy]
     identities: dict[str, UserIdentity]
     sources: dict[tuple[str, str, str], Source]
@@ -239,8 +247,13 @@ class World:
     """Pod label keys that some selector mentions: always identity-relevant."""
     pod_cidrs: tuple[str, ...]
     """Every address that a pod may ever have."""
+    sliced: frozenset[ObjectName]
+    """Services whose endpoints are written as EndpointSlices, not derived."""
+    expansions: dict[tuple[str, str, str], tuple[object, object]]
+    """The world builder's own cache: (kind, namespace, name) -> what it was made from,
+    what it came to."""
     cursors: dict[str, int]
     """node -> the slot given last; addresses rest until the range has gone round."""
 
 
-EMPTY_WORLD = World({}, {}, {}, {}, {}, {}, {}, {}, frozenset(), (), {})
+EMPTY_WORLD = World({}, {}, {}, {}, {}, {}, {}, {}, frozenset(), (), frozenset(), {}, {})

@@ -39,7 +39,7 @@ from tidegate_api.state import (
 )
 
 from tidegate_operator.compile import Desired, NodeContent
-from tidegate_operator.identities import Ledger
+from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.objects import IdentityKey
 from tidegate_operator.problems import Problem
 
@@ -334,10 +334,19 @@ class Publisher:
     def _write_identities(self, ledger: Ledger) -> None:
         if ledger is self._ledger:
             return
-        for number, item in ledger_objects(ledger).items():
-            if self._identities.get(str(number)) != item:
+        before = self._ledger or EMPTY_LEDGER
+        fresh = [
+            identity_object(number, key)
+            for key, number in ledger.live.items() - before.live.items()
+        ]
+        fresh += [
+            identity_object(number, key, count)
+            for number, (key, count) in ledger.released.items() - before.released.items()
+        ]
+        for item in sorted(fresh, key=lambda item: int(item.metadata.name)):
+            if self._identities.get(item.metadata.name) != item:
                 self._put(path_of(item), encode(item))
-                self._identities[str(number)] = item
+                self._identities[item.metadata.name] = item
 
     def _write_rule_sets(self, wanted: Mapping[str, RuleSet]) -> None:
         for name in wanted.keys() - self._rule_sets:
@@ -367,18 +376,19 @@ class Publisher:
 
     def _write_table(self, table: Table, wanted: Mapping[str, Any]) -> None:
         state = self._tables[table]
-        dirty = {shard_of(key, SHARDS) for key in _differing(state.content, wanted)}
-        dirty.update(shard for shard, part in enumerate(state.shards) if part is None)
-        if not dirty:
-            state.content = dict(wanted)  # equal, but the objects that the next diff compares
-            return
-        parts: dict[int, dict[str, Any]] = {shard: {} for shard in dirty}
-        for key, entry in wanted.items():
-            part = parts.get(shard_of(key, SHARDS))
-            if part is not None:
-                part[key] = entry
+        parts: dict[int, dict[str, Any]] = {}
+        for key in _differing(state.content, wanted):
+            shard = shard_of(key, SHARDS)
+            part = parts.setdefault(shard, dict(state.shards[shard] or {}))
+            if key in wanted:
+                part[key] = wanted[key]
+            else:
+                part.pop(key, None)
+        for shard, held in enumerate(state.shards):
+            if held is None:
+                parts.setdefault(shard, {})
         revision = state.revision + 1
-        for shard in sorted(dirty):
+        for shard in sorted(parts):
             item = slice_object(table, shard, revision, parts[shard])
             self._put(path_of(item), encode(item))
             self._slice_names.add(item.metadata.name)
@@ -387,6 +397,8 @@ class Publisher:
                 state.content.pop(key, None)
             state.content.update(parts[shard])
             state.shards[shard] = parts[shard]
+        # Equal to what is there, but the very objects that the next diff will compare.
+        state.content = dict(wanted)
 
     def _write_nodes(self, wanted: Mapping[str, NodeContent]) -> None:
         revisions = {table: self._tables[table].revision for table in TABLES}

@@ -16,6 +16,7 @@ from tidegate_api import users
 from tidegate_operator.manifests import Document
 from tidegate_operator.objects import (
     EndpointPort,
+    Endpoints,
     Node,
     ObjectName,
     Pod,
@@ -38,7 +39,7 @@ def family_of(address: str) -> Family:
 
 
 class Builder:
-    """One build; `problems` is complete after `build`."""
+    """One build; `problems` and `sliced` are complete after `build`."""
 
     def __init__(self, cidrs: Sequence[str], previous: World) -> None:
         networks = [ipaddress.ip_network(text) for text in cidrs]
@@ -46,6 +47,7 @@ class Builder:
         self._previous = previous
         self._taken: dict[str, ObjectName] = {}
         self.problems: list[Problem] = []
+        self.sliced: frozenset[ObjectName] = frozenset()
 
     def build(
         self,
@@ -53,7 +55,7 @@ class Builder:
         slices: Sequence[Document],
         pods: Mapping[ObjectName, Pod],
         nodes: Iterable[Node],
-    ) -> tuple[dict[ObjectName, Service], dict[ObjectName, tuple[EndpointPort, ...]]]:
+    ) -> tuple[dict[ObjectName, Service], dict[ObjectName, Endpoints]]:
         held: dict[ObjectName, users.Service] = {}
         sources: dict[ObjectName, Source] = {}
         for document in written:
@@ -66,13 +68,27 @@ class Builder:
         explicit = {name: self._explicit(name, held[name].spec, ranges) for name in held}
         services = {name: self._service(name, held[name], explicit[name]) for name in held}
         by_slice = _slices(slices)
-        index = _Index(pods)
         endpoints = {}
+        select = _Select(pods, self._previous.pods)
         for name, service in services.items():
-            made = self._endpoints(service, by_slice.get(name), index)
-            before = self._previous.endpoints.get(name)
-            endpoints[name] = before if before is not None and before == made else made
+            made = self._reusable(service, name in by_slice, select)
+            if made is None:
+                made = _endpoints(service, by_slice.get(name), select)
+                before = self._previous.endpoints.get(name)
+                made = before if before is not None and before == made else made
+            endpoints[name] = made
+            for note in made.notes:
+                self._report(name, *note)
+        self.sliced = frozenset(by_slice)
         return services, endpoints
+
+    def _reusable(self, service: Service, sliced: bool, select: _Select) -> Endpoints | None:
+        """The endpoints of the previous world, if nothing they depend on has changed."""
+        if sliced or self._previous.services.get(service.name) is not service:
+            return None
+        if service.name in self._previous.sliced or select.changed(service):
+            return None
+        return self._previous.endpoints.get(service.name)
 
     # ---- cluster IPs ----
 
@@ -132,6 +148,9 @@ class Builder:
             addresses = tuple(
                 self._address(name, family, explicit) for family in _families(spec, explicit)
             )
+        before = self._previous.services.get(name)
+        if before is not None and before.origin is written and before.cluster_ips == addresses:
+            return before
         made = Service(
             name=name,
             type=spec.type,
@@ -148,7 +167,6 @@ class Builder:
             cluster_ips=addresses,
             origin=written,
         )
-        before = self._previous.services.get(name)
         return before if before is not None and before == made else made
 
     def _address(self, name: ObjectName, family: Family, explicit: Sequence[str]) -> str:
@@ -191,37 +209,40 @@ class Builder:
         if spec.external_ips:
             self._report(name, "spec.externalIPs", "are not yet served")
 
-    # ---- endpoints ----
 
-    def _endpoints(
-        self, service: Service, written: list[users.EndpointSlice] | None, index: _Index
-    ) -> tuple[EndpointPort, ...]:
-        if written is None and service.selector is None:
-            if service.type != "ExternalName":
-                text = "has no selector and no EndpointSlice: it has no endpoints"
-                remedy = f"add a selector, or an EndpointSlice labelled {SERVICE_NAME_LABEL}"
-                self._report(service.name, "spec.selector", text, remedy)
-            return ()
-        pods: list[Pod] = []
-        if written is None and service.selector is not None:
-            pods = index.select(service.name.namespace, service.selector)
-            if not pods:
-                text = "selects no pod now"
-                remedy = "compare the selector with the pods' labels"
-                self._report(service.name, "spec.selector", text, remedy)
-        found = []
-        for address in service.cluster_ips:
-            family = family_of(address)
-            for port in service.ports:
-                if written is not None:
-                    backends = _from_slices(port, family, written)
-                else:
-                    backends = _from_pods(port, family, pods)
-                    if pods and not backends:
-                        text = f"no pod it selects has a port named {port.target!r}"
-                        self._report(service.name, "spec.ports", text, "name a container port so")
-                found.append(EndpointPort(port.port, port.protocol, family, backends))
-        return tuple(found)
+# ---- Endpoints ---------------------------------------------------------------------
+
+
+def _endpoints(
+    service: Service, written: list[users.EndpointSlice] | None, select: _Select
+) -> Endpoints:
+    notes: list[tuple[str, str, str]] = []
+    pods: list[Pod] = []
+    if written is None and service.selector is None:
+        if service.type != "ExternalName":
+            text = "has no selector and no EndpointSlice: it has no endpoints"
+            remedy = f"add a selector, or an EndpointSlice labelled {SERVICE_NAME_LABEL}"
+            notes.append(("spec.selector", text, remedy))
+        return Endpoints((), tuple(notes))
+    if written is None and service.selector is not None:
+        pods = select.pods(service.name.namespace, service.selector)
+        if not pods:
+            remedy = "compare the selector with the pods' labels"
+            notes.append(("spec.selector", "selects no pod now", remedy))
+    found = []
+    for address in service.cluster_ips:
+        family = family_of(address)
+        for place, port in enumerate(service.ports):
+            if written is not None:
+                backends = _from_slices(port, family, written)
+            else:
+                backends = _from_pods(port, family, pods)
+                if pods and not backends:
+                    field = f"spec.ports[{place}].targetPort"
+                    text = f"no pod it selects has a port named {port.target!r}"
+                    notes.append((field, text, "give a container port that name"))
+            found.append(EndpointPort(port.port, port.protocol, family, backends))
+    return Endpoints(tuple(found), tuple(dict.fromkeys(notes)))
 
 
 def _families(spec: users.ServiceSpec, explicit: Sequence[str]) -> list[Family]:
@@ -282,17 +303,47 @@ def _from_slices(
     return tuple(sorted(found))
 
 
-class _Index:
-    """Pods by (namespace, label, value): a selector looks only at its rarest pair."""
+class _Select:
+    """Pods by the selector of a Service. The index is made only if it will pay."""
 
-    def __init__(self, pods: Mapping[ObjectName, Pod]) -> None:
-        self._pods: dict[tuple[str, str, str], list[Pod]] = {}
-        for pod in pods.values():
-            for key, value in pod.labels.items():
-                self._pods.setdefault((pod.namespace, key, value), []).append(pod)
+    FEW = 8
+    """So many selections scan all pods; more make the index."""
 
-    def select(self, namespace: str, selector: Mapping[str, str]) -> list[Pod]:
+    def __init__(self, pods: Mapping[ObjectName, Pod], before: Mapping[ObjectName, Pod]) -> None:
+        self._all = pods
+        self._count = 0
+        self._index: dict[tuple[str, str, str], list[Pod]] | None = None
+        # Both what a changed pod was and what it is: it may leave a Service or join one.
+        self._changes = [pod for name, pod in pods.items() if before.get(name) is not pod]
+        self._changes += [pod for name, pod in before.items() if pods.get(name) is not pod]
+
+    def changed(self, service: Service) -> bool:
+        """Has a pod that the Service selects, or did, changed since the previous world?"""
+        selector = service.selector
+        return selector is not None and any(
+            pod.namespace == service.name.namespace and selector.items() <= pod.labels.items()
+            for pod in self._changes
+        )
+
+    def pods(self, namespace: str, selector: Mapping[str, str]) -> list[Pod]:
         """Pods that carry every pair; `selector` is not empty."""
-        lists = [self._pods.get((namespace, *pair), []) for pair in selector.items()]
-        rarest = min(lists, key=len)
-        return [pod for pod in rarest if selector.items() <= pod.labels.items()]
+        self._count += 1
+        if self._count <= self.FEW:
+            candidates: Iterable[Pod] = self._all.values()
+        else:
+            index = self._index = self._index or self._make_index()
+            lists = [index.get((namespace, *pair), []) for pair in selector.items()]
+            rarest: list[Pod] = min(lists, key=len)
+            candidates = rarest
+        return [
+            pod
+            for pod in candidates
+            if pod.namespace == namespace and selector.items() <= pod.labels.items()
+        ]
+
+    def _make_index(self) -> dict[tuple[str, str, str], list[Pod]]:
+        found: dict[tuple[str, str, str], list[Pod]] = {}
+        for pod in self._all.values():
+            for key, value in pod.labels.items():
+                found.setdefault((pod.namespace, key, value), []).append(pod)
+        return found

@@ -12,6 +12,7 @@ import ipaddress
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from tidegate_api import users
 
@@ -66,9 +67,8 @@ class _Wanted:
     annotations: Mapping[str, str]
     spec: users.PodSpec
     node: str
-    workload: str
+    workload: Key
     origin: object
-    source: Source
 
 
 def build(
@@ -96,9 +96,12 @@ class _Builder:
     options: Options
     previous: World
     problems: list[Problem] = field(default_factory=list)
+    _expansions: dict[tuple[str, str, str], tuple[object, object]] = field(default_factory=dict)
+    _sources: dict[Key, Source] = field(default_factory=dict)
 
     def build(self, documents: Mapping[Key, Document]) -> tuple[World, tuple[Problem, ...]]:
         by_kind: dict[str, list[Document]] = {}
+        self._sources = {key: document.source for key, document in documents.items()}
         for key in sorted(documents):
             by_kind.setdefault(key.kind, []).append(documents[key])
         nodes = self._nodes(by_kind.get("Node", []))
@@ -122,9 +125,11 @@ class _Builder:
             endpoints=endpoints,
             policies=found,
             identities=self._identities(by_kind.get("Identity", []), mentioned),
-            sources={(*key,): document.source for key, document in documents.items()},
+            sources={(*key,): source for key, source in self._sources.items()},
             mentioned=mentioned,
             pod_cidrs=self.options.pod_cidrs,
+            sliced=served.sliced,
+            expansions=self._expansions,
             cursors=cursors,
         )
         return world, tuple(self.problems)
@@ -253,7 +258,7 @@ class _Builder:
         kinds = ("Pod", "StatefulSet", "DaemonSet", "Deployment", "ReplicaSet", "Job")
         for kind in kinds:
             for document in by_kind.get(kind, []):
-                for wanted in _pods_of(document, nodes):
+                for wanted in self._pods_of(document, nodes):
                     name = ObjectName(wanted.namespace, wanted.name)
                     first = found.setdefault(name, wanted)
                     if first is not wanted:
@@ -264,10 +269,20 @@ class _Builder:
                         return found
         return found
 
+    def _pods_of(self, document: Document, nodes: Sequence[str]) -> Sequence[_Wanted]:
+        """The document's pods; the very same values while nothing of it has changed."""
+        across = tuple(nodes) if document.key.kind == "DaemonSet" else ()
+        made_from = (document.object, across)
+        held = self.previous.expansions.get(document.key)
+        if held is None or held[0] != made_from:
+            held = (made_from, tuple(_pods_of(document, nodes)))
+        self._expansions[document.key] = held
+        return cast(Sequence[_Wanted], held[1])
+
     def _report(self, pod: _Wanted, message: str, remedy: str = "rename one of the two") -> None:
         self.problems.append(
             at(
-                pod.source,
+                self._sources[pod.workload],
                 "error",
                 message,
                 object=f"Pod {pod.namespace}/{pod.name}",
@@ -294,9 +309,8 @@ def _pods_of(document: Document, nodes: Sequence[str]) -> Iterator[_Wanted]:
             annotations=template.metadata.annotations,
             spec=template.spec,
             node=template.spec.node_name if node is None else node,
-            workload=f"{kind} {name}",
+            workload=document.key,
             origin=written,
-            source=document.source,
         )
 
     match written:
@@ -436,7 +450,7 @@ class _Placement:
             addresses=addresses,
             ports=_ports(pod.spec),
             host_network=pod.spec.host_network,
-            workload=pod.workload,
+            workload=f"{pod.workload.kind} {pod.workload.name}",
             command=pod.annotations.get(COMMAND_ANNOTATION, ""),
             slot=slot,
             identity=key,

@@ -6,7 +6,6 @@ while they are the same ones; entries that a pass did not use are dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from msgspec import UNSET
@@ -32,7 +31,7 @@ from tidegate_operator.compile.rules import (
 from tidegate_operator.identities import Ledger
 from tidegate_operator.objects import (
     Direction,
-    EndpointPort,
+    Endpoints,
     IdentityKey,
     ObjectName,
     Pod,
@@ -81,6 +80,8 @@ class _Subject:
     selecting: tuple[Policy, ...]
     ingress: Compiled | None
     egress: Compiled | None
+    parts: tuple[Compiled, ...]
+    """Those of the two that there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,12 @@ class _Facts:
 
     policy: Policy
     inexpressible: tuple[Inexpressible, ...]
-    peers: tuple[tuple[str, PodPeer], ...]
+    peers: tuple[tuple[str, str, PodPeer], ...]
+    """(field, name of the set, selector)"""
 
 
 _PodCache = tuple[Pod, int, _Subject, Endpoint, tuple[IPCacheEntry, ...]]
-_ServiceCache = tuple[Service, tuple[EndpointPort, ...], list[ServicePort]]
+_ServiceCache = tuple[Service, Endpoints, list[ServicePort]]
 _RuleSetKey = tuple[Direction, tuple[int, ...]]
 
 
@@ -104,7 +106,7 @@ class Compiler:
         self._peers = PeerSets()
         self._candidates: dict[str, tuple[Policy, ...]] = {}
         self._subjects: dict[IdentityKey, _Subject] = {}
-        self._rule_sets: dict[_RuleSetKey, tuple[tuple[Policy, ...], Compiled]] = {}
+        self._rule_sets: dict[_RuleSetKey, Compiled] = {}
         self._pods: dict[ObjectName, _PodCache] = {}
         self._services: dict[ObjectName, _ServiceCache] = {}
         self._facts: dict[ObjectName, _Facts] = {}
@@ -113,7 +115,7 @@ class Compiler:
         self._candidates = self._policies_by_namespace(world)
         self._subjects = self._all_subjects(world)
         self._facts = self._all_facts(world)
-        used = {peer: None for facts in self._facts.values() for _, peer in facts.peers}
+        used = {name: peer for facts in self._facts.values() for _, name, peer in facts.peers}
         self._peers.update(used, ledger.live, world.namespaces)
         self._pods = {
             name: self._pod(name, pod, ledger.live[pod.identity])
@@ -147,54 +149,41 @@ class Compiler:
 
     def _all_subjects(self, world: World) -> dict[IdentityKey, _Subject]:
         """Host-network pods too: for them only `selecting` is of use, to say so."""
-        before, kept = self._subjects, self._rule_sets
-        self._rule_sets = {}
         found: dict[IdentityKey, _Subject] = {}
         for pod in world.pods.values():
             key = pod.identity
-            if key not in found:
-                candidates = self._candidates.get(key.namespace, ())
-                found[key] = self._subject(key, candidates, before.get(key), kept)
+            if key in found:
+                continue
+            candidates = self._candidates.get(key.namespace, ())
+            before = self._subjects.get(key)
+            if before is not None and before.candidates is candidates:
+                found[key] = before
+            else:
+                found[key] = self._subject(key, candidates, before)
+        used = {id(part) for subject in found.values() for part in subject.parts}
+        for name in [name for name, part in self._rule_sets.items() if id(part) not in used]:
+            del self._rule_sets[name]
         return found
 
     def _subject(
-        self,
-        key: IdentityKey,
-        candidates: tuple[Policy, ...],
-        before: _Subject | None,
-        kept: Mapping[_RuleSetKey, tuple[tuple[Policy, ...], Compiled]],
+        self, key: IdentityKey, candidates: tuple[Policy, ...], before: _Subject | None
     ) -> _Subject:
-        if before is not None and before.candidates is candidates:
-            selecting = before.selecting
-        else:
-            selecting = _selecting(key, candidates, before)
-        ingress = self._rules("Ingress", selecting, kept)
-        egress = self._rules("Egress", selecting, kept)
-        made = _Subject(candidates, selecting, ingress, egress)
-        if before is not None and (before.candidates, before.ingress, before.egress) == (
-            candidates,
-            ingress,
-            egress,
-        ):
-            return before
-        return made
+        selecting = _selecting(key, candidates, before)
+        ingress = self._rules("Ingress", selecting)
+        egress = self._rules("Egress", selecting)
+        parts = tuple(part for part in (ingress, egress) if part is not None)
+        return _Subject(candidates, selecting, ingress, egress, parts)
 
-    def _rules(
-        self,
-        direction: Direction,
-        selecting: tuple[Policy, ...],
-        kept: Mapping[_RuleSetKey, tuple[tuple[Policy, ...], Compiled]],
-    ) -> Compiled | None:
+    def _rules(self, direction: Direction, selecting: tuple[Policy, ...]) -> Compiled | None:
         isolating = tuple(policy for policy in selecting if policy.rules(direction) is not None)
         if not isolating:
             return None
+        # The result holds the policies, so no other object can take their ids.
         key = (direction, tuple(map(id, isolating)))
-        held = self._rule_sets.get(key) or kept.get(key)
+        held = self._rule_sets.get(key)
         if held is None:
-            held = (isolating, compile_rules(direction, isolating))
-        # Holding the policies keeps their ids from being given to others.
-        self._rule_sets[key] = held
-        return held[1]
+            held = self._rule_sets[key] = compile_rules(direction, isolating)
+        return held
 
     # ---- what comes of each object ----
 
@@ -210,8 +199,8 @@ class Compiler:
             name=pod.name,
             identity=number,
             addresses=list(pod.addresses),
-            ingress=ingress.rule_set.metadata.name if ingress is not None else UNSET,
-            egress=egress.rule_set.metadata.name if egress is not None else UNSET,
+            ingress=ingress.name if ingress is not None else UNSET,
+            egress=egress.name if egress is not None else UNSET,
         )
         entries = tuple(
             IPCacheEntry(cidr=_host(address), identity=number, node=pod.node)
@@ -221,9 +210,7 @@ class Compiler:
             entries = held[4]
         return pod, number, subject, endpoint, entries
 
-    def _service(
-        self, name: ObjectName, service: Service, endpoints: tuple[EndpointPort, ...]
-    ) -> _ServiceCache:
+    def _service(self, name: ObjectName, service: Service, endpoints: Endpoints) -> _ServiceCache:
         held = self._services.get(name)
         if held is not None and held[0] is service and held[1] is endpoints:
             return held
@@ -246,7 +233,7 @@ class Compiler:
                     Backend(address=address, port=number) for address, number in port.backends
                 ],
             )
-            for port in endpoints
+            for port in endpoints.ports
         ]
         ports.sort(
             key=lambda port: (
@@ -260,40 +247,26 @@ class Compiler:
     # ---- the whole ----
 
     def _in_force(self) -> tuple[dict[str, RuleSet], dict[str, PeerSet]]:
-        rule_sets: dict[str, RuleSet] = {}
-        peers: dict[str, PeerSet] = {}
-        compiled = {
-            id(part): part
-            for _, _, subject, _, _ in self._pods.values()
-            for part in (subject.ingress, subject.egress)
-            if part is not None
+        used = {
+            id(part): part for _, _, subject, _, _ in self._pods.values() for part in subject.parts
         }
-        for part in compiled.values():
-            rule_sets[part.rule_set.metadata.name] = part.rule_set
-            for peer in part.peers:
-                published = self._peers.published(peer)
-                peers[published.name] = published
-        return dict(sorted(rule_sets.items())), dict(sorted(peers.items()))
+        rule_sets = {part.name: part.rule_set for part in used.values()}
+        names = {name for part in used.values() for name in part.peers}
+        peers = {name: self._peers.published(name) for name in sorted(names)}
+        return dict(sorted(rule_sets.items())), peers
 
     def _nodes(self, world: World) -> dict[str, NodeContent]:
         endpoints: dict[str, list[Endpoint]] = {name: [] for name in world.nodes}
         used: dict[str, dict[int, Compiled]] = {name: {} for name in world.nodes}
         for pod, _, subject, endpoint, _ in self._pods.values():
             endpoints[pod.node].append(endpoint)
-            for part in (subject.ingress, subject.egress):
-                if part is not None:
-                    used[pod.node][id(part)] = part
+            for part in subject.parts:
+                used[pod.node][id(part)] = part
         return {
             name: NodeContent(
                 endpoints=endpoints[name],
-                rule_sets=sorted({part.rule_set.metadata.name for part in used[name].values()}),
-                peer_sets=sorted(
-                    {
-                        self._peers.published(peer).name
-                        for part in used[name].values()
-                        for peer in part.peers
-                    }
-                ),
+                rule_sets=sorted({part.name for part in used[name].values()}),
+                peer_sets=sorted({peer for part in used[name].values() for peer in part.peers}),
             )
             for name in world.nodes
         }
@@ -327,19 +300,18 @@ class Compiler:
         return found
 
     def _problems(self, world: World) -> list[Problem]:
-        subjects: dict[ObjectName, int] = dict.fromkeys(world.policies, 0)
+        subjects = {id(held[2]): held[2] for held in self._pods.values()}
+        selecting = {policy.name for item in subjects.values() for policy in item.selecting}
         on_host: dict[ObjectName, list[str]] = {}
         for name, pod in world.pods.items():
-            for policy in self._subjects[pod.identity].selecting:
-                if pod.host_network:
+            if pod.host_network:
+                for policy in self._subjects[pod.identity].selecting:
                     on_host.setdefault(policy.name, []).append(str(name))
-                else:
-                    subjects[policy.name] += 1
         problems = []
         for name, facts in self._facts.items():
             source = world.sources.get(("NetworkPolicy", *name), Source())
             problems += _say(facts, source, self._peers)
-            if not subjects[name]:
+            if name not in selecting:
                 problems.append(_warning(name, source, "spec.podSelector", "selects no pod now"))
             if name in on_host:
                 pods = on_host[name]
@@ -375,7 +347,7 @@ def _say(facts: _Facts, source: Source, peers: PeerSets) -> list[Problem]:
     ]
     problems += [
         _warning(name, source, field, "selects no peer now")
-        for field, peer in facts.peers
+        for field, peer, _ in facts.peers
         if peers.is_empty(peer)
     ]
     return problems

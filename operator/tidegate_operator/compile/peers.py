@@ -25,19 +25,20 @@ def describe(peer: PodPeer) -> str:
 
 
 class _Set:
-    __slots__ = ("members", "published")
+    __slots__ = ("members", "peer", "published")
 
-    def __init__(self, members: set[int]) -> None:
+    def __init__(self, peer: PodPeer, members: set[int]) -> None:
+        self.peer = peer
         self.members = members
         self.published: PeerSet | None = None
 
 
 class PeerSets:
-    """The members of every peer selector in use. An update costs what changed times
+    """The members of every peer selector in use, by set name. An update costs what changed times
     the selectors; a selector that is new costs the identities it may pick."""
 
     def __init__(self) -> None:
-        self._sets: dict[PodPeer, _Set] = {}
+        self._sets: dict[str, _Set] = {}
         self._live: Mapping[IdentityKey, int] = {}
         self._labels: dict[IdentityKey, dict[str, str]] = {}
         self._by_namespace: dict[str, dict[IdentityKey, int]] = {}
@@ -45,7 +46,7 @@ class PeerSets:
 
     def update(
         self,
-        used: Mapping[PodPeer, None],
+        used: Mapping[str, PodPeer],
         live: Mapping[IdentityKey, int],
         namespaces: Mapping[str, dict[str, str]],
     ) -> None:
@@ -63,17 +64,17 @@ class PeerSets:
             if self._namespaces.get(name) != labels:
                 moved.update(self._by_namespace.get(name, {}).items())
         self._live, self._namespaces = live, namespaces
-        for peer in self._sets.keys() - used.keys():
-            del self._sets[peer]
-        for peer, held in self._sets.items():
-            self._change(peer, held, gone, moved)
-        for peer in used:
-            if peer not in self._sets:
-                self._sets[peer] = _Set(self._pick(peer))
+        for name in self._sets.keys() - used.keys():
+            del self._sets[name]
+        if gone or moved:
+            for held in self._sets.values():
+                self._change(held, gone, moved)
+        for name, peer in used.items():
+            if name not in self._sets:
+                self._sets[name] = _Set(peer, self._pick(peer))
 
     def _change(
         self,
-        peer: PodPeer,
         held: _Set,
         gone: set[tuple[IdentityKey, int]],
         moved: set[tuple[IdentityKey, int]],
@@ -82,7 +83,7 @@ class PeerSets:
         held.members -= dropped
         changed = bool(dropped)
         for key, number in moved:
-            if self._picks(peer, key) != (number in held.members):
+            if self._picks(held.peer, key) != (number in held.members):
                 held.members ^= {number}
                 changed = True
         if changed:
@@ -107,13 +108,13 @@ class PeerSets:
             return False
         return peer.pods.matches(self._labels[key])
 
-    def is_empty(self, peer: PodPeer) -> bool:
-        return not self._sets[peer].members
+    def is_empty(self, name: str) -> bool:
+        return not self._sets[name].members
 
-    def published(self, peer: PodPeer) -> PeerSet:
-        held = self._sets[peer]
+    def published(self, name: str) -> PeerSet:
+        held = self._sets[name]
         if held.published is None:
             held.published = PeerSet(
-                name=set_name(peer), selector=describe(peer), identities=sorted(held.members)
+                name=name, selector=describe(held.peer), identities=sorted(held.members)
             )
         return held.published

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from msgspec import UNSET
@@ -35,10 +35,15 @@ _TermKey = tuple[str, str, tuple[str, ...], str, int]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A rule set and the peer selectors it names."""
+    """A rule set, the peer sets it names, and the policies it is made of."""
 
     rule_set: RuleSet
-    peers: tuple[PodPeer, ...]
+    peers: tuple[str, ...]
+    policies: tuple[Policy, ...]
+
+    @property
+    def name(self) -> str:
+        return self.rule_set.metadata.name
 
 
 @dataclass(frozen=True)
@@ -49,17 +54,15 @@ class Inexpressible:
     what: str
 
 
-def compile_rules(direction: Direction, policies: Sequence[Policy]) -> Compiled:
+def compile_rules(direction: Direction, policies: tuple[Policy, ...]) -> Compiled:
     """The rule set of a subject that exactly `policies`, sorted by name, isolate in
     `direction`."""
     first: dict[_TermKey, tuple[int, int]] = {}
-    peers: dict[PodPeer, None] = {}
     for number, policy in enumerate(policies):
         for index, rule in enumerate(policy.rules(direction) or ()):
             for key in _terms(rule):
                 # Visited in order of (policy, rule): the lowest rule stays.
                 first.setdefault(key, (number, index))
-            peers.update((peer, None) for peer in rule.peers or () if isinstance(peer, PodPeer))
     rules = sorted(set(first.values()))
     position = {rule: index for index, rule in enumerate(rules)}
     terms = [_term(key, position[first[key]]) for key in sorted(first)]
@@ -73,7 +76,7 @@ def compile_rules(direction: Direction, policies: Sequence[Policy]) -> Compiled:
         terms=terms,
     )
     named = {term.peer.name for term in terms if isinstance(term.peer, SetPeer)}
-    return Compiled(rule_set(spec), tuple(peer for peer in peers if set_name(peer) in named))
+    return Compiled(rule_set(spec), tuple(sorted(named)), policies)
 
 
 def _terms(rule: PolicyRule) -> Iterator[_TermKey]:
@@ -131,10 +134,10 @@ def inexpressible(policy: Policy) -> tuple[Inexpressible, ...]:
     return tuple(found)
 
 
-def peer_fields(policy: Policy) -> tuple[tuple[str, PodPeer], ...]:
-    """Each pod peer of `policy` with its path."""
+def peer_fields(policy: Policy) -> tuple[tuple[str, str, PodPeer], ...]:
+    """Each pod peer of `policy`: its path, the name of its set, itself."""
     return tuple(
-        (f"spec.{direction.lower()}[{index}].{side}[{place}]", peer)
+        (f"spec.{direction.lower()}[{index}].{side}[{place}]", set_name(peer), peer)
         for direction, side in zip(DIRECTIONS, ("from", "to"), strict=True)
         for index, rule in enumerate(policy.rules(direction) or ())
         for place, peer in enumerate(rule.peers or ())
