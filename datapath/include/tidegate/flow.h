@@ -15,7 +15,7 @@ static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struc
 			       int self_is_src)
 {
 	const struct tg_endpoint *src, *dst, *ep = r->ep;
-	struct tg_question q = {};
+	struct tg_question *q = &r->s->question;
 	struct tg_peer peer;
 
 	if (!ep)
@@ -50,20 +50,20 @@ static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struc
 			tg_set_forward(&made->to_dst, ep);
 		return 0;
 	}
-	q.port = t->dport;
-	q.protocol = t->protocol;
+	q->port = t->dport;
+	q->protocol = t->protocol;
 	if (src) {
-		q.addr = t->dst;
-		q.identity = r->s->dst_identity;
-		tg_policy_check(&src->egress, &q, &r->s->egress);
+		q->addr = t->dst;
+		q->identity = r->s->dst_identity;
+		tg_policy_check(&src->egress, q, &r->s->egress);
 		if (r->s->egress.reason)
 			return r->s->egress.reason;
 		made->src_rule = r->s->egress.rule;
 	}
 	if (dst) {
-		q.addr = t->src;
-		q.identity = r->s->src_identity;
-		tg_policy_check(&dst->ingress, &q, &r->s->ingress);
+		q->addr = t->src;
+		q->identity = r->s->src_identity;
+		tg_policy_check(&dst->ingress, q, &r->s->ingress);
 		if (r->s->ingress.reason)
 			return r->s->ingress.reason;
 		made->dst_rule = r->s->ingress.rule;
@@ -140,20 +140,22 @@ static __noinline int tg_establish(struct tg_run *r, void *share, const struct t
 static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, void *map, int reply)
 {
 	struct tg_scratch *s = r->s;
-	struct tg_tuple t = r->s->p.t;
+	struct tg_tuple *t = &s->turned;
 	int reason, self_is_src;
+
+	*t = s->p.t;
 
 	__builtin_memset(&s->made, 0, sizeof(s->made));
 	if (reply) {
-		t.src = r->s->p.t.dst;
-		t.dst = r->s->p.t.src;
-		t.sport = r->s->p.t.dport;
-		t.dport = r->s->p.t.sport;
+		t->src = r->s->p.t.dst;
+		t->dst = r->s->p.t.src;
+		t->sport = r->s->p.t.dport;
+		t->dport = r->s->p.t.sport;
 	}
 	self_is_src = !r->from_pod == !!reply;
 	r->s->host = ct->dst_rule == (__u32)TG_RULE_HOST;
 	r->s->flags = ct->flags & (TG_CT_NAT | TG_CT_HAIRPIN);
-	reason = tg_judge(r, &t, &s->made, self_is_src);
+	reason = tg_judge(r, t, &s->made, self_is_src);
 	if (reason) {
 		if (!dry_run)
 			bpf_map_delete_elem(map, &r->s->key);
@@ -379,12 +381,12 @@ tg_inline int tg_follow_known(struct tg_run *r, struct tg_ct *ct)
  * new one's. */
 static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 {
-	struct tg_choice choice = {};
+	struct tg_choice *choice = &r->s->choice;
 	int answer = TG_SERVICE_NONE, found;
 
 	if (ct && (ct->flags & TG_CT_SERVICE)) {
 		if (r->from_pod && !tg_is_syn(&r->s->p))
-			answer = tg_chosen(r, ct, &choice);
+			answer = tg_chosen(r, ct, choice);
 		ct = NULL;
 	}
 	if (answer == TG_SERVICE_NONE) {
@@ -392,12 +394,12 @@ static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 		if (found != TG_LOST)
 			return found;
 		if (r->from_pod)
-			answer = tg_choose(r, &choice);
+			answer = tg_choose(r, choice);
 	}
 	if (answer == TG_SERVICE_EMPTY)
 		return TG_DROP_NO_BACKEND;
 	if (answer == TG_SERVICE_FOUND) {
-		found = tg_translate(r, &choice);
+		found = tg_translate(r, choice);
 		if (found)
 			return found;
 		tg_key(r);

@@ -51,13 +51,14 @@ tg_global int tg_peer_lookup(const struct tg_addr *addr, struct tg_ipcache *foun
 
 	if (!addr || !found)
 		return 0;
-	proof = tg_addr_proof(addr);
-	*(__u64 *)found = tg_ipcache_word(addr);
+	/* Linux 6.1 takes no key from a global function's argument. */
+	key.addr = *addr;
+	proof = tg_addr_proof(&key.addr);
+	*(__u64 *)found = tg_ipcache_word(&key.addr);
 	if (*(__u64 *)found && found->proof != proof)
-		*(__u64 *)found = tg_ipcache_word(addr);
+		*(__u64 *)found = tg_ipcache_word(&key.addr);
 	if (*(__u64 *)found && found->proof == proof)
 		return 0;
-	key.addr = *addr;
 	identity = bpf_map_lookup_elem(&ipcache_lpm_v1, &key);
 	found->identity = identity ? *(volatile __u32 *)identity : TG_ID_WORLD;
 	return 0;

@@ -7,6 +7,7 @@
 #include <tidegate/conntrack.h>
 #include <tidegate/nat.h>
 #include <tidegate/policy.h>
+#include <tidegate/service.h>
 
 /* A copy loaded with dry_run writes no map and no event, and answers in
  * skb->cb and skb->mark: 1 judges as if the flow were new, 2 asks conntrack. */
@@ -39,6 +40,9 @@ struct tg_scratch {
 	__u32 backend;
 	__u32 flags;       /* TG_CT_NAT, TG_CT_HAIRPIN of the flow being made */
 	struct tg_ct made; /* the entry being made */
+	struct tg_question question;
+	struct tg_choice choice;
+	struct tg_tuple turned; /* the tuple as the flow began, of a reply */
 	struct tg_ct_key client_key;
 	struct tg_tuple client;
 	struct tg_target inner; /* in errors */

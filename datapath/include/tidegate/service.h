@@ -33,21 +33,23 @@ tg_inline int tg_backend(__u32 id, __u8 protocol, struct tg_choice *choice)
 
 /* `hash` spreads over the backends: the same hash, the same backend, for as
  * long as the list does not change. */
-tg_global int tg_service(const struct tg_frontend_key *key, __u32 hash,
+tg_global int tg_service(const struct tg_frontend_key *asked, __u32 hash,
 				 struct tg_choice *choice)
 {
+	struct tg_frontend_key key;
 	struct tg_frontend frontend;
 	__u16 proof;
 	__u64 *word;
 	__u32 slot, *id;
 	int i;
 
-	if (!key || !choice)
+	if (!asked || !choice)
 		return TG_SERVICE_NONE;
-	proof = tg_frontend_proof(key);
+	key = *asked; /* Linux 6.1 takes no key from an argument */
+	proof = tg_frontend_proof(&key);
 	/* A wrong proof: the element was recycled under us; look once more. */
 	for (i = 0; i < 2; i++) {
-		word = bpf_map_lookup_elem(&frontends_v1, key);
+		word = bpf_map_lookup_elem(&frontends_v1, &key);
 		if (!word)
 			return TG_SERVICE_NONE;
 		*(__u64 *)&frontend = *(volatile __u64 *)word;
@@ -62,7 +64,7 @@ tg_global int tg_service(const struct tg_frontend_key *key, __u32 hash,
 	id = bpf_map_lookup_elem(&slots_v1, &slot);
 	if (!id)
 		return TG_SERVICE_EMPTY;
-	return tg_backend(*(volatile __u32 *)id, key->protocol, choice);
+	return tg_backend(*(volatile __u32 *)id, key.protocol, choice);
 }
 
 #endif
