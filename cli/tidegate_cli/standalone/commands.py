@@ -1,0 +1,109 @@
+"""The sub-commands `up`, `down` and `exec`: arguments only.
+
+Each sets `run`, a function from the parsed arguments to an exit code. They
+expect `run_dir` among the arguments; `main` defines it for all commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+MAX_NODES = 64
+
+
+def add_parser(subparsers: Any) -> None:
+    up = subparsers.add_parser(
+        "up",
+        help="make a cluster on this machine out of a folder of manifests",
+        description="Makes nodes and pods out of network namespaces, loads the policy of every "
+        "manifest below DIR into the kernel, and follows DIR until it is ended.",
+    )
+    up.add_argument("dir", metavar="DIR", help="folder of Kubernetes manifests, read recursively")
+    up.add_argument(
+        "--nodes",
+        type=_node_count,
+        metavar="N",
+        help="number of nodes (default: as many as DIR has Node objects, or 2)",
+    )
+    up.add_argument(
+        "--detach", action="store_true", help="return when it is ready, and leave it running"
+    )
+    up.set_defaults(run=_reported(_up))
+
+    down = subparsers.add_parser(
+        "down",
+        help="remove the cluster from this machine",
+        description="Ends `tidegate up` and removes every process, namespace, cgroup and pin of "
+        "it, also after a crash. Harmless when nothing is up.",
+    )
+    down.set_defaults(run=_reported(_down))
+
+    execute = subparsers.add_parser(
+        "exec",
+        help="run a command inside a pod or node",
+        description="Runs CMD in the network namespace and cgroup of a pod (NAMESPACE/NAME, or a "
+        "NAME or beginning that only one pod has) or of a node (node/NAME).",
+    )
+    execute.add_argument("pod", metavar="POD", help="namespace/name, name, or node/NAME")
+    execute.add_argument("argv", metavar="CMD", nargs=argparse.REMAINDER, help="after `--`")
+    execute.set_defaults(run=_reported(_exec))
+
+
+def _node_count(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= MAX_NODES:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_NODES}")
+    return number
+
+
+def _reported(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """`command` with our own errors printed as one line for people."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        import sys
+
+        from tidegate_cli.standalone.errors import StandaloneError
+
+        try:
+            return command(arguments)
+        except StandaloneError as error:
+            print(f"tidegate: {error}", file=sys.stderr)
+            return 1
+
+    return run
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from tidegate_cli import standalone
+    from tidegate_cli.standalone.options import UpOptions
+
+    return standalone.up(
+        UpOptions(
+            folder=Path(arguments.dir),
+            run_dir=Path(arguments.run_dir),
+            nodes=arguments.nodes,
+            detach=arguments.detach,
+        )
+    )
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    from tidegate_cli import standalone
+
+    there_was = standalone.down(arguments.run_dir)
+    print(f"removed {there_was}" if there_was else f"nothing is up in {arguments.run_dir}")
+    return 0
+
+
+def _exec(arguments: argparse.Namespace) -> int:
+    from tidegate_cli import standalone
+    from tidegate_cli.standalone.errors import StandaloneError
+
+    argv = arguments.argv[1:] if arguments.argv[:1] == ["--"] else arguments.argv
+    if not argv:
+        raise StandaloneError("exec needs a command: tidegate exec POD -- CMD…")
+    standalone.exec_in(arguments.pod, argv, arguments.run_dir)
