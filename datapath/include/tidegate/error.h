@@ -5,34 +5,36 @@
 #define TIDEGATE_ERROR_H
 
 #include <tidegate/flow.h>
+#include <tidegate/l2.h>
 
 struct tg_quoted {
 	struct tg_ct *ct;
-	void *map;
-	int begun_by_src; /* the quoted packet went the way the flow began */
+	int reply; /* the quoted packet went against the way the flow began */
 };
 
 static __noinline int tg_find_quoted(struct tg_run *r, struct tg_quoted *q)
 {
 	const struct tg_endpoint *ep = r->ep;
+	void *share;
 	int i;
 
 	if (!ep)
 		return TG_DROP_PENDING;
-	q->map = &ct_v1;
+	tg_key(r);
 	q->ct = tg_lookup(r, &ct_v1);
-	if (q->ct)
-		return 0;
 	/* To the receiver of the error the peer is the quoted destination; the
 	 * sender itself may be the peer. */
 	for (i = 0; i < 2 && !q->ct; i++) {
 		if (ep) {
-			q->map = tg_share(ep);
-			q->ct = q->map ? tg_lookup(r, q->map) : NULL;
+			share = tg_share(ep);
+			q->ct = share ? tg_lookup(r, share) : NULL;
 		}
 		ep = tg_local(r->node, &r->s->p.t.src);
 	}
-	return q->ct ? 0 : TG_DROP_ICMP_ERROR;
+	if (!q->ct)
+		return TG_DROP_ICMP_ERROR;
+	q->reply = !!(q->ct->flags & TG_CT_BEGAN_A) != !!r->s->src_is_a;
+	return 0;
 }
 
 /* The outer address on one side, with the checksum that covers it. */
@@ -48,50 +50,72 @@ static __noinline int tg_rewrite_outer(struct tg_run *r, const struct tg_addr *f
 	return tg_store_addr(r->skb, ETH_HLEN, to);
 }
 
-/* r->s->p.t is the quoted tuple; `src`, `dst` are the error's own addresses. */
+/* From the client, about a reply that it saw come from the frontend: now about
+ * the reply that the backend sent. */
+static __noinline int tg_error_to_backend(struct tg_run *r, const struct tg_addr *frontend,
+					  struct tg_quoted *q)
+{
+	struct tg_target *inner = &r->s->inner, *outer = &r->s->outer;
+	int reason;
+
+	if (!q->ct || !q->reply || (q->ct->flags & TG_CT_HAIRPIN))
+		return TG_DROP_ICMP_ERROR;
+	inner->addr = outer->addr = q->ct->nat_addr;
+	inner->port = q->ct->nat_port;
+	inner->side = TG_SIDE_SRC;
+	outer->side = TG_SIDE_DST;
+	if ((tg_read_word(q->ct) ^ r->s->proof) & TG_PROOF_MASK)
+		return TG_DROP_ICMP_ERROR;
+	reason = tg_rewrite_quoted(r->skb, &r->s->p, inner);
+	if (!reason)
+		reason = tg_rewrite_outer(r, frontend, outer);
+	return reason ? reason : tg_find_quoted(r, q);
+}
+
+/* The error's own addresses are `src`, `dst`; r->s->p.t is the quoted tuple. */
 static __noinline int tg_icmp_error(struct tg_run *r)
 {
 	struct tg_addr src = r->s->p.t.src, dst = r->s->p.t.dst;
 	struct tg_target *inner = &r->s->inner, *outer = &r->s->outer;
 	struct tg_quoted q = {};
 	__u32 flags;
-	int reason, back;
+	int reason;
 
 	reason = tg_parse_quoted(r->skb, &r->s->p);
 	if (reason)
 		return reason;
-	/* An error goes to whoever sent what it quotes. */
-	if (!tg_addr_equal(&dst, &r->s->p.t.src))
+	/* An error goes to whoever sent what it quotes, and a pod, being no router,
+	 * reports only what was sent to it. */
+	if (!tg_addr_equal(&dst, &r->s->p.t.src) ||
+	    (r->from_pod && !tg_owns(r->ep, &r->s->p.t.dst)))
 		return TG_DROP_ICMP_ERROR;
-	tg_key(r);
 	reason = tg_find_quoted(r, &q);
+	if (!reason && q.ct && (q.ct->flags & TG_CT_SERVICE))
+		reason = tg_error_to_backend(r, &dst, &q);
 	if (reason || !q.ct)
 		return TG_DROP_ICMP_ERROR;
+	/* The error travels against the packet it quotes. */
+	if (tg_read_word(q.ct) != tg_word(r->s->epoch, r->s->proof)) {
+		reason = tg_rejudge(r, q.ct, !r->from_pod, q.reply);
+		if (reason)
+			return reason;
+	}
 	flags = q.ct->flags;
-	q.begun_by_src = !!(flags & TG_CT_BEGAN_A) == !!r->s->src_is_a;
+	r->s->forward = q.reply ? q.ct->to_dst : q.ct->to_src;
 	inner->addr = outer->addr = q.ct->nat_addr;
 	inner->port = q.ct->nat_port;
-	/* The error travels against the packet it quotes. */
-	back = q.begun_by_src;
-	r->s->forward = back ? q.ct->to_src : q.ct->to_dst;
-	if (tg_read_word(q.ct) != tg_word(r->s->epoch, r->s->proof)) {
-		/* rejudged by the flow's own next packet; until then, no error */
+	if (!dry_run && tg_read_word(q.ct) != tg_word(r->s->epoch, r->s->proof))
 		return TG_DROP_ICMP_ERROR;
-	}
-	if (flags & TG_CT_SERVICE) {
-		/* From the client, about a reply that it saw come from the frontend. */
-		inner->side = TG_SIDE_SRC;
-		outer->side = TG_SIDE_DST;
-		reason = tg_rewrite_quoted(r->skb, &r->s->p, inner);
-		return reason ? reason : tg_rewrite_outer(r, &dst, outer);
-	}
-	if (!(flags & TG_CT_NAT) || !q.begun_by_src || (flags & TG_CT_HAIRPIN))
+	if (!(flags & TG_CT_NAT) || q.reply)
 		return 0;
+	/* A pod that reaches itself has two translations to undo; none is made. */
+	if (flags & (TG_CT_HAIRPIN | TG_CT_SERVICE))
+		return TG_DROP_ICMP_ERROR;
 	inner->side = TG_SIDE_DST;
 	outer->side = TG_SIDE_SRC;
-	back = tg_addr_equal(&src, &r->s->p.t.dst);
+	flags = tg_addr_equal(&src, &r->s->p.t.dst);
 	reason = tg_rewrite_quoted(r->skb, &r->s->p, inner);
-	if (reason || !back)
+	if (reason || !flags)
 		return reason;
 	return tg_rewrite_outer(r, &src, outer);
 }

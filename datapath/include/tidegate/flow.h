@@ -44,6 +44,9 @@ static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struc
 		return 0;
 	}
 	if (peer.endpoint == ep || (r->s->flags & TG_CT_HAIRPIN)) {
+		/* What a pod sends itself does not come from outside. */
+		if (!r->from_pod)
+			return TG_DROP_INVALID_SOURCE;
 		r->s->egress.rule = made->src_rule = TG_RULE_SELF;
 		r->s->ingress.rule = made->dst_rule = TG_RULE_SELF;
 		if (r->s->flags & TG_CT_HAIRPIN)
@@ -136,8 +139,10 @@ static __noinline int tg_establish(struct tg_run *r, void *share, const struct t
 /* ---- tracked flows ------------------------------------------------------------------- */
 
 /* The policy has moved since this flow was judged: judge it again, in the
- * direction it began, whichever way this packet goes. */
-static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, void *map, int reply)
+ * direction it began, whichever way this packet goes. A flow that is no longer
+ * allowed keeps its entry, with the old epoch: without it the other end's next
+ * packet would pass for the first of a flow of its own, and open the way back. */
+static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, int from_pod, int reply)
 {
 	struct tg_scratch *s = r->s;
 	struct tg_tuple *t = &s->turned;
@@ -152,13 +157,13 @@ static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, void *map, 
 		t->sport = r->s->p.t.dport;
 		t->dport = r->s->p.t.sport;
 	}
-	self_is_src = !r->from_pod == !!reply;
+	self_is_src = !from_pod == !!reply;
 	r->s->host = ct->dst_rule == (__u32)TG_RULE_HOST;
 	r->s->flags = ct->flags & (TG_CT_NAT | TG_CT_HAIRPIN);
 	reason = tg_judge(r, t, &s->made, self_is_src);
 	if (reason) {
-		if (!dry_run)
-			bpf_map_delete_elem(map, &r->s->key);
+		if (!dry_run && ct->seen != r->s->now)
+			ct->seen = r->s->now;
 		return reason;
 	}
 	if (dry_run)
@@ -182,7 +187,7 @@ enum tg_follow {
 };
 
 /* A packet of a known flow. Above zero: an enum tg_reason. */
-tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct, void *map)
+tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
 {
 	__u64 word = tg_read_word(ct);
 	__u32 flags = ct->flags;
@@ -193,7 +198,7 @@ tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct, void *map)
 	if (word != tg_word(r->s->epoch, r->s->proof)) {
 		if ((word ^ r->s->proof) & TG_PROOF_MASK)
 			return TG_LOST;
-		reason = tg_rejudge(r, ct, map, reply);
+		reason = tg_rejudge(r, ct, r->from_pod, reply);
 		if (reason)
 			return reason;
 		word = tg_word(r->s->epoch, r->s->proof);
@@ -262,11 +267,11 @@ tg_inline int tg_follow_share(struct tg_run *r, void *share)
 		tg_establish(r, share, ct, reply);
 		moved = tg_lookup(r, &ct_v1);
 		if (moved)
-			return tg_follow(r, moved, &ct_v1);
+			return tg_follow(r, moved);
 	}
 	if (reply && !(ct->flags & TG_CT_REPLIED) && !dry_run)
 		__sync_fetch_and_or(&ct->flags, TG_CT_REPLIED);
-	return tg_follow(r, ct, share);
+	return tg_follow(r, ct);
 }
 
 /* Looks for a flow that is not established: in this pod's share, then in that
@@ -369,8 +374,10 @@ tg_inline int tg_follow_known(struct tg_run *r, struct tg_ct *ct)
 {
 	int found = TG_LOST;
 
+	if (dry_run == 1)
+		return TG_LOST;
 	if (ct)
-		found = tg_follow(r, ct, &ct_v1);
+		found = tg_follow(r, ct);
 	/* An opening SYN is judged again rather than looked for. */
 	if (found == TG_LOST && !tg_is_syn(&r->s->p))
 		found = tg_follow_half_open(r);
@@ -385,8 +392,13 @@ static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 	int answer = TG_SERVICE_NONE, found;
 
 	if (ct && (ct->flags & TG_CT_SERVICE)) {
-		if (r->from_pod && !tg_is_syn(&r->s->p))
+		/* A SYN chooses anew; what follows it must not find the old choice. */
+		if (tg_is_syn(&r->s->p)) {
+			if (!dry_run)
+				bpf_map_delete_elem(&ct_v1, &r->s->key);
+		} else if (r->from_pod) {
 			answer = tg_chosen(r, ct, choice);
+		}
 		ct = NULL;
 	}
 	if (answer == TG_SERVICE_NONE) {
@@ -416,12 +428,12 @@ tg_inline int tg_flow(struct tg_run *r)
 	struct tg_ct *ct;
 	int found;
 
+	tg_key(r);
 	if (dry_run == 1)
 		return tg_slow(r, NULL);
-	tg_key(r);
 	ct = tg_lookup_table(r);
 	if (ct && !(ct->flags & TG_CT_SERVICE)) {
-		found = tg_follow(r, ct, &ct_v1);
+		found = tg_follow(r, ct);
 		if (found != TG_LOST)
 			return found;
 		ct = NULL;

@@ -24,7 +24,9 @@ tg_inline int tg_owns(const struct tg_endpoint *ep, const struct tg_addr *addr)
 {
 	if (tg_addr_is_v4(addr))
 		return tg_addr_equal(addr, &ep->ip4);
-	return tg_addr_equal(addr, &ep->ip6) || tg_addr_is_link_local(addr);
+	/* A pod without IPv6 does not own the unspecified address. */
+	return (tg_addr_equal(addr, &ep->ip6) && !tg_addr_is_zero(addr)) ||
+	       tg_addr_is_link_local(addr);
 }
 
 /* Probes for its own address carry no sender (RFC 5227). */
@@ -36,6 +38,10 @@ tg_global int tg_check_arp(struct __sk_buff *skb, const struct tg_endpoint *ep)
 
 	if (tg_load(skb, ETH_HLEN, &arp, sizeof(arp)))
 		return TG_DROP_TRUNCATED;
+	/* Other sizes would put the sender elsewhere than it is looked for. */
+	if (arp.hardware != bpf_htons(1) || arp.protocol != bpf_htons(ETH_P_IP) ||
+	    arp.hardware_len != 6 || arp.protocol_len != 4)
+		return TG_DROP_L2_SENDER;
 	__builtin_memcpy(&ip, arp.sender_ip, 4);
 	tg_addr_v4(&sender, ip);
 	if (ip && (!ep || !tg_addr_equal(&sender, &ep->ip4)))

@@ -92,6 +92,14 @@ tg_inline void tg_answer(struct tg_run *r, __u32 reason)
 	r->skb->mark = r->s->egress.shape | r->s->ingress.shape << 8;
 }
 
+/* Whose policy said no; else where the packet was. */
+tg_inline int tg_direction(const struct tg_run *r)
+{
+	if (r->s->ingress.reason)
+		return TG_INGRESS;
+	return r->s->egress.reason || r->from_pod ? TG_EGRESS : TG_INGRESS;
+}
+
 static __noinline int tg_event(struct tg_run *r, __u32 reason)
 {
 	const struct tg_verdict *v = &r->s->egress;
@@ -102,10 +110,13 @@ static __noinline int tg_event(struct tg_run *r, __u32 reason)
 		tg_count(r->skb, TG_REASON_EVENT_LOST, r->from_pod);
 		return 0;
 	}
-	e->direction = r->from_pod ? TG_EGRESS : TG_INGRESS;
+	e->direction = tg_direction(r);
+	e->endpoint = r->ep ? r->ep->id : 0;
+	if (r->s->egress.reason)
+		e->endpoint = r->s->made.src_endpoint;
 	if (r->s->ingress.reason) {
 		v = &r->s->ingress;
-		e->direction = TG_INGRESS;
+		e->endpoint = r->s->made.dst_endpoint;
 	}
 	e->time = bpf_ktime_get_coarse_ns();
 	e->ifindex = r->skb->ifindex;
@@ -119,7 +130,6 @@ static __noinline int tg_event(struct tg_run *r, __u32 reason)
 	e->tcp_flags = r->s->p.tcp_flags;
 	e->src_identity = r->s->src_identity;
 	e->dst_identity = r->s->dst_identity;
-	e->endpoint = r->ep ? r->ep->id : 0;
 	e->rule_set = v->rule_set;
 	e->rule = v->rule;
 	e->pad = 0;
@@ -132,7 +142,7 @@ tg_inline int tg_drop(struct tg_run *r, __u32 reason)
 {
 	tg_answer(r, reason);
 	if (!dry_run) {
-		tg_count(r->skb, reason, r->from_pod);
+		tg_count(r->skb, reason, tg_direction(r) == TG_EGRESS);
 		tg_event(r, reason);
 	}
 	return TC_ACT_SHOT;
