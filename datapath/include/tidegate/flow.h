@@ -83,7 +83,9 @@ tg_inline void *tg_share(const struct tg_endpoint *ep)
 	return bpf_map_lookup_elem(&half_open_v1, &slot);
 }
 
-tg_inline void tg_save(struct tg_run *r, struct tg_ct *ct)
+/* A flow that cannot be tracked is not let through: its replies would not be
+ * known, and its end never be seen. */
+tg_inline int tg_save(struct tg_run *r, struct tg_ct *ct)
 {
 	void *share;
 
@@ -94,10 +96,11 @@ tg_inline void tg_save(struct tg_run *r, struct tg_ct *ct)
 	ct->nat_port = r->s->nat.port;
 	ct->word = tg_word(r->s->epoch, r->s->proof);
 	if (dry_run)
-		return;
+		return 0;
 	share = tg_share(r->ep);
-	if (share)
-		bpf_map_update_elem(share, &r->s->key, ct, BPF_ANY);
+	if (!share || bpf_map_update_elem(share, &r->s->key, ct, BPF_ANY))
+		return TG_DROP_CT_INSERT;
+	return 0;
 }
 
 /* Out of the share, into the table. Of a translated flow the client's side is
@@ -365,8 +368,7 @@ static __noinline int tg_new_flow(struct tg_run *r)
 	if (reason)
 		return reason;
 	r->s->forward = s->made.to_dst;
-	tg_save(r, &s->made);
-	return 0;
+	return tg_save(r, &s->made);
 }
 
 /* Follows the flow if it is known under the tuple as it now is. */
