@@ -13,9 +13,8 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 from tidegate_api.users import KINDS, AnyObject
@@ -453,7 +452,7 @@ def _words(detail: Any, written: str, model: type[BaseModel]) -> tuple[str, str]
         return context["message"], context["remedy"]
     if kind == "extra_forbidden":
         name = str(detail["loc"][-1])
-        close = difflib.get_close_matches(name, _field_names(model), n=1)
+        close = difflib.get_close_matches(name, _field_names(model, detail["loc"][:-1]), n=1)
         hint = f"did you mean {close[0]}?" if close else "remove it or check its spelling"
         return f"unknown field {name!r}", hint
     if kind == "missing":
@@ -479,19 +478,22 @@ def _words(detail: Any, written: str, model: type[BaseModel]) -> tuple[str, str]
     return str(detail["msg"]), "see the field's description in the Kubernetes API"
 
 
-@cache
-def _field_names(model: type[BaseModel]) -> tuple[str, ...]:
-    """Every field name below `model`, for spelling hints."""
-    names: set[str] = set()
-    todo: list[Any] = [model.model_json_schema(by_alias=True)]
-    while todo:
-        part = todo.pop()
-        if isinstance(part, dict):
-            names.update(part.get("properties", {}))
-            todo += part.values()
-        elif isinstance(part, list):
-            todo += part
-    return tuple(sorted(names))
+def _field_names(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    """The fields of the type at `path` below `model`, for spelling hints."""
+    for step in path:
+        if isinstance(step, int):
+            continue
+        for name, info in model.model_fields.items():
+            if (info.alias or name) == step:
+                model = _model_in(info.annotation) or model
+    return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_model_in(part) for part in get_args(annotation))
+    return next((model for model in found if model is not None), None)
 
 
 def _kind_of(value: object) -> str:

@@ -124,11 +124,10 @@ def load(text: str) -> Loaded:
             "indent with spaces, not tabs" if tab else "check indentation, quotes and colons there",
         ) from None
     except yaml.YAMLError as error:
+        line = text.count("\n", 0, getattr(error, "position", 0)) + 1
         raise DocumentError(
-            1, f"broken YAML: {str(error).splitlines()[0]}", "save the file as plain UTF-8 text"
+            line, f"broken YAML: {str(error).splitlines()[0]}", "save the file as plain UTF-8 text"
         ) from None
-    except ValueError as error:  # a timestamp or number that no calendar or type has
-        raise DocumentError(1, f"broken YAML: {error}", "quote the value") from None
     except RecursionError:
         raise DocumentError(
             1, f"nested deeper than {MAX_DEPTH} levels", "flatten the document"
@@ -170,7 +169,10 @@ class _Builder:
             return self._mapping(node, depth)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, depth + 1) for item in node.value]
-        return self._loader.construct_object(node)
+        try:
+            return self._loader.construct_object(node)
+        except ValueError as error:  # a date or number that there is not
+            raise DocumentError(line, f"{node.value!r}: {error}", "quote the value") from None
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Any]:
         own: dict[str, Any] = {}
