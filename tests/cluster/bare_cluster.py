@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tidegate_cli.standalone import supervisor
 from tidegate_cli.standalone.cluster import Layout
-from tidegate_cli.standalone.teardown import cgroup_of
 from tidegate_cli.standalone.layout import place_node, place_pod
 from tidegate_cli.standalone.rundir import Node, Pod, Port, RunDir
+from tidegate_cli.standalone.teardown import cgroup_of
 
 
 class FileFeed:

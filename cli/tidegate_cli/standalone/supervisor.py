@@ -27,7 +27,6 @@ from tidegate_api.state import encode
 
 from tidegate_cli.standalone import cgroups
 from tidegate_cli.standalone.cluster import Cluster, Layout
-from tidegate_cli.standalone.teardown import cgroup_of, clean
 from tidegate_cli.standalone.errors import ReadinessError, StandaloneError
 from tidegate_cli.standalone.rundir import (
     Node,
@@ -38,6 +37,7 @@ from tidegate_cli.standalone.rundir import (
     start_time,
     write_atomic,
 )
+from tidegate_cli.standalone.teardown import cgroup_of, clean
 
 READY_SECONDS = 60.0
 # How long the feed waits for the pods of a change before it publishes their policy.
