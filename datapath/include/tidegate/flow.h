@@ -43,7 +43,8 @@ static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struc
 		r->s->ingress.rule = made->dst_rule = TG_RULE_HOST;
 		return 0;
 	}
-	if (peer.endpoint == ep || (r->s->flags & TG_CT_HAIRPIN)) {
+	/* By id: the table holds an endpoint once for each of its keys. */
+	if ((peer.endpoint && peer.endpoint->id == ep->id) || (r->s->flags & TG_CT_HAIRPIN)) {
 		/* What a pod sends itself does not come from outside. */
 		if (!r->from_pod)
 			return TG_DROP_INVALID_SOURCE;
