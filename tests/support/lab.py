@@ -106,6 +106,12 @@ class Lab:
         self.keep: list[Map] = []
         self.epoch = 0
         self.slots = 0
+        self.shares: dict[tuple[int, int], Map] = {}
+        self.linked: dict[str, list[tuple[bytes, Map]]] = {
+            "rule_sets_v1": [],
+            "cidrs_v1": [],
+            "half_open_v1": [],
+        }
         self.bump()
 
     def __enter__(self) -> Lab:
@@ -139,7 +145,7 @@ class Lab:
                 key,
                 self.codecs["tg_rule"].pack(precedence=precedence, rule=rule, action=action),
             )
-        self.maps["rule_sets_v1"].update(U32.pack(slot), inner)
+        self.linked["rule_sets_v1"].append((U32.pack(slot), inner))
         flags = 1
         if rules.cidr:
             flags |= 2
@@ -147,17 +153,21 @@ class Lab:
             for text, number in rules.cidr.items():
                 bits, raw = prefix(text)
                 trie.update(self.codecs["tg_prefix"].pack(bits=bits, addr=raw), U32.pack(number))
-            self.maps["cidrs_v1"].update(U32.pack(slot), trie)
+            self.linked["cidrs_v1"].append((U32.pack(slot), trie))
         shapes = bytes(rules.shapes())
         return (slot, rule_set, flags, len(shapes), shapes.ljust(14, b"\0"))
 
     def world(self, pods: list[Pod], *, share: int = 1024) -> None:
-        """Publish these local pods as a new node table, with their addresses in ipcache."""
+        """Publish these local pods as a new node table, with their addresses in ipcache. A pod id
+        seen before keeps its place and its half-open flows (`shares`)."""
         table = self.inner(MapType.HASH, 20, self.codecs["tg_endpoint"].size, len(pods) * 3)
         node_key = self.codecs["tg_node_key"]
         for number, pod in enumerate(p for p in pods if p.local):
-            flows = self.inner(MapType.LRU_HASH, 40, self.codecs["tg_ct"].size, share)
-            self.maps["half_open_v1"].update(U32.pack(number), flows)
+            if (pod.id, number) not in self.shares:
+                self.shares[pod.id, number] = self.inner(
+                    MapType.LRU_HASH, 40, self.codecs["tg_ct"].size, share
+                )
+                self.linked["half_open_v1"].append((U32.pack(number), self.shares[pod.id, number]))
             value = self.codecs["tg_endpoint"].pack(
                 id=pod.id,
                 identity=pod.identity,
@@ -174,6 +184,10 @@ class Lab:
             table.update(node_key.pack(kind=1, addr=U32.pack(pod.ifindex) + bytes(12)), value)
             for text in filter(None, (pod.ip4, pod.ip6)):
                 table.update(node_key.pack(kind=2, addr=addr(text)), value)
+        # In batches: each update of a map-in-map waits for the kernel's readers.
+        for name, inners in self.linked.items():
+            self.maps[name].update_items(inners)
+            inners.clear()
         self.maps["node_v1"].update(U32.pack(0), table)
         for pod in pods:
             for text in filter(None, (pod.ip4, pod.ip6)):
@@ -224,18 +238,20 @@ class Lab:
         """(tc verdict, frame after, context after). `ifindex` must exist in this network
         namespace (1: loopback). `from_ifindex` 0: made by this node itself."""
         context = SkbContext(ifindex=ifindex, ingress_ifindex=from_ifindex)
-        result = self.loaded.programs[program].test_run(frame, context)
+        room = len(frame) + 64  # translation never grows a frame
+        result = self.loaded.programs[program].test_run(frame, context, data_out_size=room)
         return result.retval, result.data_out, SkbContext.from_buffer_copy(result.ctx_out)
 
     def counters(self) -> dict[tuple[int, int], int]:
         """{(reason, direction): packets}"""
         found = {}
         for key, value in self.maps["metrics_v1"].items():
+            if not any(value):
+                continue
             index = U32.unpack(key)[0]
             parts = self.maps["metrics_v1"].split_per_cpu(value)
             packets = sum(self.codecs["tg_counter"].unpack(p[:16]).packets for p in parts)
-            if packets:
-                found[index // 2, index % 2] = packets
+            found[index // 2, index % 2] = packets
         return found
 
     def flows(self) -> list[tuple[object, object]]:

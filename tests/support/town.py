@@ -1,0 +1,160 @@
+"""A small town for the datapath's packet fixtures: pods, policies, addresses and services on one
+`Lab`, in a network namespace of its own.
+
+Rows name pods by letter; `Town` turns the letters into frames, runs them, and says what came out.
+Expected header bytes come from `frames`, never from the datapath.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from support import frames as f
+from support.lab import DROP, U32, Lab, Pod, Rules
+from tidegate_bpf import RingBuffer, netns
+
+ALLOW, DENY = 1, 0
+ANY, CLASS = 0x02000000, 0x01000000
+POLICY, POLICY_DENY, INVALID, TRUNCATED = 133, 181, 134, 135
+SOURCE, ETHERTYPE, EXT_HEADER, NO_BACKEND, PENDING = 132, 140, 156, 158, 203
+VLAN, ND, NO_RULE_SET, FRAGMENT, ERROR = 220, 221, 222, 223, 224
+SCTP_PORT, SOURCE_ROUTE, SENDER, EVENT_LOST = 225, 226, 228, 254
+INGRESS, EGRESS = 0, 1
+
+IDENTITY = {"a": 300, "b": 301, "c": 302, "d": 303, "r": 304}
+IP4 = {"a": "10.1.0.10", "b": "10.1.0.11", "c": "10.1.0.12", "d": "10.1.0.13", "r": "10.2.0.20"}
+IP6 = {"a": "fd00:1::10", "b": "fd00:1::11", "c": "fd00:1::12", "d": "fd00:1::13"}
+IP6 |= {"r": "fd00:2::20", "n": "fd00:9::2", "w": "2001:db8::8", "u": "fd00:1::99"}
+# A node, the world, and an address of a pod CIDR that nobody has published.
+IP4 |= {"n": "172.18.0.2", "w": "192.0.2.8", "u": "10.1.0.99"}
+IFINDEX = {"a": 10, "b": 11, "c": 12, "d": 13}
+PENDING_IFINDEX = 14
+BACKENDS = 16
+"""Ids that `open` frees."""
+VIP4, VIP6 = "10.96.0.1", "fd00:96::1"
+
+
+@contextlib.contextmanager
+def namespace() -> Iterator[None]:
+    """This thread in a fresh network namespace that has the town's interface numbers."""
+    name = f"tgG-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        for index in (*IFINDEX.values(), PENDING_IFINDEX):
+            link = f"link add v{index} index {index} type veth peer name p{index}"
+            subprocess.run(["ip", "-n", name, *link.split()], check=True)
+        with netns.inside(f"/run/netns/{name}"):
+            yield
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run did: verdict, the one reason counted (0: forwarded), its direction, the frame."""
+
+    verdict: int
+    reason: int
+    direction: int
+    data: bytes
+
+    @property
+    def frame(self) -> f.Frame:
+        return f.parse(self.data)
+
+
+class Town:
+    """a, b, c, d live here, r on another node, n is a node, w the world. Without `rules` nobody is
+    isolated; `rules` maps letter + direction ("b<" ingress, "b>" egress) to a rule set."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+
+    def open(self, rules: dict[str, Rules] | None = None, **identities: int) -> None:
+        """A fresh town: no flow, fragment, service or address is left of the one before."""
+        names = ("ct_v1", "frags_v1", "ipcache_v1", "ipcache_lpm_v1", "frontends_v1")
+        for table in (*(self.lab.maps[name] for name in names), *self.lab.shares.values()):
+            for key in list(table.keys()):
+                table.discard(key)
+        for number in range(BACKENDS):
+            self.lab.maps["backends_v1"].update(U32.pack(number), bytes(24))
+        self.lab.slots = 0
+        self.lab.network("10.1.0.0/16", 0)
+        self.lab.network("fd00:1::/64", 0)
+        self.switch(rules, **identities)
+        for text in (IP4["n"], IP6["n"]):
+            self.lab.ipcache(text, 4, peer=True)
+
+    def switch(self, rules: dict[str, Rules] | None = None, **identities: int) -> None:
+        """Other policies or identities; flows live on."""
+        rules = rules or {}
+        pods = [
+            Pod(
+                id=number,
+                identity=identities.get(name, IDENTITY[name]),
+                ifindex=IFINDEX.get(name, 0),
+                ip4=IP4[name],
+                ip6=IP6[name],
+                ingress=rules.get(name + "<"),
+                egress=rules.get(name + ">"),
+                local=name in IFINDEX,
+            )
+            for number, name in enumerate(IDENTITY, 1)
+        ]
+        self.pods = dict(zip(IDENTITY, pods, strict=True))
+        self.lab.world(pods)
+
+    def send(self, hook: str, data: bytes, *, host: bool = False) -> Seen:
+        """`hook`: the pod's letter, then ">" where it leaves the pod, "<" where it enters."""
+        program = "from_pod" if hook[1] == ">" else "to_pod"
+        before = self.lab.counters()
+        ifindex = IFINDEX.get(hook[0], PENDING_IFINDEX)
+        verdict, after, _ = self.lab.run(program, data, ifindex, from_ifindex=0 if host else 1)
+        changed = [key for key, count in self.lab.counters().items() if count != before.get(key, 0)]
+        assert len([key for key in changed if key[0] != EVENT_LOST]) == 1, changed
+        reason, direction = next(key for key in changed if key[0] != EVENT_LOST)
+        assert (verdict == DROP) == (reason != 0)
+        return Seen(verdict, reason, direction, after)
+
+    def reason(self, hook: str, data: bytes, *, host: bool = False) -> int:
+        return self.send(hook, data, host=host).reason
+
+    def events(self) -> list[Any]:
+        """Denials since the last call."""
+        with RingBuffer(self.lab.maps["events_v1"]) as ring:
+            return [self.lab.codecs["tg_event"].unpack(raw) for raw in ring.read()]
+
+
+@contextlib.contextmanager
+def town(**rodata: int) -> Iterator[Town]:
+    with namespace(), Lab(**rodata) as lab:
+        yield Town(lab)
+
+
+def ip_of(name: str, version: int) -> str:
+    """Letter or literal address."""
+    return (IP4 if version == 4 else IP6).get(name, name)
+
+
+def rules(*entries: tuple[int, int, int, int], cidr: dict[str, int] | None = None) -> Rules:
+    """Allow each (peer word, protocol, port, prefix bits); rule n is the nth."""
+    return Rules({entry: (1, n, ALLOW) for n, entry in enumerate(entries)}, cidr or {})
+
+
+def from_(name: str, protocol: int = 0, port: int = 0) -> tuple[int, int, int, int]:
+    """A rule's key: identity of `name`, exact port if given, one protocol if given."""
+    bits = 24 if port else 8 if protocol else 0
+    return (IDENTITY[name], protocol, port, bits)
+
+
+def tcp(src: str, dst: str, sport: int, dport: int, flags: int, payload: bytes = b"") -> bytes:
+    return f.eth(f.ip(src, dst, f.TCP, f.tcp(src, dst, sport, dport, flags, payload)))
+
+
+def udp(src: str, dst: str, sport: int, dport: int, payload: bytes = b"x") -> bytes:
+    return f.eth(f.ip(src, dst, f.UDP, f.udp(src, dst, sport, dport, payload)))
