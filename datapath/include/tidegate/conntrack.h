@@ -21,9 +21,21 @@ const volatile __u32 other_opening_life = 60;
 #define TG_PROOF_MASK ((1ull << TG_CT_PROOF_BITS) - 1)
 #define TG_CT_CLOSED_BOTH (TG_CT_FIN_ORIG | TG_CT_FIN_REPLY)
 
-tg_inline __u32 tg_now(void)
+/* Coarse time moves once a tick; the tick is read without a call. */
+struct tg_clock {
+	__u64 tick;
+	__u32 now;
+};
+
+tg_inline __u32 tg_now(struct tg_clock *clock)
 {
-	return bpf_ktime_get_coarse_ns() >> 30;
+	__u64 tick = bpf_jiffies64();
+
+	if (clock->tick != tick) {
+		clock->tick = tick;
+		clock->now = bpf_ktime_get_coarse_ns() >> 30;
+	}
+	return clock->now;
 }
 
 /* Fills the key; returns whether the tuple's source is its end a. */

@@ -35,7 +35,7 @@ tg_inline int tg_begin(struct tg_run *r)
 	r->ep = bpf_map_lookup_elem(r->node, &key);
 	if (!r->ep)
 		return TG_DROP_PENDING;
-	r->s->now = tg_now();
+	r->s->now = tg_now(&r->s->clock);
 	return 0;
 }
 

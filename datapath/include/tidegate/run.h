@@ -47,6 +47,7 @@ struct tg_scratch {
 	struct tg_tuple client;
 	struct tg_target inner; /* in errors */
 	struct tg_target outer;
+	struct tg_clock clock; /* this CPU's, from packet to packet */
 };
 
 struct {
