@@ -325,7 +325,7 @@ def test_host_exemption_is_not_for_what_leaves_a_pod(town: Town) -> None:
 def test_a_pod_reaches_itself(town: Town, version: int) -> None:
     town.open({"b<": Rules(), "b>": Rules()})
     seen = town.send("b>", opening("b", "b", TCP, 80, version))
-    assert (0, REDIRECT) == (seen.reason, seen.verdict)
+    assert (seen.reason, seen.verdict) == (0, REDIRECT)
     assert seen.data[:6] == town.pods["b"].mac
 
 

@@ -8,15 +8,16 @@ Expected header bytes come from `frames`, never from the datapath.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from support import frames as f
 from support.lab import DROP, U32, Lab, Pod, Rules
-from tidegate_bpf import RingBuffer, netns
+from tidegate_bpf import Map, RingBuffer, netns
 
 ALLOW, DENY = 1, 0
 ANY, CLASS = 0x02000000, 0x01000000
@@ -39,10 +40,13 @@ BACKENDS = 16
 VIP4, VIP6 = "10.96.0.1", "fd00:96::1"
 
 
+_numbers = itertools.count()
+
+
 @contextlib.contextmanager
 def namespace() -> Iterator[None]:
     """This thread in a fresh network namespace that has the town's interface numbers."""
-    name = f"tgG-{os.getpid()}"
+    name = f"tgt-{os.getpid()}-{next(_numbers)}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:
         for index in (*IFINDEX.values(), PENDING_IFINDEX):
@@ -124,6 +128,35 @@ class Town:
     def reason(self, hook: str, data: bytes, *, host: bool = False) -> int:
         return self.send(hook, data, host=host).reason
 
+    def share(self, name: str) -> Map:
+        """The half-open flows that pod `name` may have."""
+        number = list(IFINDEX).index(name)
+        return self.lab.shares[self.pods[name].id, number]
+
+    def half_open(self, name: str) -> list[Any]:
+        return [self.lab.codecs["tg_ct"].unpack(value) for _, value in self.share(name).items()]
+
+    def established(self) -> list[Any]:
+        return [value for _, value in self.lab.flows()]
+
+    def edit(self, table: Map, **fields: Callable[[int], int]) -> None:
+        """Pass a field of every flow in `table` through a function."""
+        codec = self.lab.codecs["tg_ct"]
+        for key, value in list(table.items()):
+            flow = codec.unpack(value)
+            new = {name: change(getattr(flow, name)) for name, change in fields.items()}
+            table.update(key, codec.pack(**(flow._asdict() | new)))
+
+    def age(self, table: Map, units: int) -> None:
+        """As if no packet had come for so many units of `seen`."""
+        self.edit(table, seen=lambda seen: (seen - units) & 0xFFFFFFFF)
+
+    def handshake(self, src: str, dst: str, version: int, sport: int = 40000) -> None:
+        """TCP from `src` to port 80 of `dst`, both pods here, to established."""
+        for flags, back in ((f.SYN, False), (f.SYN | f.ACK, True), (f.ACK, False)):
+            hook = (dst if back else src) + ">"
+            assert self.reason(hook, segment(src, dst, version, flags, back, sport)) == 0
+
     def events(self) -> list[Any]:
         """Denials since the last call."""
         with RingBuffer(self.lab.maps["events_v1"]) as ring:
@@ -139,6 +172,15 @@ def town(**rodata: int) -> Iterator[Town]:
 def ip_of(name: str, version: int) -> str:
     """Letter or literal address."""
     return (IP4 if version == 4 else IP6).get(name, name)
+
+
+def segment(
+    src: str, dst: str, version: int, flags: int, back: bool = False, sport: int = 40000
+) -> bytes:
+    """TCP between port `sport` of `src` and port 80 of `dst`; `back`: from `dst`."""
+    ends = [(ip_of(src, version), sport), (ip_of(dst, version), 80)]
+    (a, aport), (b, bport) = reversed(ends) if back else ends
+    return tcp(a, b, aport, bport, flags)
 
 
 def rules(*entries: tuple[int, int, int, int], cidr: dict[str, int] | None = None) -> Rules:
