@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Bare, until
+from cluster.harness import Bare, until
 from tidegate_cli.standalone import cgroups, netns, teardown
 from tidegate_cli.standalone.errors import NotUpError, StandaloneError
 from tidegate_cli.standalone.rundir import RunDir

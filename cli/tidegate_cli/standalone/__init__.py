@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from tidegate_cli.standalone.options import UpOptions
     from tidegate_cli.standalone.teardown import Inventory
 
+# The imports within functions are what keeps `tidegate --help` quick.
+
 
 def up(options: UpOptions) -> int:
     """Exit code; returns when the cluster is ready (`detach`) or has ended.
     Raises StandaloneError."""
-    from tidegate_cli.standalone import feed
+    from tidegate_cli.standalone import feed  # noqa: PLC0415 - see above
 
     return feed.up(options)
 
@@ -36,8 +38,8 @@ def up(options: UpOptions) -> int:
 def down(run_dir: Path) -> Inventory:
     """Removes the cluster of `run_dir`; returns what there was. Raises
     StandaloneError."""
-    from tidegate_cli.standalone import teardown
-    from tidegate_cli.standalone.rundir import RunDir
+    from tidegate_cli.standalone import teardown  # noqa: PLC0415 - see above
+    from tidegate_cli.standalone.rundir import RunDir  # noqa: PLC0415
 
     return teardown.down(RunDir.at(run_dir))
 
@@ -45,6 +47,6 @@ def down(run_dir: Path) -> Inventory:
 def exec_in(pod: str, argv: Sequence[str], run_dir: Path) -> NoReturn:
     """Replaces this process by `argv` in the pod "namespace/name" (or "name",
     if only one has it) or the node "node/NAME". Raises StandaloneError."""
-    from tidegate_cli.standalone import execute
+    from tidegate_cli.standalone import execute  # noqa: PLC0415 - see above
 
     execute.exec_in(pod, argv, run_dir)

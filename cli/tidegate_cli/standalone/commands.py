@@ -1,22 +1,29 @@
 """The sub-commands `up`, `down` and `exec`: arguments only.
 
-Each sets `run`, a function from the parsed arguments to an exit code. They
-expect `run_dir` among the arguments; `main` defines it for all commands.
+Each sets `run`, a function from the parsed arguments to an exit code.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from tidegate_cli import standalone
+from tidegate_cli.arguments import command
+from tidegate_cli.standalone.errors import StandaloneError
+from tidegate_cli.standalone.options import UpOptions
 
 MAX_NODES = 64
 
 
 def add_parser(subparsers: Any) -> None:
-    up = subparsers.add_parser(
+    up = command(
+        subparsers,
         "up",
-        help="make a cluster on this machine out of a folder of manifests",
+        "make a cluster on this machine out of a folder of manifests",
         description="Makes nodes and pods out of network namespaces, loads the policy of every "
         "manifest below DIR into the kernel, and follows DIR until it is ended.",
     )
@@ -32,17 +39,19 @@ def add_parser(subparsers: Any) -> None:
     )
     up.set_defaults(run=_reported(_up))
 
-    down = subparsers.add_parser(
+    down = command(
+        subparsers,
         "down",
-        help="remove the cluster from this machine",
+        "remove the cluster from this machine",
         description="Ends `tidegate up` and removes every process, namespace, cgroup and pin of "
         "it, also after a crash. Harmless when nothing is up.",
     )
     down.set_defaults(run=_reported(_down))
 
-    execute = subparsers.add_parser(
+    execute = command(
+        subparsers,
         "exec",
-        help="run a command inside a pod or node",
+        "run a command inside a pod or node",
         description="Runs CMD in the network namespace and cgroup of a pod (NAMESPACE/NAME, or a "
         "NAME or beginning that only one pod has) or of a node (node/NAME).",
     )
@@ -58,16 +67,12 @@ def _node_count(text: str) -> int:
     return number
 
 
-def _reported(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """`command` with our own errors printed as one line for people."""
+def _reported(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """`action` with our own errors printed as one line for people."""
 
     def run(arguments: argparse.Namespace) -> int:
-        import sys
-
-        from tidegate_cli.standalone.errors import StandaloneError
-
         try:
-            return command(arguments)
+            return action(arguments)
         except StandaloneError as error:
             print(f"tidegate: {error}", file=sys.stderr)
             return 1
@@ -76,11 +81,6 @@ def _reported(command: Callable[[argparse.Namespace], int]) -> Callable[[argpars
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from tidegate_cli import standalone
-    from tidegate_cli.standalone.options import UpOptions
-
     return standalone.up(
         UpOptions(
             folder=Path(arguments.dir),
@@ -92,17 +92,12 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _down(arguments: argparse.Namespace) -> int:
-    from tidegate_cli import standalone
-
     there_was = standalone.down(arguments.run_dir)
     print(f"removed {there_was}" if there_was else f"nothing is up in {arguments.run_dir}")
     return 0
 
 
 def _exec(arguments: argparse.Namespace) -> int:
-    from tidegate_cli import standalone
-    from tidegate_cli.standalone.errors import StandaloneError
-
     argv = arguments.argv[1:] if arguments.argv[:1] == ["--"] else arguments.argv
     if not argv:
         raise StandaloneError("exec needs a command: tidegate exec POD -- CMD…")

@@ -10,8 +10,10 @@ StandaloneError              its text is one line for people, with the remedy
 
 from __future__ import annotations
 
+from tidegate_cli.errors import CliError
 
-class StandaloneError(Exception):
+
+class StandaloneError(CliError):
     pass
 
 

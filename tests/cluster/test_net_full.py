@@ -1,0 +1,147 @@
+"""The whole of it: folder -> operator -> loaders -> kernel -> packets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster.harness import until
+from tidegate_cli.standalone import teardown
+from tidegate_cli.standalone.errors import PrerequisiteError
+from tidegate_cli.standalone.loaders import check
+from tidegate_cli.standalone.rundir import RunDir
+
+pytestmark = [pytest.mark.cluster, pytest.mark.kernel]
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+WAIT_SECONDS = 120
+
+CURIOUS = """
+apiVersion: v1
+kind: Pod
+metadata: {name: curious, labels: {app: curious}}
+spec: {containers: [{name: main, image: x}]}
+"""
+OPEN_DOOR = """
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: server-from-client}
+spec: {podSelector: {matchLabels: {app: server}}, ingress: [{}]}
+"""
+
+
+@dataclass
+class Full:
+    run_dir: RunDir
+    folder: Path
+
+    def tidegate(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tidegate_cli", *argv]
+        environment = os.environ | {"TIDEGATE_RUN_DIR": str(self.run_dir.path)}
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=WAIT_SECONDS, env=environment
+        )
+
+    def up(self, example: str) -> None:
+        shutil.copytree(EXAMPLES / example, self.folder)
+        result = self.tidegate("up", str(self.folder), "--detach")
+        assert result.returncode == 0, result.stderr
+        assert f"ready: following {self.folder}" in result.stdout
+
+    def reached(self) -> dict[tuple[str, str], bool]:
+        """(source, destination) -> IPv4 TCP answer; only when all is as the model says."""
+        result = self.tidegate("matrix", "-o", "json", "--timeout", "0.3")
+        data = json.loads(result.stdout)
+        assert (result.returncode != 0) == (data["differences"] > 0)
+        if data["differences"]:
+            return {}
+        return {(cell["source"], cell["destination"]): cell["reached"] for cell in data["cells"]}
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Full]:
+    try:
+        check()
+    except PrerequisiteError as error:
+        pytest.skip(str(error))
+    cluster = Full(RunDir.at(tmp_path / "run"), tmp_path / "manifests")
+    try:
+        yield cluster
+    finally:
+        teardown.down(cluster.run_dir)
+
+
+@pytest.mark.parametrize(("example", "denied"), [("minimal", 0), ("shop", 81)])
+def test_the_kernel_does_what_the_model_says(full: Full, example: str, denied: int) -> None:
+    full.up(example)
+    result = full.tidegate("matrix", "-6")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{denied} not; all as the model says" in result.stdout
+    down = full.tidegate("down")
+    assert down.stdout.startswith("removed supervisor ")
+    assert not teardown.inventory(full.run_dir)
+    assert full.tidegate("down").stdout.startswith("nothing is up in ")
+
+
+def test_saving_a_file_changes_the_kernel(full: Full) -> None:
+    full.up("minimal")
+    assert full.reached()["default/client", "default/server"]
+
+    (full.folder / "curious.yaml").write_text(CURIOUS)
+    until(lambda: ("default/curious", "default/server") in full.reached(), "the new pod asks")
+    assert not full.reached()["default/curious", "default/server"]
+
+    (full.folder / "minimal.yaml").write_text(
+        (full.folder / "minimal.yaml").read_text().split("apiVersion: networking")[0] + OPEN_DOOR
+    )
+    until(lambda: full.reached().get(("default/curious", "default/server")), "the door opens")
+
+    (full.folder / "curious.yaml").unlink()
+    until(
+        lambda: (
+            set(full.reached())
+            == {
+                ("default/client", "default/server"),
+                ("default/server", "default/server"),
+            }
+        ),
+        "the pod goes",
+    )
+
+
+def test_second_up_and_a_missing_folder(full: Full) -> None:
+    full.up("minimal")
+    second = full.tidegate("up", str(full.folder), "--detach")
+    assert second.returncode == 1
+    assert f"follows {full.folder}" in second.stderr
+    missing = full.tidegate("up", str(full.folder / "nowhere"))
+    assert (missing.returncode, "no such folder" in missing.stderr) == (1, True)
+    assert full.reached()["default/client", "default/server"], "the first one lives on"
+
+
+def test_a_killed_loader_is_started_again(full: Full) -> None:
+    full.up("minimal")
+    state = full.run_dir.read()
+    assert state is not None
+    for entry in Path("/proc").iterdir():
+        command = _cmdline(entry)
+        if "tidegate_loader" in command and str(full.run_dir.path) in command:
+            os.kill(int(entry.name), 9)
+    assert full.reached()["default/client", "default/server"], "the kernel does not need it"
+    (full.folder / "curious.yaml").write_text(CURIOUS)
+    until(lambda: ("default/curious", "default/server") in full.reached(), "a loader realises it")
+
+
+def _cmdline(entry: Path) -> list[str]:
+    try:
+        text = (entry / "cmdline").read_text() if entry.name.isdigit() else ""
+    except OSError:
+        return []
+    return text.split("\0")
