@@ -78,12 +78,14 @@ def full(tmp_path: Path) -> Iterator[Full]:
         teardown.down(cluster.run_dir)
 
 
-@pytest.mark.parametrize(("example", "denied"), [("minimal", 0), ("shop", 81)])
-def test_the_kernel_does_what_the_model_says(full: Full, example: str, denied: int) -> None:
+@pytest.mark.parametrize(("example", "denies"), [("minimal", False), ("shop", True)])
+def test_the_kernel_does_what_the_model_says(full: Full, example: str, denies: bool) -> None:
     full.up(example)
     result = full.tidegate("matrix", "-6")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{denied} not; all as the model says" in result.stdout
+    assert "; all as the model says" in result.stdout
+    # No number: where a service's backends differ, the cell depends on the one chosen.
+    assert (" 0 not;" not in result.stdout) == denies
     down = full.tidegate("down")
     assert down.stdout.startswith("removed supervisor ")
     assert not teardown.inventory(full.run_dir)
