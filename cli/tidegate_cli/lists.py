@@ -1,0 +1,517 @@
+"""The list commands: the kernel's maps as people are used to seeing them.
+
+Formats as Cilium's tools print the same thing; docs/cli.md. May not live here: reading maps
+(`live`), verdicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from msgspec import UNSET
+from tidegate_api.state import Identity, NodeState, Reserved, RuleSet, StateObject
+from tidegate_loader import addresses
+
+from tidegate_cli import live, lookup, reasons, render
+from tidegate_cli.arguments import command
+from tidegate_cli.errors import CliError
+from tidegate_cli.live import BEGAN_A, Flow, NodeView
+from tidegate_cli.model import Model, RuleRef, policy_text
+from tidegate_cli.objects import RunObjects
+
+PROTOCOL_NAMES = {number: name for name, number in lookup.PROTOCOLS.items()}
+RELEASED_LABEL = "tidegate.dev/released"
+NAMESPACE_LABEL = "k8s:io.kubernetes.pod.namespace"
+SPECIAL = {lookup.NONE: "default", lookup.HOST: "host", lookup.SELF: "self"}
+FLAGS = {
+    0x02: "Replied",
+    0x04: "FinOrig",
+    0x08: "FinReply",
+    0x10: "Rst",
+    0x20: "Nat",
+    0x40: "Service",
+    0x80: "Hairpin",
+}
+IPCACHE_FLAGS = {0x01000000: "local", 0x02000000: "frontend", 0x04000000: "peer"}
+Subparsers = Any
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """identity, endpoint, policy, lb, ct, ipcache, metrics."""
+    groups: tuple[tuple[str, str, str, Callable[[argparse.Namespace], int]], ...] = (
+        ("identity", "list", "the ledger of identity numbers", identity_list),
+        ("endpoint", "list", "local endpoints of each node's table in force", endpoint_list),
+        ("policy", "get", "the rules in force at a pod", policy_get),
+        ("lb", "list", "frontends and their backends", lb_list),
+        ("ct", "list", "tracked flows: established and half-open", ct_list),
+        ("ipcache", "list", "addresses and networks with their identities", ipcache_list),
+        ("metrics", "list", "packets and bytes by reason and direction", metrics_list),
+    )
+    for name, verb, text, run in groups:
+        group = subparsers.add_parser(name, help=text, description=text)
+        verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+        parser = command(verbs, verb, text)
+        parser.set_defaults(run=run)
+        if name == "policy":
+            parser.add_argument("pod", nargs="?", help="namespace/name; default: every pod")
+            parser.add_argument("-n", "--numeric", action="store_true", help="identity numbers")
+        if name == "lb":
+            what = parser.add_mutually_exclusive_group()
+            what.add_argument("--frontends", action="store_true", help="frontends only")
+            what.add_argument("--backends", action="store_true", help="backends only")
+
+
+# ---- who is who --------------------------------------------------------------------
+
+
+def identity_words(objects: Iterable[StateObject]) -> dict[int, list[str]]:
+    """Number → its labels as `source:key[=value]`; reserved ones too."""
+    found = {int(n): [f"reserved:{n.name.lower().replace('_', '-')}"] for n in Reserved}
+    for item in objects:
+        if isinstance(item, Identity) and item.metadata.name.isdigit():
+            found[int(item.metadata.name)] = _words(item)
+    return found
+
+
+def _words(item: Identity) -> list[str]:
+    spec = item.spec
+    if spec.cidrs is not UNSET:
+        return [f"cidr:{cidr}" for cidr in spec.cidrs]
+    labels = spec.labels or {}
+    words = [f"{NAMESPACE_LABEL}={spec.namespace}"] if spec.namespace else []
+    return words + [f"k8s:{k}={v}" if v else f"k8s:{k}" for k, v in sorted(labels.items())]
+
+
+def identity_list(args: argparse.Namespace) -> int:
+    objects = RunObjects(args.run_dir).all()
+    states = [item for item in objects if isinstance(item, NodeState)]
+    if args.node is not None:
+        states = [item for item in states if item.metadata.name == args.node]
+    used = Counter(endpoint.identity for state in states for endpoint in state.spec.endpoints)
+    rows: list[dict[str, Any]] = []
+    for item in objects:
+        if not (isinstance(item, Identity) and item.metadata.name.isdigit()):
+            continue
+        number, labels = int(item.metadata.name), item.spec.labels or {}
+        rows.append(
+            {
+                "id": number,
+                "namespace": item.spec.namespace or "",
+                "labels": dict(sorted(labels.items())),
+                "cidrs": item.spec.cidrs or [],
+                "endpoints": used[number],
+                "released": RELEASED_LABEL in (item.metadata.labels or {}),
+            }
+        )
+    rows.sort(key=lambda row: (row["namespace"], row["id"]))
+    if args.output != "table":
+        render.structured(rows, args.output)
+        return 0
+    header = ("ID", "NAMESPACE", "LABELS", "ENDPOINTS", "STATE")
+    cells = [
+        (
+            row["id"],
+            row["namespace"] or "-",
+            ",".join(row["cidrs"]) or render.labels(row["labels"]) or "-",
+            row["endpoints"],
+            "released" if row["released"] else "live",
+        )
+        for row in rows
+    ]
+    sys.stdout.write(render.table(header, cells))
+    return 0
+
+
+# ---- one node after the other ---------------------------------------------------------
+
+
+def _by_node(
+    args: argparse.Namespace,
+    read: Callable[[NodeView], Any],
+    header: Sequence[str],
+    cells: Callable[[Any], Iterable[Sequence[object]]],
+) -> int:
+    """Structured output: what `read` gives, by node name; with --node that node's alone. Table:
+    `cells` of it, with a first column NODE unless --node is given."""
+    found = {view.name: read(view) for view in live.views(RunObjects(args.run_dir), args.node)}
+    if args.output != "table":
+        render.structured(found[args.node] if args.node is not None else found, args.output)
+        return 0
+    if args.node is not None:
+        sys.stdout.write(render.table(header, cells(found[args.node])))
+        return 0
+    rows = [(node, *row) for node, value in found.items() for row in cells(value)]
+    sys.stdout.write(render.table(("NODE", *header), rows))
+    return 0
+
+
+def endpoint_list(args: argparse.Namespace) -> int:
+    def read(view: NodeView) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": e.row.id,
+                "pod": view.pod_name(e.row.id),
+                "identity": e.row.identity,
+                "ingressEnforcement": bool(e.row.ingress.flags & lookup.ISOLATED),
+                "egressEnforcement": bool(e.row.egress.flags & lookup.ISOLATED),
+                "ifindex": e.row.ifindex,
+                "addresses": e.addresses,
+                "mac": e.row.pod_mac.hex(":").upper(),
+                "nodemac": e.row.host_mac.hex(":").upper(),
+            }
+            for e in view.maps.endpoints()
+        ]
+
+    header = (
+        "ENDPOINT",
+        "POD",
+        "IDENTITY",
+        "INGRESS ENFORCEMENT",
+        "EGRESS ENFORCEMENT",
+        "IFINDEX",
+        "IPV4",
+        "IPV6",
+        "MAC",
+    )
+
+    def cells(rows: Any) -> Iterable[Sequence[object]]:
+        for row in rows:
+            four = next((a for a in row["addresses"] if ":" not in a), "-")
+            six = next((a for a in row["addresses"] if ":" in a), "-")
+            enforced = [
+                "Enabled" if row[f"{d}Enforcement"] else "Disabled" for d in ("ingress", "egress")
+            ]
+            identity, pod = row["identity"], row["pod"] or "-"
+            yield row["id"], pod, identity, *enforced, row["ifindex"], four, six, row["mac"]
+
+    return _by_node(args, read, header, cells)
+
+
+def ipcache_list(args: argparse.Namespace) -> int:
+    words = identity_words(RunObjects(args.run_dir).all())
+
+    def read(view: NodeView) -> list[dict[str, Any]]:
+        return [
+            {
+                "cidr": prefix,
+                "identity": identity,
+                "labels": words.get(identity, []),
+                "flags": [name for bit, name in IPCACHE_FLAGS.items() if flags & bit],
+                "proof": "ok" if good else "wrong",
+            }
+            for prefix, identity, flags, good in view.maps.ipcache()
+        ]
+
+    def cells(rows: Any) -> Iterable[Sequence[object]]:
+        for row in rows:
+            flags = [*row["flags"], *(["WRONG-PROOF"] if row["proof"] != "ok" else [])]
+            labels = ",".join(row["labels"]) or "-"
+            yield row["cidr"], row["identity"], ",".join(flags) or "-", labels
+
+    return _by_node(args, read, ("IP PREFIX/ADDRESS", "IDENTITY", "FLAGS", "LABELS"), cells)
+
+
+def metrics_list(args: argparse.Namespace) -> int:
+    def read(view: NodeView) -> list[dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
+        for (reason, direction), (packets, size) in sorted(view.maps.metrics().items()):
+            entry = found.setdefault(
+                reason, {"reason": reason, "description": reasons.text(reason), "values": {}}
+            )
+            name = reasons.DIRECTIONS[direction].lower()
+            entry["values"][name] = {"packets": packets, "bytes": size}
+        return list(found.values())
+
+    def cells(rows: Any) -> Iterable[Sequence[object]]:
+        for row in rows:
+            for direction, count in row["values"].items():
+                yield row["description"], direction.upper(), count["packets"], count["bytes"]
+
+    return _by_node(args, read, ("REASON", "DIRECTION", "PACKETS", "BYTES"), cells)
+
+
+# ---- services ------------------------------------------------------------------------
+
+
+def lb_list(args: argparse.Namespace) -> int:
+    model = Model.from_objects(RunObjects(args.run_dir).all())
+    if args.backends or args.frontends:
+        header: Sequence[str] = ("ID", "BACKEND ADDRESS", "STATE")
+        read: Callable[[NodeView], Any] = _backends
+        if args.frontends:
+            header = ("SERVICE ADDRESS", "SERVICE", "TYPE", "BASE", "COUNT")
+            read = partial(_frontends, model)
+        return _by_node(args, read, header, lambda rows: (row.values() for row in rows))
+
+    def cells(found: Any) -> Iterable[Sequence[object]]:
+        return ((address, text) for address, texts in found.items() for text in texts)
+
+    header = ("SERVICE ADDRESS", "BACKEND ADDRESS (REVNAT_ID) (SLOT)")
+    return _by_node(args, partial(_lb, model), header, cells)
+
+
+def _lb(model: Model, view: NodeView) -> dict[str, list[str]]:
+    """ "address:port/PROTOCOL (slot)" → what is in it; slot 0 is the frontend itself. There is
+    no reverse-NAT id: conntrack holds the frontend."""
+    found: dict[str, list[str]] = {}
+    for front in view.maps.frontends():
+        protocol = _protocol(front.protocol)
+        name = f"{render.host_port(front.address, front.port)}/{protocol}"
+        kind = _service_type(model, front, protocol)
+        words = [kind, *(["non-routable"] if kind == "ClusterIP" else [])]
+        none = render.host_port("::" if ":" in front.address else "0.0.0.0", 0)
+        found[f"{name} (0)"] = [f"{none} (0) (0) [{', '.join(words)}]"]
+        for slot, backend in enumerate(front.backends, 1):
+            if isinstance(backend, int):
+                text = f"backend {backend} not found"
+            else:
+                text = f"{render.host_port(*backend[1:])}/{protocol} (0) ({slot})"
+            found[f"{name} ({slot})"] = [text]
+    return found
+
+
+def _service_type(model: Model, front: live.Frontend, protocol: str) -> str:
+    known = model.service_of(front.address, front.port, protocol)
+    return known.type if known is not None else "unknown"
+
+
+def _frontends(model: Model, view: NodeView) -> list[dict[str, Any]]:
+    rows = []
+    for front in view.maps.frontends():
+        protocol = _protocol(front.protocol)
+        known = model.service_of(front.address, front.port, protocol)
+        rows.append(
+            {
+                "address": f"{render.host_port(front.address, front.port)}/{protocol}",
+                "service": f"{known.namespace}/{known.name}" if known else "-",
+                "type": known.type if known else "-",
+                "base": front.base,
+                "count": front.count,
+            }
+        )
+    return rows
+
+
+def _backends(view: NodeView) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": number,
+            "address": f"{render.host_port(addresses.text(row.addr), row.port)}/"
+            + _protocol(row.protocol),
+            "state": "active" if row.state else "resting",
+        }
+        for number, row in view.maps.backends()
+    ]
+
+
+def _protocol(number: int) -> str:
+    return PROTOCOL_NAMES.get(number, str(number))
+
+
+# ---- flows ----------------------------------------------------------------------------
+
+
+def ct_list(args: argparse.Namespace) -> int:
+    found = {}
+    for view in live.views(RunObjects(args.run_dir), args.node):
+        flows = sorted(view.maps.flows(), key=lambda f: (f.protocol, f.source, f.destination))
+        if args.output == "table":
+            for flow in flows:
+                prefix = "" if args.node is not None else f"{view.name}: "
+                sys.stdout.write(f"{prefix}{flow_line(flow, view)}\n")
+        else:
+            found[view.name] = [_flow_object(flow, view) for flow in flows]
+    if args.output != "table":
+        render.structured(found[args.node] if args.node is not None else found, args.output)
+    return 0
+
+
+def flow_line(flow: Flow, view: NodeView) -> str:
+    """One line; `expires` in seconds from now, `expired` where the programs take it as absent."""
+    direction = "SVC" if flow.flags & live.SERVICE else "OUT" if flow.src_endpoint else "IN"
+    words = [word for bit, word in FLAGS.items() if flow.flags & bit]
+    parts = [
+        _protocol(flow.protocol),
+        direction,
+        f"{render.host_port(*flow.source)} -> {render.host_port(*flow.destination)}",
+        f"expires={flow.left:.0f}s" if flow.left >= 0 else "expired",
+        f"LastSeen={flow.age:.0f}s",
+        f"Flags={flow.flags & ~BEGAN_A:#06x} [ {' '.join([*words, ''])}]",
+    ]
+    if flow.nat is not None:
+        parts.append(f"NAT={render.host_port(*flow.nat)} BackendID={flow.backend}")
+    for name, endpoint, rule in (
+        ("Src", flow.src_endpoint, flow.src_rule),
+        ("Dst", flow.dst_endpoint, flow.dst_rule),
+    ):
+        if endpoint:
+            pod = view.pod_name(endpoint) or str(endpoint)
+            parts.append(f"{name}={pod} {name}Rule={SPECIAL.get(rule, rule)}")
+    return " ".join([*parts, f"({flow.kind})"])
+
+
+def _flow_object(flow: Flow, view: NodeView) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "protocol": _protocol(flow.protocol),
+        "source": render.host_port(*flow.source),
+        "destination": render.host_port(*flow.destination),
+        "kind": flow.kind,
+        "flags": [word for bit, word in FLAGS.items() if flow.flags & bit],
+        "ageSeconds": round(flow.age, 1),
+        "leftSeconds": round(flow.left, 1),
+        "expired": flow.left < 0,
+        "srcPod": view.pod_name(flow.src_endpoint),
+        "dstPod": view.pod_name(flow.dst_endpoint),
+        "srcRule": flow.src_rule,
+        "dstRule": flow.dst_rule,
+        "epoch": flow.epoch,
+    }
+    if flow.nat is not None:
+        found |= {"nat": render.host_port(*flow.nat), "backend": flow.backend}
+    return found
+
+
+# ---- policy ------------------------------------------------------------------------------
+
+POLICY_HEADER = (
+    "POLICY",
+    "DIRECTION",
+    "LABELS (source:key[=value])",
+    "PORT/PROTO",
+    "PROXY PORT",
+    "AUTH TYPE",
+    "BYTES",
+    "PACKETS",
+    "PREFIX",
+    "RULE",
+)
+
+
+def policy_get(args: argparse.Namespace) -> int:
+    run = RunObjects(args.run_dir)
+    objects = run.all()
+    words = identity_words(objects)
+    rule_sets = {i.metadata.name: i for i in objects if isinstance(i, RuleSet)}
+    wanted = Model.from_objects(objects).pod(args.pod).key if args.pod else None
+    found: dict[str, list[dict[str, Any]]] = {}
+    for view in live.views(run, args.node):
+        found[view.name] = [
+            _endpoint_policy(view, endpoint, words, rule_sets)
+            for endpoint in view.maps.endpoints()
+            if wanted is None or view.pod_name(endpoint.row.id) == wanted
+        ]
+    if wanted is not None and not any(found.values()):
+        raise CliError(f"pod {wanted} is in no node table", "`tidegate status` says why")
+    if args.output != "table":
+        render.structured(found[args.node] if args.node is not None else found, args.output)
+        return 0
+    blocks = [_policy_block(e, args.numeric) for entries in found.values() for e in entries]
+    sys.stdout.write("\n".join(blocks))
+    return 0
+
+
+def _policy_block(entry: dict[str, Any], numeric: bool) -> str:
+    header = list(POLICY_HEADER)
+    if numeric:
+        header[2] = "IDENTITY"
+    cells = [
+        (
+            rule["policy"],
+            rule["direction"],
+            rule["peer"] if numeric else ",".join(rule["labels"]),
+            rule["port"],
+            "NONE",
+            "disabled",
+            "-",
+            "-",
+            rule["prefix"],
+            rule["rule"],
+        )
+        for rule in entry["rules"]
+    ]
+    head = f"Endpoint ID: {entry['id']} ({entry['pod'] or 'unknown pod'})\n"
+    paths = "".join(f"Path: {path}\n" for path in entry["paths"])
+    return f"{head}{paths}\n{render.table(header, cells)}"
+
+
+def _endpoint_policy(
+    view: NodeView,
+    endpoint: live.Endpoint,
+    words: dict[int, list[str]],
+    rule_sets: dict[str, RuleSet],
+) -> dict[str, Any]:
+    rules: list[dict[str, Any]] = []
+    paths = []
+    for direction in ("Ingress", "Egress"):
+        policy = getattr(endpoint.row, direction.lower())
+        if not policy.flags & lookup.ISOLATED:
+            rules.append(_rule(direction, "Allow", "ANY", ["ANY"], "no policy selects the pod"))
+            continue
+        paths.append(str(view.maps.pin_dir / "rule_sets" / str(policy.rule_set)))
+        rule_set = rule_sets.get(view.rule_set_name(policy.rule_set))
+        classes = view.maps.classes(policy)
+        for key, value in view.maps.rules(policy):
+            peer, labels = _peer(key.peer, words, classes)
+            action = "Allow" if value.action == lookup.ALLOW else "Deny"
+            rule = _rule(direction, action, peer, labels, rule_text(rule_set, value.rule))
+            rule |= {"port": _port(key), "prefix": key.prefix, "precedence": value.precedence}
+            rules.append(rule | {"ruleIndex": value.rule})
+        names = [policy_text(p) for p in rule_set.spec.policies] if rule_set else ["unknown"]
+        rules.append(_rule(direction, "Deny", "ANY", ["ANY"], f"default: {', '.join(names)}"))
+    return {
+        "id": endpoint.row.id,
+        "pod": view.pod_name(endpoint.row.id),
+        "paths": paths,
+        "rules": rules,
+    }
+
+
+def _rule(direction: str, action: str, peer: str, labels: list[str], rule: str) -> dict[str, Any]:
+    return {
+        "policy": action,
+        "direction": direction,
+        "peer": peer,
+        "labels": labels,
+        "port": "ANY",
+        "prefix": 0,
+        "rule": rule,
+    }
+
+
+def _peer(
+    word: int, words: dict[int, list[str]], classes: list[tuple[str, int]]
+) -> tuple[str, list[str]]:
+    """(numeric text, labels) of a key's peer word."""
+    if word & lookup.WORD_ANY:
+        return "ANY", ["ANY"]
+    if word & lookup.WORD_CLASS:
+        number = word & lookup.IDENTITY_MASK
+        prefixes = [f"cidr:{prefix}" for prefix, held in classes if held == number]
+        return f"class {number}", prefixes or [f"class {number}"]
+    return str(word), words.get(word, [f"unknown:{word}"])
+
+
+def _port(key: Any) -> str:
+    """ "8080/TCP"; a partial port is 0xPORT/BITS/PROTOCOL."""
+    if not key.prefix:
+        return "ANY"
+    protocol = _protocol(key.protocol)
+    if key.prefix == 8:
+        return f"ANY/{protocol}"
+    if key.prefix == 24:
+        return f"{key.port}/{protocol}"
+    return f"{key.port:#x}/{key.prefix - 8}/{protocol}"
+
+
+def rule_text(rule_set: RuleSet | None, number: int) -> str:
+    """The policy and rule behind a rule number of a rule set."""
+    if rule_set is None or number >= len(rule_set.spec.rules):
+        return f"rule {number} of an unknown rule set"
+    spec = rule_set.spec
+    rule = spec.rules[number]
+    return str(RuleRef(spec.policies[rule.policy], spec.direction, rule.index))

@@ -1,0 +1,396 @@
+"""The verdict model: what the desired state means, computed from the objects alone.
+
+The first of the three answers that must agree (docs/architecture.md, "Verdict"). May not live
+here: the kernel, its maps or their encoding, the operator's selectors, files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Literal
+
+from msgspec import UNSET
+from tidegate_api.state import (
+    AnyPeer,
+    Backend,
+    CIDRPeer,
+    Endpoint,
+    IPCacheEntry,
+    NodeState,
+    PeerSet,
+    PolicyRef,
+    Reserved,
+    RuleSet,
+    ServicePort,
+    SetPeer,
+    StateObject,
+    StateSlice,
+    Term,
+)
+
+from tidegate_cli.errors import CliError
+
+PORT_PROTOCOLS = frozenset(("TCP", "UDP", "SCTP"))
+"""A term with ports, or with a protocol, only ever matches these."""
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+Why = Literal["rule", "default-allow", "default-deny", "self", "host", "no-endpoint"]
+
+
+class ModelError(CliError):
+    """The question names what the objects do not hold, or mixes address families."""
+
+
+@dataclass(frozen=True)
+class RuleRef:
+    """`spec.ingress[index]` or `spec.egress[index]` of one policy object."""
+
+    policy: PolicyRef
+    direction: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{policy_text(self.policy)} spec.{self.direction.lower()}[{self.index}]"
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one end's policy says. `why`: "rule" (`rule` decided), "default-allow" (no policy
+    selects the end), "default-deny" (`policies` isolate it and no rule matches), "self", "host"
+    (generated on the pod's own node), "no-endpoint" (the end is no pod)."""
+
+    allowed: bool
+    why: Why
+    rule_set: str = ""
+    """Name of the RuleSet; empty when none was asked."""
+    policies: tuple[PolicyRef, ...] = ()
+    """Those that isolate the end in this direction."""
+    rule: RuleRef | None = None
+    rule_number: int | None = None
+    """Index into the RuleSet's spec.rules: what the kernel's maps carry."""
+
+    @property
+    def isolated(self) -> bool:
+        return bool(self.rule_set)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    allowed: bool
+    egress: Side
+    ingress: Side
+
+
+@dataclass(frozen=True)
+class Pod:
+    namespace: str
+    name: str
+    node: str
+    endpoint: Endpoint
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+    def address(self, family: int) -> str | None:
+        """Its address of family 4 or 6."""
+        return next((a for a in self.endpoint.addresses if _ip(a).version == family), None)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The verdict for one place where a packet may end up."""
+
+    address: str
+    port: int | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a connection to a target meets. `frontend` is set when it is a service's."""
+
+    source: str
+    """Address that the packet carries."""
+    frontend: tuple[str, int] | None
+    answers: tuple[Answer, ...]
+    """One for each backend; empty: a service without a ready backend."""
+
+    @property
+    def allowed(self) -> bool | None:
+        """None: it depends on the backend."""
+        found = {answer.verdict.allowed for answer in self.answers}
+        return None if len(found) == 2 else found == {True}
+
+
+@dataclass
+class Model:
+    """One desired state. Build it with `from_objects`; it is not changed afterwards."""
+
+    pods: dict[str, Pod] = field(default_factory=dict)
+    """By "namespace/name"."""
+    services: dict[str, list[ServicePort]] = field(default_factory=dict)
+    """By "namespace/name"."""
+    rule_sets: dict[str, RuleSet] = field(default_factory=dict)
+    peers: dict[str, PeerSet] = field(default_factory=dict)
+    _members: dict[str, frozenset[int]] = field(default_factory=dict)
+    _owners: dict[IPAddress, Pod] = field(default_factory=dict)
+    _hosts: dict[IPAddress, int] = field(default_factory=dict)
+    _networks: dict[tuple[int, int], dict[int, int]] = field(default_factory=dict)
+    _frontends: dict[tuple[IPAddress, int, str], ServicePort] = field(default_factory=dict)
+
+    @classmethod
+    def from_objects(cls, objects: Iterable[StateObject]) -> Model:
+        """The model of NodeStates, RuleSets and StateSlices; other kinds are passed over."""
+        model = cls()
+        for item in objects:
+            if isinstance(item, NodeState):
+                model._add_node(item)
+            elif isinstance(item, RuleSet):
+                model.rule_sets[item.metadata.name] = item
+            elif isinstance(item, StateSlice):
+                model._add_slice(item)
+        return model
+
+    # ---- questions -------------------------------------------------------------
+
+    def verdict(
+        self, src: str, dst: str, port: int | None, protocol: str, *, from_host: bool = False
+    ) -> Verdict:
+        """May `src` open a flow to `dst`? Both are addresses, after any service translation;
+        `port` is the destination's, None for protocols without ports; `protocol` is "TCP",
+        "UDP", "SCTP" or any other name. `from_host`: generated on the node of `dst` itself.
+        Raises ModelError."""
+        source, target = _ip(src), _ip(dst)
+        if source.version != target.version:
+            raise ModelError(f"{src} and {dst} are of different address families")
+        sender = None if from_host else self._owners.get(source)
+        receiver = self._owners.get(target)
+        if sender is not None and sender is receiver:
+            same = Side(True, "self")
+            return Verdict(True, same, same)
+        egress = self._side("Egress", sender, target, port, protocol)
+        if from_host and receiver is not None:
+            ingress = Side(True, "host")
+        else:
+            ingress = self._side("Ingress", receiver, source, port, protocol)
+        return Verdict(egress.allowed and ingress.allowed, egress, ingress)
+
+    def expected(
+        self, source: str, target: str, port: int | None, protocol: str, *, family: int = 0
+    ) -> Expected:
+        """The verdict from pod `source` to `target`: a pod, a service (each backend is judged) or
+        an address, which may be a frontend's. Names are "namespace/name" or, where only one has
+        it, "name"; "pod/…" and "svc/…" say which kind. `family`: 4, 6, or 0 for the target's
+        first that both ends have. Raises ModelError."""
+        sender = self.pod(source.removeprefix("pod/"))
+        for address in self._target_addresses(target, port, protocol):
+            version = _ip(address).version
+            own = sender.address(version)
+            if own is not None and family in (0, version):
+                return self._expected(own, address, port, protocol)
+        raise ModelError(f"{source} and {target} have no address family in common")
+
+    def pod(self, text: str) -> Pod:
+        """The pod "namespace/name", or the only one whose name is or begins with `text`. Raises
+        ModelError."""
+        return self.pods[_find("pod", text, self.pods)]
+
+    def service(self, text: str) -> list[ServicePort]:
+        """The service, named as in `pod`. Raises ModelError."""
+        return self.services[_find("service", text, self.services)]
+
+    def backends(self, address: str, port: int, protocol: str) -> list[Backend] | None:
+        """What is behind a frontend; None: it is none."""
+        found = self._frontends.get((_ip(address), port, protocol))
+        return None if found is None else found.backends
+
+    def service_of(self, address: str, port: int, protocol: str) -> ServicePort | None:
+        return self._frontends.get((_ip(address), port, protocol))
+
+    def owner(self, address: str) -> Pod | None:
+        return self._owners.get(_ip(address))
+
+    def identity(self, address: str, node: str) -> int:
+        """Who has an address, as `node` knows it."""
+        return self._identity(_ip(address), node)
+
+    # ---- building --------------------------------------------------------------
+
+    def _add_node(self, state: NodeState) -> None:
+        for endpoint in state.spec.endpoints:
+            pod = Pod(endpoint.namespace, endpoint.name, state.metadata.name, endpoint)
+            self.pods[pod.key] = pod
+            self._owners.update((_ip(address), pod) for address in endpoint.addresses)
+
+    def _add_slice(self, item: StateSlice) -> None:
+        for entry in item.spec.ipcache or ():
+            self._add_address(entry)
+        for peer_set in item.spec.peers or ():
+            self.peers[peer_set.name] = peer_set
+            # 0 is "unknown": it matches terms for any peer only.
+            self._members[peer_set.name] = frozenset(peer_set.identities) - {Reserved.UNKNOWN}
+        for service in item.spec.services or ():
+            self.services.setdefault(f"{service.namespace}/{service.name}", []).append(service)
+            for frontend in service.frontends:
+                key = (_ip(frontend.address), frontend.port, frontend.protocol)
+                self._frontends[key] = service
+
+    def _add_address(self, entry: IPCacheEntry) -> None:
+        network = _network(entry.cidr)
+        if network.prefixlen == network.max_prefixlen:
+            self._hosts[network.network_address] = entry.identity
+        else:
+            table = self._networks.setdefault((network.version, network.prefixlen), {})
+            table[int(network.network_address)] = entry.identity
+
+    # ---- verdict ---------------------------------------------------------------
+
+    def _target_addresses(self, target: str, port: int | None, protocol: str) -> list[str]:
+        kind, _, rest = target.partition("/")
+        if kind == "pod":
+            return self.pod(rest).endpoint.addresses
+        if kind == "svc":
+            return self._service_addresses(rest, port, protocol)
+        if _is_address(target):
+            return [target]
+        if _exact(target, self.services) and not _exact(target, self.pods):
+            return self._service_addresses(target, port, protocol)
+        return self.pod(target).endpoint.addresses
+
+    def _service_addresses(self, text: str, port: int | None, protocol: str) -> list[str]:
+        ports = [f for entry in self.service(text) for f in entry.frontends]
+        found = [f.address for f in ports if (f.port, f.protocol) == (port, protocol)]
+        if not found:
+            known = ", ".join(sorted({f"{f.port}/{f.protocol}" for f in ports})) or "none"
+            raise ModelError(f"service {text} has no port {port}/{protocol}; it has {known}")
+        return found
+
+    def _expected(self, source: str, address: str, port: int | None, protocol: str) -> Expected:
+        backends = self.backends(address, port, protocol) if port is not None else None
+        if backends is None:
+            verdict = self.verdict(source, address, port, protocol)
+            return Expected(source, None, (Answer(address, port, verdict),))
+        answers = tuple(
+            Answer(b.address, b.port, self.verdict(source, b.address, b.port, protocol))
+            for b in backends
+        )
+        return Expected(source, (address, port or 0), answers)
+
+    def _side(
+        self, direction: str, subject: Pod | None, peer: IPAddress, port: int | None, protocol: str
+    ) -> Side:
+        if subject is None:
+            return Side(True, "no-endpoint")
+        endpoint = subject.endpoint
+        name = endpoint.egress if direction == "Egress" else endpoint.ingress
+        if name is UNSET:
+            return Side(True, "default-allow")
+        rule_set = self.rule_sets.get(name)
+        if rule_set is None:
+            raise ModelError(f"{subject.key} names rule set {name}, which is not there")
+        spec = rule_set.spec
+        policies = tuple(spec.policies)
+        best: Term | None = None
+        identity = self._identity(peer, subject.node)
+        for term in spec.terms:
+            if not (_port_matches(term, port, protocol) and self._matches(term, peer, identity)):
+                continue
+            if best is None or (term.precedence, -term.rule) > (best.precedence, -best.rule):
+                best = term
+        if best is None:
+            return Side(False, "default-deny", name, policies)
+        rule = spec.rules[best.rule]
+        ref = RuleRef(spec.policies[rule.policy], direction, rule.index)
+        return Side(best.action == "Allow", "rule", name, policies, ref, best.rule)
+
+    def _matches(self, term: Term, peer: IPAddress, identity: int) -> bool:
+        match term.peer:
+            case AnyPeer():
+                return True
+            case SetPeer(name=name):
+                return identity in self._members.get(name, ())
+            case CIDRPeer(cidr=cidr, excepts=excepts):
+                if identity == Reserved.UNKNOWN:
+                    return False
+                return peer in _network(cidr) and not any(peer in _network(e) for e in excepts)
+
+    def _identity(self, address: IPAddress, node: str) -> int:
+        """The node's own endpoint, else who the ipcache says, else world."""
+        owner = self._owners.get(address)
+        if owner is not None and owner.node == node:
+            return owner.endpoint.identity
+        held = self._hosts.get(address)
+        if held is not None:
+            return held
+        for length in range(address.max_prefixlen - 1, -1, -1):
+            table = self._networks.get((address.version, length))
+            if table is None:
+                continue
+            shift = address.max_prefixlen - length
+            held = table.get(int(address) >> shift << shift)
+            if held is not None:
+                return held
+        return Reserved.WORLD
+
+
+def policy_text(policy: PolicyRef) -> str:
+    name = f"{policy.namespace}/{policy.name}" if policy.namespace else policy.name
+    return f"{policy.kind} {name}"
+
+
+def _port_matches(term: Term, port: int | None, protocol: str) -> bool:
+    if term.protocol is UNSET and term.port is UNSET:
+        return True
+    if protocol not in PORT_PROTOCOLS or term.protocol not in (UNSET, protocol):
+        return False
+    if term.port is UNSET:
+        return True
+    last = term.port if term.end_port is UNSET else term.end_port
+    return port is not None and term.port <= port <= last
+
+
+def _exact(text: str, known: Iterable[str]) -> list[str]:
+    """ "namespace/name" itself, or every one with this name."""
+    return [key for key in known if text in (key, key.partition("/")[2])]
+
+
+def _find(kind: str, text: str, known: Mapping[str, object]) -> str:
+    begins = [k for k in known if k.startswith(text) or k.partition("/")[2].startswith(text)]
+    found = _exact(text, known) or (begins if text else [])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ModelError(f"{kind} {text!r} is not one: {', '.join(sorted(found))}")
+    raise ModelError(f"no {kind} {text!r}" + _hint(text, known))
+
+
+def _hint(text: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(text, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+@cache
+def _ip(text: str) -> IPAddress:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        raise ModelError(f"not an address: {text!r}") from None
+
+
+@cache
+def _network(text: str) -> IPNetwork:
+    return ipaddress.ip_network(text)

@@ -1,0 +1,108 @@
+"""The objects of a run directory, read whole. Files and decoding only: no kernel, no verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from tidegate_api.state import Identity, NodeState, RuleSet, StateObject, StateSlice
+from tidegate_loader.local import NodePaths, Realised
+
+from tidegate_cli.errors import CliError
+
+_KINDS: dict[str, type[RuleSet] | type[StateSlice] | type[NodeState] | type[Identity]] = {
+    "identities": Identity,
+    "rulesets": RuleSet,
+    "stateslices": StateSlice,
+    "nodestates": NodeState,
+}
+
+T = TypeVar("T")
+
+
+class NodePlace(msgspec.Struct, frozen=True):
+    """What supervisor.json says of a node; other members pass."""
+
+    name: str
+    netns: str = ""
+    addresses: list[str] = []
+
+
+class _Supervisor(msgspec.Struct, frozen=True):
+    folder: str = ""
+    nodes: list[NodePlace] = []
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One entry of objects/problems.json; field names as the operator writes them."""
+
+    severity: str
+    message: str
+    file: str = ""
+    document_index: int = 0
+    line: int = 0
+    object: str = ""
+    field: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        parts = [p for p in (where, self.object, self.field, self.message) if p]
+        return f"{self.severity}: " + ": ".join(parts) + (f"; {self.remedy}" if self.remedy else "")
+
+
+class RunObjects:
+    """`run_dir` as it is now. Raises CliError: there is none, or a file is no object of ours."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        if not (self.run_dir / "objects").is_dir():
+            raise CliError(f"nothing is up in {self.run_dir}", "run `tidegate up DIR` first")
+
+    def nodes(self, only: str | None = None) -> list[str]:
+        """Names of the nodes that have a NodeState, sorted. CliError: `only` is none of them."""
+        found = sorted(p.stem for p in (self.run_dir / "objects/nodestates").glob("[!.]*.json"))
+        if only is None:
+            return found
+        if only not in found:
+            raise CliError(f"no node {only!r}", f"--node takes one of: {', '.join(found) or '-'}")
+        return [only]
+
+    def all(self) -> list[StateObject]:
+        """Every object, by kind and name."""
+        found: list[StateObject] = []
+        for directory, kind in _KINDS.items():
+            for path in sorted((self.run_dir / "objects" / directory).glob("[!.]*.json")):
+                item = _read(path, kind)
+                if item is not None:  # removed while we read
+                    found.append(item)
+        return found
+
+    def problems(self) -> list[Problem]:
+        """What the reader and the compiler say about the input."""
+        return _read(self.run_dir / "objects/problems.json", list[Problem]) or []
+
+    def realised(self, node: str) -> Realised | None:
+        """None: the node's loader has not written anything yet."""
+        return _read(NodePaths(self.run_dir, node).realised, Realised)
+
+    def place(self, node: str) -> NodePlace:
+        """Where the node is on this machine; an empty `netns` is the caller's own."""
+        return next((p for p in self.places() if p.name == node), NodePlace(node))
+
+    def places(self) -> list[NodePlace]:
+        found = _read(self.run_dir / "supervisor.json", _Supervisor)
+        return found.nodes if found is not None else []
+
+    def pin_dir(self, node: str) -> Path:
+        return self.run_dir / "bpf" / node
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise CliError(f"{path}: {error}", "is this run directory of another version?") from error
