@@ -234,3 +234,27 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "MAX_NODES", 3)
     now, problems = build((), Options(nodes=9))
     assert (len(now.nodes), problems[0].severity) == (3, "error")
+
+
+def test_selector_that_mentions_a_hash_label_splits_running_pods() -> None:
+    text = _workload("StatefulSet", "replicas: 2, ")
+    key = "statefulset.kubernetes.io/pod-name"
+    spec = f"{{podSelector: {{matchLabels: {{{key}: w-1}}}}}}"
+    plain, split = documents(text), documents(text + policy("p", spec))
+    # The same StatefulSet object in both: only the policy is new.
+    split = (*plain, *(item for item in split if item.key.kind == "NetworkPolicy"))
+    first, _ = build(plain)
+    second, _ = build(split, Options(), first)
+    third, _ = build(plain, Options(), second)
+    kinds = [len({pod.identity for pod in now.pods.values()}) for now in (first, second, third)]
+    assert kinds == [1, 2, 1]
+
+
+def test_daemon_set_follows_the_nodes() -> None:
+    daemons, node = documents(_workload("DaemonSet", "")), documents(NODE % "n1")
+    more = documents(NODE % "n2")
+    first, _ = build((*daemons, *node))
+    second, _ = build((*daemons, *node, *more), Options(), first)
+    third, _ = build((*daemons, *more), Options(), second)
+    nodes = [sorted(pod.node for pod in now.pods.values()) for now in (first, second, third)]
+    assert nodes == [["n1"], ["n1", "n2"], ["n2"]]
