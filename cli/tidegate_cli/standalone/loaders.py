@@ -16,6 +16,7 @@ from tidegate_loader.local import NodePaths, Realised, read_realised
 
 from tidegate_cli.standalone.children import Child
 from tidegate_cli.standalone.errors import PrerequisiteError
+from tidegate_cli.standalone.network import index_of
 from tidegate_cli.standalone.rundir import Node, Pod, RunDir
 
 OBJECT = "pod.o"
@@ -52,6 +53,7 @@ class Loaders:
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
         self._children: dict[str, Child] = {}
+        self._netns: dict[str, str] = {}
         self._read: dict[str, tuple[int, Realised | None]] = {}
 
     def check(self) -> None:
@@ -61,6 +63,7 @@ class Loaders:
         self._run_dir.bpf.mkdir(exist_ok=True)
         bpffs.mount(self._run_dir.bpf)
         objects = objects_directory()
+        self._netns = {node.name: node.netns for node in nodes}
         for node in nodes:
             argv = [sys.executable, "-m", "tidegate_loader", "--node", node.name]
             argv += ["--run-dir", str(self._run_dir.path)]
@@ -73,7 +76,10 @@ class Loaders:
 
     def gate(self, pod: Pod) -> bool:
         realised = self._realised(pod.node)
-        return realised is not None and pod.uid in realised.endpoints
+        endpoint = realised.endpoints.get(pod.uid) if realised else None
+        # A pod that was made again keeps its UID; its new interface is another one.
+        namespace = Path(self._netns[pod.node])
+        return endpoint is not None and endpoint.ifindex == index_of(namespace, pod.ifname)
 
     def realised(self, node: Node) -> bool:
         """The node enforces the NodeState that was last published."""
