@@ -299,6 +299,15 @@ static __noinline int tg_follow_half_open(struct tg_run *r)
 
 /* ---- services per packet ---------------------------------------------------------------- */
 
+/* Word by word: a copy that is not volatile is folded to the zeros compiled in. */
+tg_inline void tg_hairpin(__u8 family, struct tg_addr *addr)
+{
+	int i;
+
+	for (i = 0; i < 4; i++)
+		addr->w[i] = family == 4 ? hairpin_ip4.w[i] : hairpin_ip6.w[i];
+}
+
 /* Sends the packet to its backend: `choice`. */
 static __noinline int tg_translate(struct tg_run *r, const struct tg_choice *choice)
 {
@@ -312,10 +321,7 @@ static __noinline int tg_translate(struct tg_run *r, const struct tg_choice *cho
 	r->s->flags = TG_CT_NAT;
 	if (tg_addr_equal(&choice->addr, &r->s->p.t.src)) {
 		r->s->flags |= TG_CT_HAIRPIN;
-		if (r->s->p.family == 4)
-			__builtin_memcpy(&from.addr, (const void *)&hairpin_ip4, 16);
-		else
-			__builtin_memcpy(&from.addr, (const void *)&hairpin_ip6, 16);
+		tg_hairpin(r->s->p.family, &from.addr);
 		from.port = r->s->p.t.sport;
 		reason = tg_rewrite(r->skb, &r->s->p, &from);
 		if (reason)
