@@ -119,7 +119,7 @@ CLOSINGS = [
 
 @pytest.mark.parametrize(("why", "packets", "flag"), CLOSINGS)
 def test_closing(town: Town, why: str, packets: list[tuple[int, bool]], flag: int) -> None:
-    """A closed flow lives a little longer for its last packets, then is a miss; a SYN opens anew."""
+    """A closed flow lives a little longer for its last packets; a SYN opens anew."""
     town.open(ONE_WAY)
     town.handshake("a", "b", 4)
     for flags, back in packets:
