@@ -8,31 +8,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+
+from tidegate_operator import publish, standalone, world
 
 from tidegate_cli.errors import CliError
 
 ERROR_EXIT = 2
 
 
-def add_parser(subparsers: Any) -> None:
-    text = "print the objects of a folder; no kernel, no root"
-    about = (
-        "Print Identity, RuleSet, StateSlice and NodeState objects of the manifests in DIR. What "
-        "is wrong with them goes to stderr. Exit code 2: some document is in error; the objects "
-        "of the others are printed all the same."
-    )
-    parser = subparsers.add_parser("compile", help=text, description=about)
-    parser.add_argument("folder", metavar="DIR", help="folder of manifests")
-    parser.add_argument("-o", "--output", choices=("yaml", "json"), default="yaml", help="format")
-    parser.add_argument("--nodes", type=int, metavar="N", help="how many nodes (default: as up)")
-    parser.set_defaults(run=compile_folder)
-
-
 def compile_folder(args: argparse.Namespace) -> int:
-    # Late: help must not wait for pydantic.
-    from tidegate_operator import publish, standalone, world  # noqa: PLC0415
-
     folder = Path(args.folder)
     if not folder.is_dir():
         raise CliError(f"{folder} is no folder", "give the folder that holds the manifests")

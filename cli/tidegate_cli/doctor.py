@@ -11,13 +11,12 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from tidegate_bpf import BpfError, LibraryMissing, ObjectFile, PermissionDenied, features
 from tidegate_bpf.features import Probe
 
 from tidegate_cli import render
-from tidegate_cli.arguments import command
 from tidegate_cli.errors import CliError
 from tidegate_cli.live import objects_dir
 
@@ -36,12 +35,6 @@ class Line:
     def __str__(self) -> str:
         text = f"{self.grade:<4}  {self.name}: {self.detail}"
         return f"{text}; {self.remedy}" if self.remedy and self.grade != "ok" else text
-
-
-def add_parser(subparsers: Any) -> None:
-    text = "what this machine has and lacks"
-    about = f"{text}, with the remedy; exit code 1: something that is needed is missing"
-    command(subparsers, "doctor", text, description=about).set_defaults(run=doctor)
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -21,7 +21,6 @@ from tidegate_bpf import PermissionDenied
 from tidegate_loader import addresses
 
 from tidegate_cli import frame, lookup, reasons, render
-from tidegate_cli.arguments import command
 from tidegate_cli.dryrun import DryRun, Run
 from tidegate_cli.errors import CliError
 from tidegate_cli.live import Endpoint, NodeMaps, NodeView
@@ -36,26 +35,6 @@ ALLOWED, DENIED, DISAGREE = 0, 1, 2
 
 Fact = tuple[str, str, int]
 """(why as in model.Side, RuleSet name, rule number or -1): what answers are compared by."""
-
-
-def add_parser(subparsers: Any) -> None:
-    text = "why a packet passes or not: three answers that must agree"
-    about = (
-        "Ask the model, the kernel's maps and a dry-run copy of the program about a packet that "
-        "would open a flow. Exit code 0: allowed, to every backend; 1: denied; 2: the answers "
-        "disagree, or could not be had. Changes nothing."
-    )
-    parser = command(subparsers, "explain", text, description=about)
-    parser.add_argument(
-        "--from", dest="source", metavar="POD", required=True, help="namespace/name"
-    )
-    target = "namespace/name of a pod or service (pod/… or svc/… to say which), or an address"
-    parser.add_argument("--to", dest="target", metavar="TARGET", required=True, help=target)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--port", metavar="N[/PROTO]", help="TCP (default), UDP or SCTP")
-    what.add_argument("--icmp", action="store_true", help="an echo request")
-    parser.add_argument("--family", type=int, choices=(4, 6), default=0, help="IPv4 or IPv6")
-    parser.set_defaults(run=explain)
 
 
 def explain(args: argparse.Namespace) -> int:

@@ -18,7 +18,6 @@ from tidegate_api.state import Identity, NodeState, Reserved, RuleSet, StateObje
 from tidegate_loader import addresses
 
 from tidegate_cli import live, lookup, reasons, render
-from tidegate_cli.arguments import command
 from tidegate_cli.errors import CliError
 from tidegate_cli.live import BEGAN_A, Flow, NodeView
 from tidegate_cli.model import Model, RuleRef, policy_text
@@ -38,32 +37,6 @@ FLAGS = {
     0x80: "Hairpin",
 }
 IPCACHE_FLAGS = {0x01000000: "local", 0x02000000: "frontend", 0x04000000: "peer"}
-Subparsers = Any
-
-
-def add_parser(subparsers: Subparsers) -> None:
-    """identity, endpoint, policy, lb, ct, ipcache, metrics."""
-    groups: tuple[tuple[str, str, str, Callable[[argparse.Namespace], int]], ...] = (
-        ("identity", "list", "the ledger of identity numbers", identity_list),
-        ("endpoint", "list", "local endpoints of each node's table in force", endpoint_list),
-        ("policy", "get", "the rules in force at a pod", policy_get),
-        ("lb", "list", "frontends and their backends", lb_list),
-        ("ct", "list", "tracked flows: established and half-open", ct_list),
-        ("ipcache", "list", "addresses and networks with their identities", ipcache_list),
-        ("metrics", "list", "packets and bytes by reason and direction", metrics_list),
-    )
-    for name, verb, text, run in groups:
-        group = subparsers.add_parser(name, help=text, description=text)
-        verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
-        parser = command(verbs, verb, text)
-        parser.set_defaults(run=run)
-        if name == "policy":
-            parser.add_argument("pod", nargs="?", help="namespace/name; default: every pod")
-            parser.add_argument("-n", "--numeric", action="store_true", help="identity numbers")
-        if name == "lb":
-            what = parser.add_mutually_exclusive_group()
-            what.add_argument("--frontends", action="store_true", help="frontends only")
-            what.add_argument("--backends", action="store_true", help="backends only")
 
 
 # ---- who is who --------------------------------------------------------------------

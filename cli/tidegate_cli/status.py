@@ -14,21 +14,12 @@ from tidegate_bpf import clsact, netns
 from tidegate_loader.local import Realised
 
 from tidegate_cli import live, render
-from tidegate_cli.arguments import command
 from tidegate_cli.errors import CliError
 from tidegate_cli.objects import NodePlace, RunObjects
 
 DIGEST_SHOWN = 12
 MAX_PROBLEMS = 20
 """Shown in a table; -o json has all."""
-
-
-def add_parser(subparsers: Any) -> None:
-    text = "what each node enforces, and whether that is what it should"
-    about = f"{text}; exit code 1: some node does not enforce its desired state"
-    parser = command(subparsers, "status", text, description=about)
-    parser.add_argument("-v", "--verbose", action="store_true", help="memory of each map")
-    parser.set_defaults(run=status)
 
 
 def status(args: argparse.Namespace) -> int:

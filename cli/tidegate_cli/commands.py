@@ -1,0 +1,119 @@
+"""Arguments of every sub-command but `up`, `down`, `exec` and `matrix`.
+
+argparse only: `--help` must not wait for what the command itself imports. A command's function is
+looked up when it is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from tidegate_cli.arguments import command
+
+Runner = Callable[[argparse.Namespace], int]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Each parser sets `run`: a function from the parsed arguments to the exit code."""
+    _status(subparsers)
+    _explain(subparsers)
+    _lists(subparsers)
+    _compile(subparsers)
+    _doctor(subparsers)
+
+
+def _later(module: str, name: str) -> Runner:
+    def run(args: argparse.Namespace) -> int:
+        function: Runner = getattr(importlib.import_module(f"tidegate_cli.{module}"), name)
+        return function(args)
+
+    return run
+
+
+def _command(
+    subparsers: Any, name: str, run: Runner, text: str, more: str = ""
+) -> argparse.ArgumentParser:
+    about = f"{text[0].upper()}{text[1:]}. {more}"
+    parser = command(subparsers, name, text, description=about)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _status(subparsers: Any) -> None:
+    parser = _command(
+        subparsers,
+        "status",
+        _later("status", "status"),
+        "what each node enforces, and if that is as it should",
+        "Exit code 1: some node does not enforce its desired state.",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="memory of each map")
+
+
+def _explain(subparsers: Any) -> None:
+    parser = _command(
+        subparsers,
+        "explain",
+        _later("explain", "explain"),
+        "why a packet passes or not: three answers that must agree",
+        "Asks the model, the kernel's maps and a dry-run copy of the program about a packet that "
+        "would open a flow. Exit code 0: allowed, to every backend; 1: denied; 2: the answers "
+        "disagree, or could not be had. Changes nothing.",
+    )
+    source = "namespace/name, or the name or beginning that only one pod has"
+    parser.add_argument("--from", dest="source", metavar="POD", required=True, help=source)
+    target = "a pod, a service (pod/NAMESPACE/NAME or svc/NAMESPACE/NAME to say which), an address"
+    parser.add_argument("--to", dest="target", metavar="TARGET", required=True, help=target)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--port", metavar="N[/PROTO]", help="TCP (default), UDP or SCTP")
+    what.add_argument("--icmp", action="store_true", help="an echo request")
+    parser.add_argument("--family", type=int, choices=(4, 6), default=0, help="IPv4 or IPv6")
+
+
+def _lists(subparsers: Any) -> None:
+    found = {}
+    for name, verb, text, function in (
+        ("identity", "list", "the ledger of identity numbers", "identity_list"),
+        ("endpoint", "list", "pods in each node's table in force", "endpoint_list"),
+        ("policy", "get", "the rules in force at a pod", "policy_get"),
+        ("lb", "list", "services: frontends and their backends", "lb_list"),
+        ("ct", "list", "tracked flows: established and half-open", "ct_list"),
+        ("ipcache", "list", "addresses and networks with their identities", "ipcache_list"),
+        ("metrics", "list", "packets and bytes by reason and direction", "metrics_list"),
+    ):
+        group = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+        found[name] = _command(verbs, verb, _later("lists", function), text)
+    policy, lb = found["policy"], found["lb"]
+    policy.add_argument("pod", nargs="?", help="namespace/name; default: every pod")
+    policy.add_argument("-n", "--numeric", action="store_true", help="identity numbers")
+    only = lb.add_mutually_exclusive_group()
+    only.add_argument("--frontends", action="store_true", help="frontends only")
+    only.add_argument("--backends", action="store_true", help="backends only")
+
+
+def _compile(subparsers: Any) -> None:
+    text = "print the objects of a folder; no kernel, no root"
+    about = (
+        "Print Identity, RuleSet, StateSlice and NodeState objects of the manifests in DIR. What "
+        "is wrong with them goes to stderr. Exit code 2: some document is in error; the objects "
+        "of the others are printed all the same."
+    )
+    parser = subparsers.add_parser("compile", help=text, description=about)
+    parser.add_argument("folder", metavar="DIR", help="folder of manifests")
+    parser.add_argument("-o", "--output", choices=("yaml", "json"), default="yaml", help="format")
+    parser.add_argument("--nodes", type=int, metavar="N", help="how many nodes (default: as up)")
+    parser.set_defaults(run=_later("compile_cmd", "compile_folder"))
+
+
+def _doctor(subparsers: Any) -> None:
+    _command(
+        subparsers,
+        "doctor",
+        _later("doctor", "doctor"),
+        "what this machine has and lacks, with the remedy",
+        "Exit code 1: something that is needed is missing.",
+    )
