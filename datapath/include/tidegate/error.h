@@ -22,14 +22,14 @@ static __noinline int tg_find_quoted(struct tg_run *r, struct tg_quoted *q)
 		return TG_DROP_PENDING;
 	tg_key(r);
 	q->ct = tg_lookup(r, &ct_v1);
-	/* To the receiver of the error the peer is the quoted destination; the
-	 * sender itself may be the peer. */
+	/* To the receiver of an error the other end is the quoted destination, to
+	 * its sender the quoted source. */
 	for (i = 0; i < 2 && !q->ct; i++) {
 		if (ep) {
 			share = tg_share(ep);
 			q->ct = share ? tg_lookup(r, share) : NULL;
 		}
-		ep = tg_local(r->node, &r->s->p.t.src);
+		ep = tg_local(r->node, r->from_pod ? &r->s->p.t.src : &r->s->p.t.dst);
 	}
 	if (!q->ct)
 		return TG_DROP_ICMP_ERROR;
