@@ -1,0 +1,248 @@
+"""What the maps of one node really hold, read as docs/architecture.md says they mean.
+
+The opinion beside the program's: look-ups are scans over what was decoded, nothing is taken from
+the loader, and key shapes are not used to find a rule (`problems` checks that they would). Bytes
+are decoded by codecs bound to the object's BTF.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from support.lab import BUILD, addr, addr_proof, frontend_proof
+from tidegate_bpf import Codec, Map, ObjectFile
+
+IFINDEX, ADDR = 1, 2
+ISOLATED, HAS_CIDR = 1, 2
+LOCAL, FRONTEND, PEER = 1 << 24, 1 << 25, 1 << 26
+ID_MASK = 0x00FFFFFF
+WORLD = 2
+CLASS_WORD, ANY_WORD = 0x01000000, 0x02000000
+NONE, HOST, SELF = -1, -2, -3
+NOT_ASKED = (0, 0)
+NUMBERS = {"TCP": 6, "UDP": 17, "SCTP": 132, "ICMP": 1, "ICMPv6": 58}
+U32 = struct.Struct("=I")
+
+Prefix = tuple[int, int]
+"""(bits of 128, address as an integer)"""
+
+
+@functools.cache
+def codec(name: str) -> Codec:
+    return Codec(_object().layout(name))
+
+
+@functools.cache
+def _object() -> ObjectFile:
+    return ObjectFile(BUILD / "pod.o")
+
+
+class Answer(NamedTuple):
+    """`egress`, `ingress`: (rule-set id, rule); NOT_ASKED where no policy was."""
+
+    allowed: bool
+    egress: tuple[int, int]
+    ingress: tuple[int, int]
+
+
+@dataclass
+class NodeMaps:
+    """Decoded maps of one node."""
+
+    epoch: int = 0
+    node: dict[tuple[int, bytes], Any] = field(default_factory=dict)
+    rule_sets: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    """Slot -> {tg_rule_key: tg_rule}, of the slots that the node table names."""
+    cidrs: dict[int, dict[Prefix, int]] = field(default_factory=dict)
+    ipcache: dict[bytes, int] = field(default_factory=dict)
+    networks: dict[Prefix, int] = field(default_factory=dict)
+    frontends: dict[tuple[bytes, int, int], list[tuple[bytes, int]]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    """What no state of the maps may show."""
+
+    # ---- questions ----------------------------------------------------------------
+
+    def from_pod(self, ifindex: int, dst: str, port: int | None, protocol: str) -> Answer:
+        """The pod at `ifindex` opens a flow to an address."""
+        me = self.node[IFINDEX, U32.pack(ifindex) + bytes(12)]
+        identity, peer = self._who(addr(dst))
+        if peer is not None and peer.id == me.id:
+            return Answer(True, (0, SELF), (0, SELF))
+        out = self._ask(me.egress, identity, addr(dst), port, protocol)
+        if not out[0] or peer is None:
+            return Answer(out[0], out[1], NOT_ASKED)
+        mine = me.ip6 if ":" in dst else me.ip4
+        into = self._ask(peer.ingress, me.identity, mine, port, protocol)
+        return Answer(into[0], out[1], into[1])
+
+    def to_pod(
+        self, ifindex: int, src: str, port: int | None, protocol: str, *, host: bool = False
+    ) -> Answer:
+        """A flow from an address arrives at the pod; `host`: generated on this node."""
+        me = self.node[IFINDEX, U32.pack(ifindex) + bytes(12)]
+        if host:
+            return Answer(True, NOT_ASKED, (0, HOST))
+        identity, peer = self._who(addr(src))
+        out = NOT_ASKED
+        if peer is not None:
+            mine = me.ip6 if ":" in src else me.ip4
+            allowed, out = self._ask(peer.egress, me.identity, mine, port, protocol)
+            if not allowed:
+                return Answer(False, out, NOT_ASKED)
+        into = self._ask(me.ingress, identity, addr(src), port, protocol)
+        return Answer(into[0], out, into[1])
+
+    def _who(self, address: bytes) -> tuple[int, Any]:
+        local = self.node.get((ADDR, address))
+        if local is not None:
+            return local.identity, local
+        word = self.ipcache.get(address)
+        if word is not None:
+            return word & ID_MASK, None
+        return _longest(self.networks, address, WORLD), None
+
+    def _ask(
+        self, policy: Any, identity: int, address: bytes, port: int | None, protocol: str
+    ) -> tuple[bool, tuple[int, int]]:
+        """Every entry that matches; highest precedence, then lowest rule."""
+        if not policy.flags & ISOLATED:
+            return True, (0, NONE)
+        words = {ANY_WORD}
+        if identity:
+            words.add(identity)
+            if policy.flags & HAS_CIDR:
+                number = _longest(self.cidrs[policy.slot], address, 0)
+                words |= {CLASS_WORD | number} if number else set()
+        found = [
+            (-rule.precedence, rule.rule, rule.action)
+            for key, rule in self.rule_sets[policy.slot].items()
+            if key.peer in words and _port_matches(key, port, NUMBERS[protocol])
+        ]
+        if not found:
+            return False, (policy.rule_set, NONE)
+        _, rule, action = min(found)
+        return action == 1, (policy.rule_set, rule)
+
+
+def _port_matches(key: Any, port: int | None, protocol: int) -> bool:
+    if key.prefix == 0:
+        return True
+    if key.protocol != protocol:
+        return False
+    if key.prefix == 8:
+        return True
+    shift = 24 - key.prefix
+    return port is not None and port >> shift == key.port >> shift
+
+
+def _longest(table: Mapping[Prefix, int], address: bytes, default: int) -> int:
+    value, best, found = int.from_bytes(address, "big"), -1, default
+    for (bits, network), number in table.items():
+        if bits > best and value >> 128 - bits == network >> 128 - bits:
+            best, found = bits, number
+    return found
+
+
+# ---- reading ------------------------------------------------------------------------
+
+
+def read(pin_dir: Path) -> NodeMaps:
+    """What a program of this node would find now. Nobody may be writing."""
+    found = NodeMaps()
+    row = codec("tg_control").unpack(_lookup(pin_dir, "control_v1", 0))
+    found.epoch = row.epoch
+    _read_policy(pin_dir, found)
+    _read_ipcache(pin_dir, found)
+    _read_services(pin_dir, found)
+    return found
+
+
+def _open(pin_dir: Path, name: str) -> Map:
+    return Map.open_pinned(str(pin_dir / "maps" / name))
+
+
+def _lookup(pin_dir: Path, name: str, index: int) -> bytes:
+    with _open(pin_dir, name) as opened:
+        return opened.lookup(U32.pack(index))
+
+
+def _inner(outer: Map, index: int, key: str, value: str | None) -> dict[Any, Any]:
+    """One inner map, decoded; `value` None: a number."""
+    with Map.from_id(U32.unpack(outer.lookup(U32.pack(index)))[0]) as inner:
+        items = list(inner.items())
+    unpack = U32.unpack if value is None else codec(value).unpack
+    decode = codec(key).unpack
+    return {decode(k): unpack(v) for k, v in items}
+
+
+def _read_policy(pin_dir: Path, found: NodeMaps) -> None:
+    with _open(pin_dir, "node_v1") as outer:
+        table = _inner(outer, 0, "tg_node_key", "tg_endpoint")
+    found.node = {(key.kind, key.addr): row for key, row in table.items()}
+    policies = [p for e in found.node.values() for p in (e.ingress, e.egress) if p.flags]
+    with _open(pin_dir, "rule_sets_v1") as sets, _open(pin_dir, "cidrs_v1") as tries:
+        for policy in policies:
+            if policy.slot in found.rule_sets:
+                continue
+            rules = _inner(sets, policy.slot, "tg_rule_key", "tg_rule")
+            found.rule_sets[policy.slot] = rules
+            if policy.flags & HAS_CIDR:
+                trie = _inner(tries, policy.slot, "tg_prefix", None)
+                found.cidrs[policy.slot] = {
+                    (k.bits, int.from_bytes(k.addr, "big")): v[0] for k, v in trie.items()
+                }
+    for policy in policies:
+        shapes = set(policy.shapes[: policy.shape_count])
+        wanted = {_shape(key) for key in found.rule_sets[policy.slot]}
+        if shapes != wanted:
+            found.problems.append(f"rule set {policy.rule_set}: shapes {shapes}, keys {wanted}")
+
+
+def _shape(key: Any) -> int:
+    kind = 2 if key.peer == ANY_WORD else 1 if key.peer & CLASS_WORD else 0
+    return kind << 5 | int(key.prefix)
+
+
+def _read_ipcache(pin_dir: Path, found: NodeMaps) -> None:
+    with _open(pin_dir, "ipcache_v1") as opened:
+        for key, value in opened.items():
+            row = codec("tg_ipcache").unpack(value)
+            if row.proof != addr_proof(key):
+                found.problems.append(f"ipcache {key.hex()}: proof {row.proof:#x}")
+            found.ipcache[key] = row.identity
+    for (kind, address), _ in found.node.items():
+        if kind == ADDR and not found.ipcache.get(address, 0) & LOCAL:
+            found.problems.append(f"{address.hex()} is local and its ipcache entry does not say so")
+    with _open(pin_dir, "ipcache_lpm_v1") as opened:
+        for key, value in opened.items():
+            prefix = codec("tg_prefix").unpack(key)
+            number = U32.unpack(value)[0]
+            found.networks[prefix.bits, int.from_bytes(prefix.addr, "big")] = number
+
+
+def _read_services(pin_dir: Path, found: NodeMaps) -> None:
+    with (
+        _open(pin_dir, "frontends_v1") as frontends,
+        _open(pin_dir, "slots_v1") as slots,
+        _open(pin_dir, "backends_v1") as backends,
+    ):
+        for key, value in frontends.items():
+            wanted = codec("tg_frontend_key").unpack(key)
+            row = codec("tg_frontend").unpack(value)
+            if row.proof != frontend_proof(wanted.addr, wanted.port, wanted.protocol):
+                found.problems.append(f"frontend {wanted}: proof {row.proof:#x}")
+            if not found.ipcache.get(wanted.addr, 0) & FRONTEND:
+                found.problems.append(f"frontend {wanted}: its address is not flagged")
+            listed = []
+            for at in range(row.base, row.base + row.count):
+                number = U32.unpack(slots.lookup(U32.pack(at)))[0]
+                backend = codec("tg_backend").unpack(backends.lookup(U32.pack(number)))
+                if backend.state != 1 or backend.protocol != wanted.protocol:
+                    found.problems.append(f"frontend {wanted}: backend {number} is {backend}")
+                listed.append((backend.addr, backend.port))
+            found.frontends[wanted.addr, wanted.port, wanted.protocol] = listed
