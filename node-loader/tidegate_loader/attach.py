@@ -1,0 +1,217 @@
+"""Programs and where they hang: loaded once per object, pinned, replaced in place.
+
+Policy and maps' contents may not live here. All calls act in the calling
+thread's network namespace.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tidegate_bpf import (
+    AttachType,
+    BpfError,
+    Link,
+    NotSupported,
+    ObjectFile,
+    Program,
+    attach_cgroup,
+    attach_tcx,
+    clsact,
+)
+
+from tidegate_loader.local import LocalInterface
+
+OBJECTS = ("pod.o", "sock.o")
+HOOKS = {"ingress": "from_pod", "egress": "to_pod"}
+"""tc's direction at the host side -> program: what leaves the pod is tc ingress."""
+
+CGROUP_HOOKS = {
+    "connect4": AttachType.INET4_CONNECT,
+    "connect6": AttachType.INET6_CONNECT,
+    "sendmsg4": AttachType.UDP4_SENDMSG,
+    "sendmsg6": AttachType.UDP6_SENDMSG,
+    "recvmsg4": AttachType.UDP4_RECVMSG,
+    "recvmsg6": AttachType.UDP6_RECVMSG,
+    "getpeername4": AttachType.INET4_GETPEERNAME,
+    "getpeername6": AttachType.INET6_GETPEERNAME,
+}
+
+_GONE = (errno.ENODEV, errno.ENOENT, errno.ENXIO, errno.ENOLINK)
+
+
+class Programs:
+    """The node's loaded programs, by name, with the maps they use pinned in maps/."""
+
+    def __init__(self, objects: Path, pin_dir: Path, known: Mapping[str, str]) -> None:
+        """`known`: object file -> hash of what is pinned (`Realised.objects`). Objects
+        that are not there are left out. LayoutError, VerifierError, BpfError."""
+        self.hashes: dict[str, str] = {}
+        self.specs: dict[str, ObjectFile] = {}
+        self.programs: dict[str, Program] = {}
+        for name in ("maps", "progs", "links"):
+            (pin_dir / name).mkdir(parents=True, exist_ok=True)
+        for name in OBJECTS:
+            path = objects / name
+            if not path.exists():
+                continue
+            self.hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+            spec = self.specs[name] = ObjectFile(path)
+            pinned = None
+            if known.get(name) == self.hashes[name]:
+                pinned = _open_all(pin_dir, spec)
+            self.programs.update(pinned or _load(pin_dir, spec))
+
+    def close(self) -> None:
+        for program in self.programs.values():
+            program.close()
+
+
+def _open_all(pin_dir: Path, spec: ObjectFile) -> dict[str, Program] | None:
+    """The pinned programs of an object; None unless they and all its maps are there."""
+    if not all((pin_dir / "maps" / name).exists() for name in spec.maps):
+        return None
+    try:
+        return {n: Program.open_pinned(str(pin_dir / "progs" / n)) for n in spec.programs}
+    except BpfError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+
+
+def _load(pin_dir: Path, spec: ObjectFile) -> dict[str, Program]:
+    maps = pin_dir / "maps"
+    held = {name: str(maps / name) for name in spec.maps if (maps / name).exists()}
+    loaded = spec.load(pins=held)
+    for name, made in loaded.maps.items():
+        if name not in held:
+            made.pin(str(maps / name))
+        made.close()
+    for name, program in loaded.programs.items():
+        _pin_over(program, pin_dir / "progs" / name)
+    return loaded.programs
+
+
+def _pin_over(owner: Program | Link, path: Path) -> None:
+    """Pin, replacing what is pinned there in one rename."""
+    temporary = path.with_name(f"{path.name}_new")
+    temporary.unlink(missing_ok=True)
+    owner.pin(str(temporary))
+    os.replace(temporary, path)
+
+
+class Attacher:
+    """Attaches the programs; every call may be repeated."""
+
+    def __init__(self, pin_dir: Path, programs: Mapping[str, Program], force_clsact: bool) -> None:
+        self._links = pin_dir / "links"
+        self._programs = programs
+        self._clsact = force_clsact
+
+    def interfaces(
+        self, wanted: Mapping[str, LocalInterface]
+    ) -> tuple[dict[str, LocalInterface], list[str]]:
+        """(those that are gated now, what went wrong). An interface that is not
+        there (any more) is left out without a word: that is an event, not an error."""
+        gated: dict[str, LocalInterface] = {}
+        problems: list[str] = []
+        for uid, interface in sorted(wanted.items()):
+            try:
+                if socket.if_nametoindex(interface.ifname) != interface.ifindex:
+                    continue
+                self._interface(interface.ifindex)
+                gated[uid] = interface
+            except BpfError as error:
+                if error.errno not in _GONE:
+                    problems.append(f"cannot attach to {interface.ifname}: {error}")
+            except OSError:
+                continue
+        self._forget_gone({i.ifindex for i in gated.values()})
+        return gated, problems
+
+    def _interface(self, ifindex: int) -> None:
+        for direction, name in HOOKS.items():
+            program = self._programs[name]
+            pin = self._links / f"{ifindex}-{direction}"
+            ingress = direction == "ingress"
+            if not self._clsact:
+                try:
+                    self._tcx(program, pin, ifindex, ingress)
+                    continue
+                except NotSupported:
+                    self._clsact = True
+            if clsact.query(ifindex, ingress=ingress) != program.info.id:
+                clsact.attach(program, ifindex, ingress=ingress)
+            pin.unlink(missing_ok=True)
+
+    def _tcx(self, program: Program, pin: Path, ifindex: int, ingress: bool) -> None:
+        if _adopt(program, pin, ifindex):
+            return
+        with attach_tcx(program, ifindex, ingress=ingress) as link:
+            _pin_over(link, pin)
+        # A loader that was told to use clsact may have been here before.
+        clsact.detach(ifindex, ingress=ingress)
+
+    def _forget_gone(self, present: set[int]) -> None:
+        """Unpin links whose interface is gone. A link to a living interface stays,
+        whatever became of its file: without it the pod would be ungated."""
+        for path in self._links.iterdir():
+            index = path.name.partition("-")[0]
+            if not index.isdigit() or int(index) in present:
+                continue
+            try:
+                with Link.open_pinned(str(path)) as link:
+                    gone = not link.info.target
+            except BpfError as error:
+                gone = error.errno == errno.ENOENT
+            if gone:
+                path.unlink(missing_ok=True)
+
+    def cgroup(self, directory: Path) -> None:
+        """Attach the socket programs to a cgroup2 directory. OSError."""
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            identifier = os.fstat(fd).st_ino
+            for name, where in CGROUP_HOOKS.items():
+                program = self._programs.get(name)
+                pin = self._links / f"cgroup-{name}"
+                if program is None or _adopt(program, pin, identifier):
+                    continue
+                with attach_cgroup(program, fd, where) as link:
+                    _pin_over(link, pin)
+        finally:
+            os.close(fd)
+
+
+def _adopt(program: Program, pin: Path, target: int) -> bool:
+    """Use the pinned link, with `program` put in place; False: there is none for this target."""
+    try:
+        with Link.open_pinned(str(pin)) as link:
+            found = link.info
+            if found.target != target:
+                pin.unlink(missing_ok=True)
+                return False
+            if found.program_id != program.info.id:
+                link.update(program)
+            return True
+    except BpfError as error:
+        if error.errno in _GONE:
+            return False
+        raise
+
+
+def detach(pin_dir: Path, ifindexes: Iterable[int]) -> None:
+    """Remove everything of this node from the kernel: links, filters, pins."""
+    for ifindex in ifindexes:
+        for ingress in (True, False):
+            clsact.detach(ifindex, ingress=ingress)
+    for directory, _, files in os.walk(pin_dir, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(directory, name))
+        if Path(directory) != pin_dir:
+            os.rmdir(directory)

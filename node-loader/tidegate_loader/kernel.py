@@ -1,0 +1,444 @@
+"""The node's pinned maps: where they are, how their bytes read, what they hold now.
+
+Reads only, but for finishing a rename that a killed loader left half done.
+`apply` writes. May not live here: what the maps should hold.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import time
+from array import array
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tidegate_bpf import BpfError, Codec, LayoutError, Map, ObjectFile
+
+from tidegate_loader import addresses, maps, plan, rules
+from tidegate_loader.addresses import ZERO, Prefix
+from tidegate_loader.local import Realised
+from tidegate_loader.maps import BackendAddress, FrontendKey
+from tidegate_loader.plan import (
+    Actual,
+    BackendInForce,
+    FrontendInForce,
+    Limits,
+    NodeEntry,
+    NodeKey,
+    Policy,
+    RuleSetInForce,
+)
+from tidegate_loader.rules import RuleKey, RuleValue
+
+WRONG = -1
+"""Stands for a value whose proof is not its key's; equals no desired value."""
+FEW = 1024
+"""Up to so many keys are read one by one, more by a dump."""
+
+INDEX = struct.Struct("=I")
+ZERO_KEY = INDEX.pack(0)
+
+_STRUCTS: dict[str, dict[str, str]] = {
+    "tg_node_key": {"kind": "u32", "addr": "bytes[16]"},
+    "tg_policy": {
+        "slot": "u32",
+        "rule_set": "u32",
+        "flags": "u8",
+        "shape_count": "u8",
+        "shapes": "bytes[14]",
+    },
+    "tg_endpoint": {
+        "id": "u32",
+        "identity": "u32",
+        "ifindex": "u32",
+        "half_open": "u32",
+        "pod_mac": "bytes[6]",
+        "host_mac": "bytes[6]",
+        "flags": "u32",
+        "ip4": "bytes[16]",
+        "ip6": "bytes[16]",
+        "ingress": "struct tg_policy",
+        "egress": "struct tg_policy",
+    },
+    "tg_rule_key": {"peer": "u32", "port": "be16", "protocol": "u8", "prefix": "u8"},
+    "tg_rule": {"precedence": "u32", "rule": "u32", "action": "u32"},
+    "tg_prefix": {"bits": "u32", "addr": "bytes[16]"},
+    "tg_ipcache": {"proof": "u32", "identity": "u32"},
+    "tg_frontend_key": {"addr": "bytes[16]", "port": "be16", "protocol": "u8"},
+    "tg_frontend": {"base": "u32", "count": "u16", "proof": "u16"},
+    "tg_backend": {
+        "addr": "bytes[16]",
+        "port": "be16",
+        "protocol": "u8",
+        "state": "u8",
+        "freed_at": "u32",
+    },
+    "tg_control": {"epoch": "u64", "next_id": "u64"},
+}
+
+_ENUMS: dict[str, int] = {
+    "TG_NODE_IFINDEX": plan.NODE_IFINDEX,
+    "TG_NODE_ADDR": plan.NODE_ADDR,
+    "TG_PEER_IDENTITY": rules.PEER_IDENTITY,
+    "TG_PEER_CLASS": rules.PEER_CLASS,
+    "TG_PEER_ANY": rules.PEER_ANY,
+    "TG_PEER_WORD_CLASS": rules.WORD_CLASS,
+    "TG_PEER_WORD_ANY": rules.WORD_ANY,
+    "TG_MAX_SHAPES": rules.MAX_SHAPES,
+    "TG_POLICY_ISOLATED": plan.ISOLATED,
+    "TG_POLICY_CIDR": plan.HAS_CIDR,
+    "TG_ACTION_DENY": rules.DENY,
+    "TG_ACTION_ALLOW": rules.ALLOW,
+    "TG_IPCACHE_LOCAL": maps.LOCAL,
+    "TG_IPCACHE_FRONTEND": maps.FRONTEND,
+    "TG_IPCACHE_PEER": maps.PEER,
+    "TG_BACKEND_FREE": plan.FREE,
+    "TG_BACKEND_ACTIVE": plan.ACTIVE,
+}
+
+
+class Layouts:
+    """Every struct bound to the object's BTF. LayoutError: the object and this
+    code disagree about a name, a kind, a width or a constant."""
+
+    def __init__(self, spec: ObjectFile) -> None:
+        values = {name: v for members in spec.enums.values() for name, v in members.items()}
+        for name, value in _ENUMS.items():
+            if values.get(name) != value:
+                raise LayoutError(f"{name} is {values.get(name)} in the object, not {value}")
+        codecs = {name: Codec(spec.layout(name), fields) for name, fields in _STRUCTS.items()}
+        self.node_key = codecs["tg_node_key"]
+        self.endpoint = codecs["tg_endpoint"]
+        self.rule_key = codecs["tg_rule_key"]
+        self.rule = codecs["tg_rule"]
+        self.prefix = codecs["tg_prefix"]
+        self.ipcache = codecs["tg_ipcache"]
+        self.frontend_key = codecs["tg_frontend_key"]
+        self.frontend = codecs["tg_frontend"]
+        self.backend = codecs["tg_backend"]
+        self.control = codecs["tg_control"]
+        inner = spec.maps["half_open_v1"].inner
+        if inner is None:
+            raise LayoutError("half_open_v1 declares no inner map")
+        self.half_open = inner
+
+
+def node_key_row(key: NodeKey) -> tuple[int, bytes]:
+    """An ifindex is the address's first word as the machine stores it."""
+    kind, value = key
+    return kind, value if isinstance(value, bytes) else struct.pack("=I12x", value)
+
+
+class Kernel:
+    """Owns the descriptors of one node's pinned maps.
+
+    `pin_dir` must hold what `attach.Programs` pins. BpfError when a map is missing.
+    """
+
+    def __init__(self, pin_dir: Path, layouts: Layouts) -> None:
+        self.pin_dir = pin_dir
+        self.layouts = layouts
+        self._maps = {
+            path.name: Map.open_pinned(str(path)) for path in sorted((pin_dir / "maps").iterdir())
+        }
+        for name in ("rule_sets", "cidrs", "half_open"):
+            (pin_dir / name).mkdir(exist_ok=True)
+
+    def map(self, name: str) -> Map:
+        """A pinned map by its name."""
+        try:
+            return self._maps[name]
+        except KeyError:
+            raise BpfError(errno.ENOENT, f"map {name} is not pinned in {self.pin_dir}") from None
+
+    def close(self) -> None:
+        for owned in self._maps.values():
+            owned.close()
+
+    @property
+    def node_table_pin(self) -> Path:
+        return self.pin_dir / "node_table"
+
+    @property
+    def built_pin(self) -> Path:
+        """A node table that is built and not yet, or only just, in force."""
+        return self.pin_dir / "node_table_new"
+
+    # -- everything ------------------------------------------------------------
+
+    def actual(self, realised: Realised | None, names: Mapping[int, str]) -> Actual:
+        """What the kernel holds now. `realised` and `names` (rule-set id ->
+        RuleSet) say whose ids these are; ids are never reused, so both may be old."""
+        epoch, next_id = self.read_control()
+        backends = self.read_backends()
+        found = Actual(
+            limits=self.limits(),
+            now=now(),
+            epoch=epoch,
+            next_id=next_id,
+            node_table=self.read_node_table(),
+            rule_sets=self.read_rule_sets(names),
+            half_open=self._linked("half_open_v1", "half_open"),
+            ipcache=self.read_ipcache(),
+            networks=self.read_networks(),
+            backends=backends,
+            frontends=self.read_frontends(backends),
+        )
+        if realised is not None:
+            found.uids = {uid: e.id for uid, e in realised.endpoints.items()}
+        return found
+
+    def limits(self) -> Limits:
+        size = {name: m.info.max_entries for name, m in self._maps.items()}
+        return Limits(
+            ipcache=size["ipcache_v1"],
+            networks=size["ipcache_lpm_v1"],
+            frontends=size["frontends_v1"],
+            slots=size["slots_v1"],
+            backends=size["backends_v1"],
+            rule_sets=size["rule_sets_v1"],
+            half_open=size["half_open_v1"],
+        )
+
+    def read_control(self) -> tuple[int, int]:
+        """(epoch, next id)."""
+        row = self.layouts.control.unpack(self.map("control_v1").lookup(ZERO_KEY))
+        return row.epoch, row.next_id
+
+    # -- policy ------------------------------------------------------------------
+
+    def read_node_table(self) -> dict[NodeKey, NodeEntry] | None:
+        """The table in force; None: there is none, or its pin is lost."""
+        try:
+            (in_force,) = INDEX.unpack(self.map("node_v1").lookup(ZERO_KEY))
+        except KeyError:
+            return None
+        for pin in (self.node_table_pin, self.built_pin):
+            opened = open_pin(pin)
+            if opened is None:
+                continue
+            with opened:
+                if opened.info.id != in_force:
+                    continue
+                if pin == self.built_pin:  # killed between the swap and this rename
+                    os.replace(pin, self.node_table_pin)
+                return self.decode_node_table(opened)
+        return None
+
+    def decode_node_table(self, table: Map) -> dict[NodeKey, NodeEntry]:
+        keys, values = table.dump()
+        rows = zip(
+            self.layouts.node_key.unpack_all(keys),
+            self.layouts.endpoint.unpack_all(values),
+            strict=True,
+        )
+        return {_node_key(key.kind, key.addr): _node_entry(value) for key, value in rows}
+
+    def read_rule_sets(self, names: Mapping[int, str]) -> dict[int, RuleSetInForce]:
+        """Every pinned rule set, whether a node table names it or not."""
+        linked = self._by_inner_id("rule_sets_v1")
+        tries = self._by_inner_id("cidrs_v1")
+        found = {}
+        for path in _numbered(self.pin_dir / "rule_sets"):
+            number = int(path.name)
+            with Map.open_pinned(str(path)) as opened:
+                entries = self.decode_rules(opened)
+                slot = linked.get(opened.info.id)
+            cidr: dict[Prefix, int] = {}
+            trie = open_pin(self.pin_dir / "cidrs" / path.name)
+            if trie is not None:
+                with trie:
+                    cidr = self.decode_prefixes(trie)
+                    if tries.get(trie.info.id) != slot:
+                        slot = None
+            content = rules.content_of(entries, cidr)
+            found[number] = RuleSetInForce(names.get(number, ""), content, slot)
+        return found
+
+    def decode_rules(self, inner: Map) -> dict[RuleKey, RuleValue]:
+        keys, values = inner.dump()
+        rows = zip(
+            self.layouts.rule_key.unpack_all(keys),
+            self.layouts.rule.unpack_all(values),
+            strict=True,
+        )
+        return {
+            (k.peer, k.protocol, k.port, k.prefix): (v.precedence, v.rule, v.action)
+            for k, v in rows
+        }
+
+    def decode_prefixes(self, trie: Map) -> dict[Prefix, int]:
+        keys, values = trie.dump()
+        numbers = array("I", values)
+        rows = self.layouts.prefix.unpack_all(keys)
+        return {(row.bits, row.addr): n for row, n in zip(rows, numbers, strict=True)}
+
+    def _by_inner_id(self, name: str) -> dict[int, int]:
+        """Inner map id -> slot."""
+        keys, values = self.map(name).dump()
+        return dict(zip(array("I", values), array("I", keys), strict=True))
+
+    def _linked(self, name: str, directory: str) -> set[int]:
+        """Slots whose inner map is the one pinned under the slot's number."""
+        linked = {slot: inner for inner, slot in self._by_inner_id(name).items()}
+        found = set()
+        for path in _numbered(self.pin_dir / directory):
+            with Map.open_pinned(str(path)) as opened:
+                if linked.get(int(path.name)) == opened.info.id:
+                    found.add(int(path.name))
+        return found
+
+    # -- facts -----------------------------------------------------------------------
+
+    def read_ipcache(self) -> dict[bytes, int]:
+        keys, values = self.map("ipcache_v1").dump()
+        words = memoryview(values).cast("I")
+        packed = [keys[i : i + 16] for i in range(0, len(keys), 16)]
+        identities = words[1::2].tolist()
+        if addresses.proofs_hold4(keys, words[0::2].tobytes()):
+            return dict(zip(packed, identities, strict=True))
+        proofs, expected = words[0::2].tolist(), addresses.addr_proofs(keys)
+        if proofs == expected:
+            return dict(zip(packed, identities, strict=True))
+        rows = zip(packed, identities, proofs, expected, strict=True)
+        return {key: i if proof == wanted else WRONG for key, i, proof, wanted in rows}
+
+    def read_ipcache_keys(self, keys: Iterable[bytes]) -> dict[bytes, int]:
+        """The entries of some addresses; absent ones are left out."""
+        opened, codec, found = self.map("ipcache_v1"), self.layouts.ipcache, {}
+        for key in keys:
+            try:
+                row = codec.unpack(opened.lookup(key))
+            except KeyError:
+                continue
+            found[key] = row.identity if row.proof == addresses.addr_proof(key) else WRONG
+        return found
+
+    def read_networks(self) -> dict[Prefix, int]:
+        return self.decode_prefixes(self.map("ipcache_lpm_v1"))
+
+    # -- services ----------------------------------------------------------------------
+
+    def read_backends(self) -> dict[int, BackendInForce]:
+        """Every id that was ever written, those that rest too."""
+        _, values = self.map("backends_v1").dump()  # an array: in order of ids
+        size = self.layouts.backend.size
+        zero = bytes(size)
+        used = range(0, len(values.rstrip(b"\0")), size)
+        chunks = ((at // size, values[at : at + size]) for at in used)
+        return {number: self._backend(chunk) for number, chunk in chunks if chunk != zero}
+
+    def read_backend_ids(self, numbers: Iterable[int]) -> dict[int, BackendInForce]:
+        opened = self.map("backends_v1")
+        return {n: self._backend(opened.lookup(INDEX.pack(n))) for n in numbers}
+
+    def _backend(self, value: bytes) -> BackendInForce:
+        row = self.layouts.backend.unpack(value)
+        return BackendInForce((row.addr, row.port, row.protocol), row.state, row.freed_at)
+
+    def read_frontends(
+        self, backends: Mapping[int, BackendInForce]
+    ) -> dict[FrontendKey, FrontendInForce]:
+        keys, values = self.map("frontends_v1").dump()
+        rows = zip(
+            self.layouts.frontend_key.unpack_all(keys),
+            self.layouts.frontend.unpack_all(values),
+            strict=True,
+        )
+        words = {(k.addr, k.port, k.protocol): (v.base, v.count, v.proof) for k, v in rows}
+        return self._resolve(words, backends)
+
+    def read_frontend_keys(
+        self, keys: Iterable[FrontendKey], backends: Mapping[int, BackendInForce]
+    ) -> dict[FrontendKey, FrontendInForce]:
+        opened, words = self.map("frontends_v1"), {}
+        for key in keys:
+            try:
+                row = self.layouts.frontend.unpack(
+                    opened.lookup(self.layouts.frontend_key.pack_row(key))
+                )
+            except KeyError:
+                continue
+            words[key] = (row.base, row.count, row.proof)
+        return self._resolve(words, backends)
+
+    def _resolve(
+        self,
+        words: Mapping[FrontendKey, tuple[int, int, int]],
+        backends: Mapping[int, BackendInForce],
+    ) -> dict[FrontendKey, FrontendInForce]:
+        """Each frontend with the backends that a program would find."""
+        slots = self._slots([(base, count) for base, count, _ in words.values()])
+        found = {}
+        for key, (base, count, proof) in words.items():
+            listed: tuple[BackendAddress, ...] | None = None
+            if proof == addresses.frontend_proof(*key):
+                members = [backends.get(slots.get(base + i, 0)) for i in range(count)]
+                good = [b.key[:2] for b in members if b and _serves(b, key[2])]
+                listed = tuple(good) if len(good) == count else None
+            found[key] = FrontendInForce(base, count, listed)
+        return found
+
+    def _slots(self, ranges: list[tuple[int, int]]) -> dict[int, int]:
+        opened = self.map("slots_v1")
+        size = opened.info.max_entries
+        wanted = {i for base, count in ranges for i in range(base, min(base + count, size))}
+        if len(wanted) <= FEW:
+            return {i: INDEX.unpack(opened.lookup(INDEX.pack(i)))[0] for i in wanted}
+        keys, values = opened.dump()
+        return dict(zip(array("I", keys), array("I", values), strict=True))
+
+
+def now() -> int:
+    """CLOCK_MONOTONIC seconds, as programs and tg_backend.freed_at count."""
+    return int(time.monotonic())
+
+
+def open_pin(path: Path) -> Map | None:
+    """The map pinned there; None: there is none."""
+    try:
+        return Map.open_pinned(str(path))
+    except BpfError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+
+
+def _numbered(directory: Path) -> list[Path]:
+    return sorted((p for p in directory.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+def _serves(backend: BackendInForce, protocol: int) -> bool:
+    return backend.state == plan.ACTIVE and backend.key[2] == protocol
+
+
+def _node_key(kind: int, address: bytes) -> NodeKey:
+    if kind == plan.NODE_IFINDEX and address[4:] == ZERO[4:]:
+        return kind, INDEX.unpack(address[:4])[0]
+    return kind, address
+
+
+def _policy(row: tuple[int, int, int, int, bytes]) -> Policy | None:
+    slot, rule_set, flags, count, shapes = row
+    if not flags:
+        return None
+    return Policy(slot, rule_set, flags, tuple(shapes[:count]))
+
+
+def _node_entry(row: Any) -> NodeEntry:
+    (number, identity, ifindex, half_open, pod_mac, host_mac, _, ip4, ip6, ingress, egress) = row
+    return NodeEntry(
+        number,
+        identity,
+        ifindex,
+        half_open,
+        pod_mac,
+        host_mac,
+        ip4,
+        ip6,
+        _policy(ingress),
+        _policy(egress),
+    )

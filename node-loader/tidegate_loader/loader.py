@@ -1,0 +1,317 @@
+"""One node's cycle: state -> maps -> plan -> apply -> read back -> realised.json.
+
+Holds what is known between cycles. No waiting and no signals here (`main`), no
+decision about what belongs in a map (`maps`, `plan`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from msgspec import UNSET, structs
+from tidegate_api.state import Condition, NodeStateStatus, encode
+from tidegate_bpf import BpfError
+
+from tidegate_loader import addresses, attach, kernel, plan
+from tidegate_loader.apply import apply
+from tidegate_loader.local import (
+    READS_FORMATS,
+    Counters,
+    NodePaths,
+    Realised,
+    RealisedEndpoint,
+    RealisedRuleSet,
+    read_realised,
+    write_realised,
+)
+from tidegate_loader.maps import Builder, DesiredMaps, MapsError, State
+from tidegate_loader.plan import Actual, NodeEntry
+from tidegate_loader.rules import RuleSetError
+from tidegate_loader.source import Source, Stalled
+
+
+class Loader:
+    """BpfError, OSError at start when programs cannot be loaded or pins not used."""
+
+    def __init__(self, paths: NodePaths, options: argparse.Namespace, logger: Any) -> None:
+        self._paths = paths
+        self._options = options
+        self._log = logger
+        self._source = Source(paths, options.node)
+        self._builder = Builder()
+        self._realised = read_realised(paths.realised) or Realised(node=options.node, epoch=0)
+        self._written = b""
+        self._state: State | None = None
+        self._kept: State | None = None
+        self._desired: DesiredMaps | None = None
+        self._kernel: kernel.Kernel | None = None
+        self.dirty = False
+        """Something could not be applied; try again."""
+        self.realised_now = False
+        """The kernel was equal to the newest complete state when last looked at."""
+        self._start()
+
+    def _start(self) -> None:
+        programs = attach.Programs(
+            self._options.objects, self._options.pin_dir, self._realised.objects
+        )
+        if "pod.o" not in programs.specs:
+            raise BpfError(2, f"no pod.o in {self._options.objects}")
+        layouts = kernel.Layouts(programs.specs["pod.o"])
+        self._programs = programs
+        self._kernel = kernel.Kernel(self._options.pin_dir, layouts)
+        self._attacher = attach.Attacher(
+            self._options.pin_dir, programs.programs, self._options.force_clsact
+        )
+        if self._options.cgroup is not None:
+            self._attacher.cgroup(self._options.cgroup)
+        names = {int(n): r.name for n, r in self._realised.rule_sets.items()}
+        self._actual = self._kernel.actual(self._realised, names)
+        # Without a word of how it ended, the last apply may have missed its bump.
+        self._actual.interrupted = self._paths.applying.exists()
+
+    def close(self) -> None:
+        """Close descriptors; everything stays in force."""
+        if self._kernel is not None:
+            self._kernel.close()
+            self._programs.close()
+
+    # -- one cycle ---------------------------------------------------------------
+
+    def cycle(self) -> None:
+        """Bring the kernel up to the newest complete state. Never raises for bad input."""
+        stalled: Stalled | None = None
+        try:
+            self._state, fresh = self._newest(), True
+        except Stalled as error:
+            stalled, fresh = error, False
+        if self._state is not None and self._state.node.spec.mode == "Detached":
+            self._detach()
+            return
+        if self._kernel is None:
+            self._start()
+        interfaces, problems = self._source.interfaces()
+        gated, unattached = self._attacher.interfaces(interfaces)
+        problems = [*problems, *unattached]
+        if self._state is not None:
+            try:
+                self._desired = self._builder.build(self._state, gated)
+            except (MapsError, RuleSetError) as error:
+                stalled = Stalled("Refused", str(error))
+                fresh = False
+        if self._desired is None:
+            self._report(stalled, problems)
+            return
+        problems += self._apply(self._desired)
+        self.realised_now = fresh and not self.dirty
+        self._report(stalled, problems)
+        self._keep(fresh)
+
+    def _newest(self) -> State:
+        try:
+            return self._source.state()
+        except Stalled:
+            if self._state is not None or self._kept is not None:
+                raise
+            try:
+                state = self._kept = self._source.last_good()
+            except Stalled:
+                state = None
+            if state is None:
+                raise
+            self._log.warning("objects are incomplete, starting from lastgood")
+            return state
+
+    def _apply(self, desired: DesiredMaps) -> list[str]:
+        """What went wrong. `self.dirty`: the kernel is not equal to `desired`."""
+        assert self._kernel is not None
+        actual = self._actual
+        actual.now = kernel.now()
+        made = plan.plan(desired, actual)
+        errors: list[str] = []
+        if made.steps:
+            self._paths.applying.touch()
+            errors = apply(made, self._kernel, actual)
+            if errors:
+                self._actual = actual = self._read_back()
+            left = plan.plan(desired, actual)
+            self.dirty = bool(errors or left.steps)
+            # What was removed may have made room for what was left out: once more.
+            if left.steps and not errors and not made.left_out:
+                errors.append(f"{len(left.steps)} steps are left after applying")
+                self._actual = actual = self._read_back()
+            self._count(made)
+        else:
+            self.dirty = False
+        if not self.dirty and not made.left_out:
+            actual.ipcache_parts, actual.service_parts = desired.ipcache, desired.services
+        return [*desired.problems, *made.problems, *errors]
+
+    def _count(self, made: plan.Plan) -> None:
+        switched = any(isinstance(step, plan.SwitchNodeTable) for step in made.steps)
+        self._counters(switches=int(switched))
+        self._log.info(
+            "applied",
+            steps=[type(step).__name__ for step in made.steps],
+            epoch=self._actual.epoch,
+            dirty=self.dirty,
+        )
+
+    def _counters(self, drift: int = 0, switches: int = 0) -> None:
+        held = self._realised.counters
+        counters = Counters(drift=held.drift + drift, switches=held.switches + switches)
+        self._realised = structs.replace(self._realised, counters=counters)
+
+    def _read_back(self) -> Actual:
+        assert self._kernel is not None
+        names = {number: r.name for number, r in self._actual.rule_sets.items()}
+        found = self._kernel.actual(None, names)
+        found.uids = self._actual.uids
+        found.resting = self._actual.resting
+        found.interrupted = self._actual.interrupted
+        return found
+
+    def verify(self) -> None:
+        """Read everything back, repair what changed behind our back, count it."""
+        if self._kernel is None:
+            return
+        found = self._read_back()
+        drift = 0 if self.dirty else plan.drift(self._actual, found)
+        self._actual = found
+        if drift:
+            self._log.warning("entries changed behind the loader's back", entries=drift)
+            self._counters(drift=drift)
+            # Flows may have been judged by what was there.
+            found.interrupted = True
+        self.cycle()
+
+    def _detach(self) -> None:
+        if self._kernel is not None:
+            self.close()
+            self._kernel = None
+            interfaces, _ = self._source.interfaces()
+            attach.detach(self._options.pin_dir, [i.ifindex for i in interfaces.values()])
+            self._log.warning("detached: nothing of this node is enforced")
+        self._desired = None
+        self._builder = Builder()
+        self.realised_now = True
+        self._realised = Realised(
+            node=self._options.node, epoch=0, counters=self._realised.counters
+        )
+        self._report(None, [])
+
+    # -- telling -------------------------------------------------------------------
+
+    def _keep(self, fresh: bool) -> None:
+        if not fresh or self.dirty or self._state is None or self._state is self._kept:
+            return
+        try:
+            self._source.keep(self._state)
+            self._kept = self._state
+        except OSError as error:  # replaced while it was copied: the next event does it
+            self._log.warning("lastgood not written", error=str(error))
+
+    def _report(self, stalled: Stalled | None, problems: list[str]) -> None:
+        actual = self._actual
+        held = self._realised
+        state, desired = self._state, self._desired
+        if state is not None and self.realised_now:
+            held = structs.replace(held, digest=state.digest)
+        table = {e.id: e for e in (actual.node_table or {}).values()}
+        attached = self._kernel is not None
+        status = NodeStateStatus(
+            realised=held.digest,
+            endpoints=len(table) if attached else 0,
+            drift=held.counters.drift,
+            formats=list(READS_FORMATS),
+            conditions=self._conditions(stalled, problems),
+        )
+        names = desired.service_names if desired is not None else {}
+        self._realised = structs.replace(
+            held,
+            epoch=actual.epoch if attached else 0,
+            endpoints=_endpoints(actual, table, desired) if attached else {},
+            rule_sets=_rule_sets(actual) if attached else {},
+            services=names,
+            objects=self._programs.hashes if attached else {},
+            status=status,
+        )
+        self._write()
+
+    def _write(self) -> None:
+        data = encode(self._realised)
+        if data != self._written:
+            write_realised(self._paths.realised, self._realised)
+            self._written = data
+        if not self.dirty:
+            self._paths.applying.unlink(missing_ok=True)
+
+    def _conditions(self, stalled: Stalled | None, problems: list[str]) -> list[Condition]:
+        before = {c.type: c for c in self._realised.status.conditions}
+        ready, reason = self.realised_now and not problems, "Realised"
+        message = "the kernel holds the desired state"
+        if problems:
+            reason, message = "Problems", "; ".join(problems[: plan.MAX_PROBLEMS])
+        elif not self.realised_now:
+            reason, message = "Pending", "the desired state is not in force yet"
+        elif self._desired is not None and self._desired.pending:
+            message += f"; {len(self._desired.pending)} endpoints wait for their interface"
+        stall = (stalled.reason, str(stalled)) if stalled else ("Complete", "")
+        generation = UNSET if self._state is None else self._state.node.metadata.generation
+        found = []
+        for kind, on, why, text in (
+            ("Ready", ready, reason, message),
+            ("Stalled", stalled is not None, *stall),
+        ):
+            status: Literal["True", "False"] = "True" if on else "False"
+            old = before.get(kind)
+            since = old.last_transition_time if old and old.status == status else _timestamp()
+            found.append(
+                Condition(
+                    type=kind,
+                    status=status,
+                    reason=why,
+                    message=text,
+                    last_transition_time=since,
+                    observed_generation=generation,
+                )
+            )
+        return found
+
+
+def _timestamp() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _endpoints(
+    actual: Actual, table: Mapping[int, NodeEntry], desired: DesiredMaps | None
+) -> dict[str, RealisedEndpoint]:
+    """By UID; those in force that the desired state still names."""
+    found = {}
+    for endpoint in desired.endpoints if desired is not None else ():
+        entry = table.get(actual.uids.get(endpoint.uid, -1))
+        if entry is None:
+            continue
+        found[endpoint.uid] = RealisedEndpoint(
+            id=entry.id,
+            ifindex=entry.ifindex,
+            half_open=entry.half_open,
+            namespace=endpoint.namespace,
+            name=endpoint.name,
+            identity=entry.identity,
+            addresses=[addresses.text(a) for a in (entry.ip4, entry.ip6) if a != addresses.ZERO],
+            ingress=entry.ingress.rule_set if entry.ingress else UNSET,
+            egress=entry.egress.rule_set if entry.egress else UNSET,
+        )
+    return found
+
+
+def _rule_sets(actual: Actual) -> dict[str, RealisedRuleSet]:
+    return {
+        str(number): RealisedRuleSet(name=r.name, content=r.content, slot=r.slot)
+        for number, r in actual.rule_sets.items()
+        if r.slot is not None
+    }

@@ -1,0 +1,118 @@
+"""What lies in a node's part of the run directory, as types.
+
+`LocalInterface` is written by the CNI step (on one machine: by `tidegate up`)
+and read by the loader; `Realised` is written by the loader and read by the
+CLI. Types and their bytes only: no watching, no kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from tidegate_api.state import FORMAT, Model, NodeStateStatus, encode
+
+READS_FORMATS = (FORMAT,)
+"""The `spec.format`s this loader understands."""
+
+
+class LocalInterface(Model, frozen=True):
+    """nodes/<node>/interfaces/<uid>.json: what the node knows of a pod first."""
+
+    uid: str
+    namespace: str
+    name: str
+    ifname: str
+    """Host side of the pod's veth pair, in the node's network namespace."""
+    ifindex: int
+    pod_mac: str
+    """Six hex pairs with colons: the pod's end."""
+    host_mac: str
+    addresses: list[str]
+
+
+class RealisedEndpoint(Model, frozen=True):
+    """One endpoint of the node table in force."""
+
+    id: int
+    ifindex: int
+    half_open: int
+    """Slot in half_open_v1, and the name of the pin in half_open/."""
+    namespace: str
+    name: str
+    identity: int
+    addresses: list[str]
+    ingress: int | UnsetType = UNSET
+    """Rule-set id; absent: no policy selects it in this direction."""
+    egress: int | UnsetType = UNSET
+
+
+class RealisedRuleSet(Model, frozen=True):
+    """A rule set in force; its key in `Realised.rule_sets` is its id."""
+
+    name: str
+    """Name of the RuleSet object, whose `spec.rules` the rule ids index."""
+    content: str
+    slot: int
+
+
+class Counters(Model, frozen=True):
+    drift: int = 0
+    """Entries found changed behind the loader's back and repaired."""
+    switches: int = 0
+    """Node tables put in force."""
+
+
+class Realised(Model, frozen=True):
+    """nodes/<node>/realised.json: what was read back from the kernel, by name."""
+
+    node: str
+    epoch: int
+    endpoints: dict[str, RealisedEndpoint] = msgspec.field(default_factory=dict)
+    """By pod UID."""
+    rule_sets: dict[str, RealisedRuleSet] = msgspec.field(default_factory=dict)
+    """By decimal id."""
+    services: dict[str, str] = msgspec.field(default_factory=dict)
+    """Frontend "address:port/protocol" -> "namespace/name[:port name]"."""
+    objects: dict[str, str] = msgspec.field(default_factory=dict)
+    """Loaded object file -> hash of its content."""
+    counters: Counters = Counters()
+    digest: str | UnsetType = UNSET
+    """Digest of the NodeState spec in force; absent until one was equal."""
+    status: NodeStateStatus = NodeStateStatus()
+
+
+class NodePaths:
+    """The node's paths in the run directory, named once."""
+
+    def __init__(self, run_dir: Path, node: str) -> None:
+        self.objects = run_dir / "objects"
+        self.node = run_dir / "nodes" / node
+        self.interfaces = self.node / "interfaces"
+        self.lastgood = self.node / "lastgood"
+        self.realised = self.node / "realised.json"
+        self.applying = self.node / "applying"
+        """Exists while an apply is under way: its epoch may not be bumped yet."""
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """A reader sees the old file or the new one."""
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def write_realised(path: Path, realised: Realised) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, encode(realised))
+
+
+def read_realised(path: Path) -> Realised | None:
+    """None: never written, or not readable as one (then ids have no names and
+    endpoints get new ones; nothing worse)."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Realised)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None

@@ -1,0 +1,114 @@
+"""The loader's process: wait for a change, make the kernel equal to the state, say so.
+
+    python -m tidegate_loader --node NAME --run-dir DIR --pin-dir DIR --objects DIR
+
+Nothing is decided here but when to do what; see `source`, `maps`, `plan`, `apply`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from tidegate_bpf import BpfError, netns
+
+from tidegate_loader import attach, log
+from tidegate_loader.loader import Loader
+from tidegate_loader.local import NodePaths
+from tidegate_loader.source import Source, Watch
+
+VERIFY_SECONDS = 30.0
+"""How often everything is read back and compared."""
+RETRY_FIRST, RETRY_LAST = 0.1, 5.0
+"""Seconds until a failed apply is tried again: doubled up to the last."""
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tidegate-loader",
+        description="Make this node's eBPF maps equal to its desired state, and keep them so.",
+    )
+    parser.add_argument("--node", required=True, help="name of this node's NodeState")
+    parser.add_argument("--run-dir", required=True, type=Path, help="where objects/ and nodes/ are")
+    parser.add_argument("--pin-dir", required=True, type=Path, help="directory on a bpffs")
+    parser.add_argument("--objects", required=True, type=Path, help="where pod.o and sock.o are")
+    parser.add_argument("--netns", type=Path, help="the node's network namespace")
+    parser.add_argument("--cgroup", type=Path, help="cgroup2 directory of the node's pods")
+    parser.add_argument("--force-clsact", action="store_true", help="do not use tcx links")
+    parser.add_argument("--once", action="store_true", help="apply once; exit 1 if not realised")
+    parser.add_argument("--detach", action="store_true", help="remove everything of this node")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning"))
+    return parser.parse_args(argv)
+
+
+class _Signals:
+    """SIGTERM and SIGINT stop, SIGUSR1 asks for a read-back."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.verify = False
+        self.wake_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self.verify = True
+        else:
+            self.stop = True
+
+
+def _run(loader: Loader, paths: NodePaths, signals: _Signals) -> None:
+    watch = Watch(paths, signals.wake_fd)
+    retry = RETRY_FIRST
+    loader.cycle()
+    verified = time.monotonic()
+    while not signals.stop:
+        due = verified + VERIFY_SECONDS - time.monotonic()
+        changed = watch.wait(min(due, retry) if loader.dirty else max(0.0, due))
+        if signals.stop:
+            break
+        if signals.verify or time.monotonic() >= verified + VERIFY_SECONDS:
+            signals.verify, verified = False, time.monotonic()
+            loader.verify()
+        elif changed or loader.dirty:
+            loader.cycle()
+        retry = min(retry * 2, RETRY_LAST) if loader.dirty else RETRY_FIRST
+    watch.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _arguments(argv)
+    # Cycles are few and small here, a hundred thousand addresses are neither.
+    gc.set_threshold(100_000, 50, 1000)
+    logger = log.logger(options.node, options.log_level)
+    paths = NodePaths(options.run_dir, options.node)
+    with contextlib.ExitStack() as stack:
+        try:
+            if options.netns is not None:
+                stack.enter_context(netns.inside(options.netns))
+            paths.interfaces.mkdir(parents=True, exist_ok=True)
+            if options.detach:
+                interfaces, _ = Source(paths, options.node).interfaces()
+                attach.detach(options.pin_dir, [i.ifindex for i in interfaces.values()])
+                return 0
+            loader = Loader(paths, options, logger)
+            stack.callback(loader.close)
+            if options.once:
+                loader.cycle()
+                return 0 if loader.realised_now else 1
+            _run(loader, paths, _Signals())
+        except (BpfError, OSError) as error:
+            print(f"tidegate-loader: {error}", file=sys.stderr)
+            return 1
+    logger.info("stopped, everything stays in force")
+    return 0

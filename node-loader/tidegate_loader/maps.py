@@ -1,0 +1,442 @@
+"""What the kernel's maps should hold: a pure function of (state, interfaces).
+
+Symbolic: endpoints by UID, rule sets by name, backends by address. Ids, slots
+and file descriptors are `plan`'s, bytes are `kernel`'s. May not live here: any
+I/O, clock, ctypes, tidegate_bpf, or a memory that changes a result: `Builder`
+remembers parts only to return the same object for the same input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+from msgspec import UNSET
+from tidegate_api.state import (
+    Endpoint,
+    IPCacheEntry,
+    NodeState,
+    PeerSet,
+    Reserved,
+    RuleSet,
+    ServicePort,
+    SetPeer,
+    StateSlice,
+)
+
+from tidegate_loader import addresses, rules
+from tidegate_loader.addresses import MAPPED, MAPPED_BITS, ZERO, Prefix
+from tidegate_loader.local import LocalInterface
+from tidegate_loader.rules import PROTOCOLS, Expanded, RuleSetError
+
+LOCAL, FRONTEND, PEER = 0x01000000, 0x02000000, 0x04000000
+"""Flags above an ipcache entry's identity; enum tg_ipcache_flags."""
+IDENTITY_MASK = 0x00FFFFFF
+MAX_BACKENDS = 0xFFFF
+"""Backends of one frontend: tg_frontend.count has 16 bits."""
+
+FrontendKey = tuple[bytes, int, int]
+"""(16 address bytes, port, protocol number)."""
+BackendAddress = tuple[bytes, int]
+"""(16 address bytes, port)."""
+Part = dict[bytes, int]
+ServicePart = dict[FrontendKey, tuple[BackendAddress, ...]]
+
+
+class MapsError(Exception):
+    """The state is readable and makes no sense; what is in force stays."""
+
+
+class State(msgspec.Struct, frozen=True):
+    """One complete node state: everything the node's NodeState names."""
+
+    node: NodeState
+    digest: str
+    rule_sets: dict[str, RuleSet]
+    peers: dict[str, PeerSet]
+    ipcache: tuple[StateSlice, ...]
+    """By shard number; so is `services`."""
+    services: tuple[StateSlice, ...]
+
+
+class DesiredEndpoint(msgspec.Struct, frozen=True):
+    uid: str
+    namespace: str
+    name: str
+    identity: int
+    ifindex: int
+    pod_mac: bytes
+    host_mac: bytes
+    ip4: bytes
+    """16 bytes, mapped; all zero: none."""
+    ip6: bytes
+    ingress: str | None
+    """Name of its rule set; None: no policy selects it."""
+    egress: str | None
+
+
+class DesiredMaps(msgspec.Struct, frozen=True):
+    """Parts have disjoint keys, and are the same objects as in the last result
+    of the same `Builder` where nothing in them changed."""
+
+    endpoints: tuple[DesiredEndpoint, ...]
+    rule_sets: dict[str, Expanded]
+    ipcache: tuple[Part, ...]
+    """16 address bytes -> identity | flags."""
+    networks: dict[Prefix, int]
+    services: tuple[ServicePart, ...]
+    service_names: dict[str, str]
+    """Frontend text -> what a person calls the service port."""
+    pending: tuple[str, ...]
+    """Pods of this node whose interface is not known yet."""
+    problems: tuple[str, ...]
+
+
+def build(state: State, interfaces: Mapping[str, LocalInterface]) -> DesiredMaps:
+    """The desired maps from scratch. MapsError, RuleSetError: refused whole."""
+    return Builder().build(state, interfaces)
+
+
+def same_parts(parts: tuple[object, ...], known: tuple[object, ...] | None) -> bool:
+    """The very same objects, in order."""
+    return (
+        known is not None
+        and len(parts) == len(known)
+        and all(a is b for a, b in zip(parts, known, strict=True))
+    )
+
+
+class _HostPart(msgspec.Struct, frozen=True):
+    """One ipcache shard without the flags that come from elsewhere."""
+
+    hosts: Part
+    networks: dict[Prefix, int]
+
+
+class _FlaggedPart(msgspec.Struct, frozen=True):
+    """One ipcache shard as the map holds it."""
+
+    source: _HostPart
+    known: frozenset[bytes]
+    """Its addresses that have flags."""
+    part: Part
+
+
+class _ServiceShard(msgspec.Struct, frozen=True):
+    part: ServicePart
+    names: dict[str, str]
+    addresses: frozenset[bytes]
+    problems: tuple[str, ...]
+
+
+class Builder:
+    """`build` with a memory of parts. The result never depends on it."""
+
+    def __init__(self) -> None:
+        self._expanded: dict[str, tuple[RuleSet, tuple[PeerSet, ...], Expanded]] = {}
+        self._hosts: dict[int, tuple[StateSlice, _HostPart]] = {}
+        self._services: dict[int, tuple[StateSlice, _ServiceShard]] = {}
+        self._merged: tuple[tuple[_ServiceShard, ...], _Services] | None = None
+        self._parts: dict[int, _FlaggedPart] = {}
+        self._known: tuple[frozenset[bytes], ...] = ()
+        self._extra_networks: dict[Prefix, int] | None = None
+        self._flags: dict[bytes, int] = {}
+        self._extra: Part = {}
+        self._networks: tuple[tuple[_HostPart, ...], dict[Prefix, int]] = ((), {})
+
+    def build(self, state: State, interfaces: Mapping[str, LocalInterface]) -> DesiredMaps:
+        endpoints, pending, problems = _endpoints(state.node.spec.endpoints, interfaces)
+        services = self._service_parts(state.services)
+        hosts = self._host_parts(state.ipcache)
+        networks = self._merge_networks(hosts)
+        flags = dict.fromkeys(services.addresses, FRONTEND)
+        for endpoint in endpoints:
+            for address in (endpoint.ip4, endpoint.ip6):
+                if address != ZERO:
+                    flags[address] = flags.get(address, 0) | LOCAL
+        return DesiredMaps(
+            endpoints=endpoints,
+            rule_sets=self._rule_sets(state, endpoints),
+            ipcache=self._ipcache(hosts, flags, networks),
+            networks=networks,
+            services=services.parts,
+            service_names=services.names,
+            pending=pending,
+            problems=(*problems, *services.problems),
+        )
+
+    def _rule_sets(self, state: State, endpoints: Iterable[DesiredEndpoint]) -> dict[str, Expanded]:
+        names = {n for e in endpoints for n in (e.ingress, e.egress) if n is not None}
+        kept: dict[str, tuple[RuleSet, tuple[PeerSet, ...], Expanded]] = {}
+        for name in sorted(names):
+            rule_set = state.rule_sets[name]
+            peers = tuple(state.peers[n] for n in set_names(rule_set))
+            held = self._expanded.get(name)
+            if held is None or held[0] != rule_set or held[1] != peers:
+                held = (rule_set, peers, rules.expand(rule_set, state.peers))
+            kept[name] = held
+        self._expanded = kept
+        return {name: held[2] for name, held in kept.items()}
+
+    def _host_parts(self, slices: tuple[StateSlice, ...]) -> tuple[_HostPart, ...]:
+        kept = {}
+        for shard, item in enumerate(slices):
+            held = self._hosts.get(shard)
+            kept[shard] = held if held and held[0] is item else (item, _host_part(item))
+        self._hosts = kept
+        return tuple(held[1] for held in kept.values())
+
+    def _merge_networks(self, hosts: tuple[_HostPart, ...]) -> dict[Prefix, int]:
+        if not same_parts(hosts, self._networks[0]):
+            merged: dict[Prefix, int] = {}
+            for part in hosts:
+                merged.update(part.networks)
+            merged = _with_mapped_root(merged)
+            self._networks = (hosts, self._networks[1] if merged == self._networks[1] else merged)
+        return self._networks[1]
+
+    def _ipcache(
+        self,
+        hosts: tuple[_HostPart, ...],
+        flags: dict[bytes, int],
+        networks: dict[Prefix, int],
+    ) -> tuple[Part, ...]:
+        """Each shard with the flags of its addresses, and frontends nobody else has."""
+        same = flags == self._flags
+        moved = set() if same else {address for address, _ in flags.items() ^ self._flags.items()}
+        kept: dict[int, _FlaggedPart] = {}
+        for shard, part in enumerate(hosts):
+            held = self._parts.get(shard)
+            if held is None or held.source is not part or not part.hosts.keys().isdisjoint(moved):
+                held = _flagged(part, flags)
+            kept[shard] = held
+        known = tuple(held.known for held in kept.values())
+        if not (same and known == self._known and networks is self._extra_networks):
+            taken: frozenset[bytes] = frozenset().union(*known)
+            extra = {
+                address: lookup_network(networks, address) | flag
+                for address, flag in flags.items()
+                if flag & FRONTEND and address not in taken
+            }
+            if extra != self._extra:
+                self._extra = extra
+        self._parts, self._flags, self._known = kept, flags, known
+        self._extra_networks = networks
+        return (*(held.part for held in kept.values()), self._extra)
+
+    def _service_parts(self, slices: tuple[StateSlice, ...]) -> _Services:
+        kept = {}
+        for shard, item in enumerate(slices):
+            held = self._services.get(shard)
+            kept[shard] = held if held and held[0] is item else (item, _service_shard(item))
+        self._services = kept
+        shards = tuple(held[1] for held in kept.values())
+        merged = self._merged
+        if merged is None or not same_parts(shards, merged[0]):
+            merged = (shards, _merge_services(shards))
+            self._merged = merged
+        return merged[1]
+
+
+class _Services(msgspec.Struct, frozen=True):
+    parts: tuple[ServicePart, ...]
+    names: dict[str, str]
+    addresses: frozenset[bytes]
+    problems: tuple[str, ...]
+
+
+def set_names(rule_set: RuleSet) -> list[str]:
+    """The peer sets a rule set names, sorted."""
+    return sorted({t.peer.name for t in rule_set.spec.terms if isinstance(t.peer, SetPeer)})
+
+
+# ---- endpoints -------------------------------------------------------------------
+
+
+def _mac(text: str) -> bytes:
+    try:
+        mac = bytes.fromhex(text.replace(":", ""))
+    except ValueError:
+        mac = b""
+    if len(mac) != 6:
+        raise MapsError(f"not a hardware address: {text!r}")
+    return mac
+
+
+def _endpoints(
+    endpoints: Iterable[Endpoint], interfaces: Mapping[str, LocalInterface]
+) -> tuple[tuple[DesiredEndpoint, ...], tuple[str, ...], list[str]]:
+    """(those with an interface, UIDs of those without, problems); of two that
+    claim one interface or address, the lower UID has it."""
+    found: list[DesiredEndpoint] = []
+    pending: list[str] = []
+    problems: list[str] = []
+    claimed: set[int | bytes] = set()
+    for endpoint in sorted(endpoints, key=lambda e: e.uid):
+        interface = interfaces.get(endpoint.uid)
+        if interface is None:
+            pending.append(endpoint.uid)
+            continue
+        made = _endpoint(endpoint, interface)
+        keys: set[int | bytes] = {made.ifindex, made.ip4, made.ip6}
+        keys.discard(ZERO)
+        if claimed & keys:
+            who = f"{endpoint.namespace}/{endpoint.name}"
+            problems.append(f"endpoint {who} claims an interface or address of another")
+            pending.append(endpoint.uid)
+            continue
+        claimed |= keys
+        found.append(made)
+    return tuple(found), tuple(pending), problems
+
+
+def _endpoint(endpoint: Endpoint, interface: LocalInterface) -> DesiredEndpoint:
+    """Its first address of each family: the datapath knows one of each."""
+    try:
+        packed = [addresses.pack(a) for a in interface.addresses or endpoint.addresses]
+    except ValueError as error:
+        raise MapsError(f"endpoint {endpoint.namespace}/{endpoint.name}: {error}") from error
+    return DesiredEndpoint(
+        uid=endpoint.uid,
+        namespace=endpoint.namespace,
+        name=endpoint.name,
+        identity=endpoint.identity,
+        ifindex=interface.ifindex,
+        pod_mac=_mac(interface.pod_mac),
+        host_mac=_mac(interface.host_mac),
+        ip4=next((a for a in packed if addresses.is_v4(a)), ZERO),
+        ip6=next((a for a in packed if not addresses.is_v4(a)), ZERO),
+        ingress=None if endpoint.ingress is UNSET else endpoint.ingress,
+        egress=None if endpoint.egress is UNSET else endpoint.egress,
+    )
+
+
+# ---- ipcache ---------------------------------------------------------------------
+
+
+def _host_part(item: StateSlice) -> _HostPart:
+    entries: list[IPCacheEntry] = item.spec.ipcache or []
+    hosts4 = [e for e in entries if e.cidr.endswith("/32") and ":" not in e.cidr]
+    networks: dict[Prefix, int] = {}
+    try:
+        keys = addresses.pack_hosts4([e.cidr for e in hosts4])
+        hosts: Part = dict(zip(keys, map(_host_word, hosts4), strict=True))
+        if len(hosts4) < len(entries):
+            seen = set(map(id, hosts4))
+            for entry in entries:
+                if id(entry) in seen:
+                    continue
+                if entry.cidr.endswith("/128"):
+                    hosts[addresses.pack(entry.cidr[:-4])] = _host_word(entry)
+                else:
+                    networks[addresses.parse_prefix(entry.cidr)] = entry.identity
+    except ValueError as error:
+        raise MapsError(f"{item.metadata.name}: {error}") from error
+    return _HostPart(hosts, networks)
+
+
+def _host_word(entry: IPCacheEntry) -> int:
+    """A pod has a node; node addresses have reserved identities. The rest are
+    addresses outside, of user-made identities."""
+    identity = entry.identity
+    return identity | PEER if entry.node is not UNSET or identity < 256 else identity
+
+
+def _flagged(source: _HostPart, flags: dict[bytes, int]) -> _FlaggedPart:
+    known = frozenset(flags.keys() & source.hosts.keys())
+    part = source.hosts
+    if known:
+        part = part | {address: part[address] | flags[address] for address in known}
+    return _FlaggedPart(source, known, part)
+
+
+def _with_mapped_root(networks: dict[Prefix, int]) -> dict[Prefix, int]:
+    """An IPv6 network that holds ::ffff:0:0/96 as bits must not name IPv4 addresses."""
+    root = MAPPED + bytes(4)
+    if (MAPPED_BITS, root) in networks:
+        return networks
+    if any(b < MAPPED_BITS and addresses.mask(root, b) == a for b, a in networks):
+        return networks | {(MAPPED_BITS, root): int(Reserved.WORLD)}
+    return networks
+
+
+def lookup_network(networks: Mapping[Prefix, int], address: bytes) -> int:
+    """What the datapath finds for an address without an entry of its own."""
+    for bits in sorted({b for b, _ in networks}, reverse=True):
+        found = networks.get((bits, addresses.mask(address, bits)))
+        if found is not None:
+            return found
+    return int(Reserved.WORLD)
+
+
+# ---- services --------------------------------------------------------------------
+
+
+def frontend_text(key: FrontendKey) -> str:
+    """10.96.0.1:80/TCP, [fd00::1]:80/TCP."""
+    address, port, number = key
+    text = addresses.text(address)
+    host = text if addresses.is_v4(address) else f"[{text}]"
+    return f"{host}:{port}/{next(n for n, v in PROTOCOLS.items() if v == number)}"
+
+
+def _service_shard(item: StateSlice) -> _ServiceShard:
+    part: ServicePart = {}
+    names: dict[str, str] = {}
+    problems: list[str] = []
+    ports: list[ServicePort] = item.spec.services or []
+    try:
+        for port in ports:
+            backends = [(addresses.pack(b.address), b.port) for b in port.backends]
+            if len(backends) > MAX_BACKENDS:
+                problems.append(f"{port.namespace}/{port.name}: only {MAX_BACKENDS} backends fit")
+            families = {
+                v4: tuple(b for b in backends if addresses.is_v4(b[0]) == v4)[:MAX_BACKENDS]
+                for v4 in (True, False)
+            }
+            for frontend in port.frontends:
+                address = addresses.pack(frontend.address)
+                key = (address, frontend.port, PROTOCOLS[frontend.protocol])
+                if key in part:
+                    problems.append(f"{port.namespace}/{port.name}: {frontend_text(key)} is taken")
+                    continue
+                part[key] = families[addresses.is_v4(address)]
+                suffix = f":{frontend.port_name}" if frontend.port_name else ""
+                names[frontend_text(key)] = f"{port.namespace}/{port.name}{suffix}"
+    except ValueError as error:
+        raise MapsError(f"{item.metadata.name}: {error}") from error
+    return _ServiceShard(part, names, frozenset(key[0] for key in part), tuple(problems))
+
+
+def _merge_services(shards: tuple[_ServiceShard, ...]) -> _Services:
+    """Of two services that claim one frontend, the one in the lower shard has it."""
+    parts: list[ServicePart] = []
+    names: dict[str, str] = {}
+    problems = [p for shard in shards for p in shard.problems]
+    taken: set[FrontendKey] = set()
+    for shard in shards:
+        part = shard.part
+        if not taken.isdisjoint(part):
+            for key in sorted(taken & part.keys()):
+                problems.append(f"{shard.names[frontend_text(key)]}: {frontend_text(key)} is taken")
+            part = {k: v for k, v in part.items() if k not in taken}
+        taken |= part.keys()
+        parts.append(part)
+        names = shard.names | names
+    return _Services(
+        tuple(parts),
+        names,
+        frozenset[bytes]().union(*(s.addresses for s in shards)),
+        tuple(problems),
+    )
+
+
+__all__ = [
+    "Builder",
+    "DesiredEndpoint",
+    "DesiredMaps",
+    "MapsError",
+    "RuleSetError",
+    "State",
+    "build",
+]

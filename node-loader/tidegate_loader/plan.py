@@ -1,0 +1,690 @@
+"""From what the maps should hold and what they do hold, to the ordered list of changes.
+
+Pure: no kernel, clock or I/O; the time is `Actual.now`. Ids, slots and ranges
+are allocated here. The order of the steps is the order of safety, and lives in
+`_in_order` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import msgspec
+
+from tidegate_loader import addresses
+from tidegate_loader.addresses import ZERO, Prefix
+from tidegate_loader.maps import (
+    FRONTEND,
+    BackendAddress,
+    DesiredEndpoint,
+    DesiredMaps,
+    FrontendKey,
+    Part,
+    ServicePart,
+    frontend_text,
+    same_parts,
+)
+from tidegate_loader.rules import Expanded
+
+REST_SECONDS = 600
+"""How long a backend id rests: the longest conntrack and affinity time."""
+RANGE_REST_SECONDS = 10
+"""How long a range of slots rests; a program holds a frontend's word for microseconds."""
+MAX_PROBLEMS = 10
+"""Problems reported one by one; the rest are counted."""
+
+NODE_IFINDEX, NODE_ADDR = 1, 2
+ISOLATED, HAS_CIDR = 1, 2
+FREE, ACTIVE = 0, 1
+
+WORLD_FRONTEND = 2 | FRONTEND
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+_Sortable = TypeVar("_Sortable", bytes, tuple[int, bytes], tuple[bytes, int, int])
+
+NodeKey = tuple[int, int | bytes]
+"""(NODE_IFINDEX, ifindex) or (NODE_ADDR, 16 address bytes)."""
+BackendKey = tuple[bytes, int, int]
+"""(16 address bytes, port, protocol)."""
+
+
+# ---- what the kernel holds ---------------------------------------------------------
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """One direction of an endpoint's policy: struct tg_policy."""
+
+    slot: int
+    rule_set: int
+    flags: int
+    shapes: tuple[int, ...]
+
+
+class NodeEntry(msgspec.Struct, frozen=True):
+    """struct tg_endpoint. A policy of None allows."""
+
+    id: int
+    identity: int
+    ifindex: int
+    half_open: int
+    pod_mac: bytes
+    host_mac: bytes
+    ip4: bytes
+    ip6: bytes
+    ingress: Policy | None
+    egress: Policy | None
+
+
+class RuleSetInForce(msgspec.Struct, frozen=True):
+    """A pinned rule set."""
+
+    name: str
+    """"" when nobody remembers whose it is: it is then replaced."""
+    content: str
+    slot: int | None
+    """None: not linked into rule_sets_v1 (and cidrs_v1) as it should be."""
+
+
+class FrontendInForce(msgspec.Struct, frozen=True):
+    base: int
+    count: int
+    backends: tuple[BackendAddress, ...] | None
+    """None: the word, a slot or a backend is not as it should be."""
+
+
+class BackendInForce(msgspec.Struct, frozen=True):
+    key: BackendKey
+    state: int
+    freed_at: int
+
+
+class Resting(msgspec.Struct, frozen=True):
+    """Slots that a program may still be reading."""
+
+    base: int
+    count: int
+    until: int
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Entries that each map holds."""
+
+    ipcache: int
+    networks: int
+    frontends: int
+    slots: int
+    backends: int
+    rule_sets: int
+    half_open: int
+
+
+class Actual(msgspec.Struct):
+    """What the kernel holds, read back. The loader keeps it between cycles."""
+
+    limits: Limits
+    now: int = 0
+    """CLOCK_MONOTONIC seconds."""
+    epoch: int = 0
+    next_id: int = 0
+    interrupted: bool = False
+    """An apply may have ended before it bumped the epoch."""
+    node_table: dict[NodeKey, NodeEntry] | None = None
+    """None: no table is in force."""
+    uids: dict[str, int] = {}
+    """Pod UID -> endpoint id, for every id that may be in force."""
+    rule_sets: dict[int, RuleSetInForce] = {}
+    half_open: set[int] = set()
+    ipcache: dict[bytes, int] = {}
+    ipcache_parts: tuple[Part, ...] | None = None
+    """The parts that `ipcache` is known to equal; None: compare everything."""
+    networks: dict[Prefix, int] = {}
+    frontends: dict[FrontendKey, FrontendInForce] = {}
+    service_parts: tuple[ServicePart, ...] | None = None
+    backends: dict[int, BackendInForce] = {}
+    resting: tuple[Resting, ...] = ()
+
+
+# ---- steps -----------------------------------------------------------------------------
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One change. Idempotent; deleting the absent succeeds."""
+
+
+class ReserveIds(Step, frozen=True):
+    next_id: int
+
+
+class CreateHalfOpen(Step, frozen=True):
+    slots: tuple[int, ...]
+
+
+class CreateRuleSet(Step, frozen=True):
+    """Create, fill and pin; nothing refers to it yet."""
+
+    id: int
+    slot: int
+    expanded: Expanded
+
+
+class PutRuleSets(Step, frozen=True):
+    """Link created rule sets into their slots, in one batch: (id, slot, has CIDRs)."""
+
+    items: tuple[tuple[int, int, bool], ...]
+
+
+class BuildNodeTable(Step, frozen=True):
+    entries: dict[NodeKey, NodeEntry]
+    uids: dict[str, int]
+
+
+class SwitchNodeTable(Step, frozen=True):
+    """Put the built table in force; returns when no program reads the old one."""
+
+
+class BumpEpoch(Step, frozen=True):
+    epoch: int
+
+
+class RemoveRuleSets(Step, frozen=True):
+    """(id, slot or None)."""
+
+    items: tuple[tuple[int, int | None], ...]
+
+
+class RemoveHalfOpen(Step, frozen=True):
+    slots: tuple[int, ...]
+
+
+class DeleteIpcache(Step, frozen=True):
+    keys: tuple[bytes, ...]
+
+
+class UpsertIpcache(Step, frozen=True):
+    entries: dict[bytes, int]
+
+
+class DeleteNetworks(Step, frozen=True):
+    keys: tuple[Prefix, ...]
+
+
+class UpsertNetworks(Step, frozen=True):
+    entries: dict[Prefix, int]
+
+
+class DeleteFrontends(Step, frozen=True):
+    keys: tuple[FrontendKey, ...]
+
+
+class WriteBackends(Step, frozen=True):
+    """Nothing refers to these ids."""
+
+    entries: dict[int, BackendInForce]
+
+
+class WriteSlots(Step, frozen=True):
+    """Base -> backend ids; nothing refers to these slots."""
+
+    ranges: dict[int, tuple[int, ...]]
+
+
+class UpsertFrontends(Step, frozen=True):
+    entries: dict[FrontendKey, FrontendInForce]
+
+
+class FreeBackends(Step, frozen=True):
+    entries: dict[int, BackendInForce]
+
+
+AnyStep = (
+    ReserveIds
+    | CreateHalfOpen
+    | CreateRuleSet
+    | PutRuleSets
+    | BuildNodeTable
+    | SwitchNodeTable
+    | BumpEpoch
+    | RemoveRuleSets
+    | RemoveHalfOpen
+    | DeleteIpcache
+    | UpsertIpcache
+    | DeleteNetworks
+    | UpsertNetworks
+    | DeleteFrontends
+    | WriteBackends
+    | WriteSlots
+    | UpsertFrontends
+    | FreeBackends
+)
+
+
+class Plan(msgspec.Struct, frozen=True):
+    steps: tuple[AnyStep, ...]
+    problems: tuple[str, ...]
+    """What does not fit, at most MAX_PROBLEMS and one that counts the rest."""
+    left_out: int
+    """How many entries were left out."""
+
+
+def plan(desired: DesiredMaps, actual: Actual) -> Plan:
+    """The changes that make the kernel equal to `desired`; none when it is."""
+    problems: list[str] = []
+    policy = _plan_policy(desired, actual, problems)
+    facts = _plan_facts(desired, actual, problems)
+    services = _plan_services(desired, actual, problems)
+    left_out = len(problems)
+    if left_out > MAX_PROBLEMS:
+        problems[MAX_PROBLEMS:] = [f"and {left_out - MAX_PROBLEMS} more"]
+    steps = tuple(_in_order(policy, facts, services, actual))
+    return Plan(steps, tuple(problems), left_out)
+
+
+class _PolicyPlan(msgspec.Struct):
+    next_id: int
+    half_open: tuple[int, ...]
+    create: tuple[CreateRuleSet, ...]
+    build: BuildNodeTable | None
+    remove_rule_sets: tuple[tuple[int, int | None], ...]
+    remove_half_open: tuple[int, ...]
+
+
+class _FactsPlan(msgspec.Struct):
+    delete_hosts: tuple[bytes, ...]
+    upsert_hosts: dict[bytes, int]
+    delete_networks: tuple[Prefix, ...]
+    upsert_networks: dict[Prefix, int]
+    bump: bool
+
+
+class _ServicesPlan(msgspec.Struct):
+    delete: tuple[FrontendKey, ...] = ()
+    backends: dict[int, BackendInForce] = {}
+    slots: dict[int, tuple[int, ...]] = {}
+    upsert: dict[FrontendKey, FrontendInForce] = {}
+    free: dict[int, BackendInForce] = {}
+
+
+def _in_order(
+    policy: _PolicyPlan, facts: _FactsPlan, services: _ServicesPlan, actual: Actual
+) -> Iterator[AnyStep]:
+    """The one order of writes. Referents first, removals reversed:
+
+    1. Ids are reserved before anything carries them: a killed loader wastes some.
+    2. Addresses that lose their identity go first: a revocation must not wait for a build.
+    3. Whatever the new node table names exists and is linked before it is.
+    4. One pointer swap puts the new policy in force; it returns when nobody reads the old one.
+    5. Then addresses move: the rule sets in force know old and new identity.
+    6. Then the epoch: flows are re-evaluated against what is now there, all of it.
+    7. Services: frontends go before what they name, come after it.
+    8. What only the old node table named goes last.
+    """
+    if policy.next_id != actual.next_id:
+        yield ReserveIds(policy.next_id)
+    if facts.delete_hosts:
+        yield DeleteIpcache(facts.delete_hosts)
+    if facts.delete_networks:
+        yield DeleteNetworks(facts.delete_networks)
+    if policy.half_open:
+        yield CreateHalfOpen(policy.half_open)
+    yield from policy.create
+    if policy.create:
+        yield PutRuleSets(tuple((c.id, c.slot, bool(c.expanded.cidr)) for c in policy.create))
+    if policy.build is not None:
+        yield policy.build
+        yield SwitchNodeTable()
+    if facts.upsert_networks:
+        yield UpsertNetworks(facts.upsert_networks)
+    if facts.upsert_hosts:
+        yield UpsertIpcache(facts.upsert_hosts)
+    if policy.build is not None or facts.bump or actual.interrupted:
+        yield BumpEpoch(actual.epoch + 1)
+    if services.delete:
+        yield DeleteFrontends(services.delete)
+    if services.backends:
+        yield WriteBackends(services.backends)
+    if services.slots:
+        yield WriteSlots(services.slots)
+    if services.upsert:
+        yield UpsertFrontends(services.upsert)
+    if services.free:
+        yield FreeBackends(services.free)
+    if policy.remove_rule_sets:
+        yield RemoveRuleSets(policy.remove_rule_sets)
+    if policy.remove_half_open:
+        yield RemoveHalfOpen(policy.remove_half_open)
+
+
+# ---- policy: the node table and what it names ---------------------------------------------
+
+
+def _smallest_free(taken: set[int], limit: int) -> Iterator[int]:
+    return (n for n in range(limit) if n not in taken)
+
+
+class _RuleSets:
+    """Where each wanted rule set is or will be: name -> (id, slot)."""
+
+    def __init__(self, wanted: Mapping[str, Expanded], actual: Actual, next_id: int) -> None:
+        self.placed: dict[str, tuple[int, int]] = {}
+        self.next_id = next_id
+        for number, held in sorted(actual.rule_sets.items()):
+            expanded = wanted.get(held.name)
+            if expanded and held.slot is not None and held.content == expanded.content:
+                self.placed.setdefault(held.name, (number, held.slot))
+        # A slot in use by the table in force is not free, whatever is in it.
+        linked = {r.slot for r in actual.rule_sets.values() if r.slot is not None}
+        in_force = {
+            p.slot for e in (actual.node_table or {}).values() for p in (e.ingress, e.egress) if p
+        }
+        free = _smallest_free(linked | in_force, actual.limits.rule_sets)
+        created = []
+        for name, expanded in sorted(wanted.items()):
+            if name in self.placed:
+                continue
+            slot = next(free, None)
+            if slot is None:
+                break
+            self.placed[name] = (self.next_id, slot)
+            created.append(CreateRuleSet(self.next_id, slot, expanded))
+            self.next_id += 1
+        self.created = tuple(created)
+
+
+def _policy(name: str | None, sets: _RuleSets, wanted: Mapping[str, Expanded]) -> Policy | None:
+    if name is None:
+        return None
+    number, slot = sets.placed[name]
+    flags = ISOLATED | (HAS_CIDR if wanted[name].cidr else 0)
+    return Policy(slot, number, flags, wanted[name].shapes)
+
+
+def _plan_policy(desired: DesiredMaps, actual: Actual, problems: list[str]) -> _PolicyPlan:
+    sets = _RuleSets(desired.rule_sets, actual, max(1, actual.next_id))
+    held = {entry.id: entry for entry in (actual.node_table or {}).values()}
+    next_id = sets.next_id
+    free_slots = _smallest_free(
+        {entry.half_open for entry in held.values()} | actual.half_open, actual.limits.half_open
+    )
+    entries: dict[NodeKey, NodeEntry] = {}
+    uids: dict[str, int] = {}
+    for endpoint in desired.endpoints:
+        who = f"{endpoint.namespace}/{endpoint.name}"
+        if any(n is not None and n not in sets.placed for n in (endpoint.ingress, endpoint.egress)):
+            problems.append(f"endpoint {who}: no room for its rule set")
+            continue
+        number = actual.uids.get(endpoint.uid)
+        before = held.get(number) if number is not None else None
+        slot = before.half_open if before else next(free_slots, None)
+        if slot is None:
+            problems.append(f"endpoint {who}: the node holds {actual.limits.half_open} endpoints")
+            continue
+        if number is None:
+            number, next_id = next_id, next_id + 1
+        uids[endpoint.uid] = number
+        entry = _node_entry(endpoint, number, slot, sets, desired.rule_sets)
+        entries.update((key, entry) for key in node_keys(entry))
+    slots = {entry.half_open for entry in entries.values()}
+    used = {p.rule_set for e in entries.values() for p in (e.ingress, e.egress) if p}
+    return _PolicyPlan(
+        next_id=next_id if next_id > max(1, actual.next_id) else actual.next_id,
+        half_open=tuple(sorted(slots - actual.half_open)),
+        create=tuple(c for c in sets.created if c.id in used),
+        build=BuildNodeTable(entries, uids) if entries != actual.node_table else None,
+        remove_rule_sets=tuple(
+            (number, r.slot) for number, r in sorted(actual.rule_sets.items()) if number not in used
+        ),
+        remove_half_open=tuple(sorted(actual.half_open - slots)),
+    )
+
+
+def _node_entry(
+    endpoint: DesiredEndpoint,
+    number: int,
+    half_open: int,
+    sets: _RuleSets,
+    wanted: Mapping[str, Expanded],
+) -> NodeEntry:
+    return NodeEntry(
+        id=number,
+        identity=endpoint.identity,
+        ifindex=endpoint.ifindex,
+        half_open=half_open,
+        pod_mac=endpoint.pod_mac,
+        host_mac=endpoint.host_mac,
+        ip4=endpoint.ip4,
+        ip6=endpoint.ip6,
+        ingress=_policy(endpoint.ingress, sets, wanted),
+        egress=_policy(endpoint.egress, sets, wanted),
+    )
+
+
+def node_keys(entry: NodeEntry) -> list[NodeKey]:
+    """The keys under which the node table holds an endpoint."""
+    keys: list[NodeKey] = [(NODE_IFINDEX, entry.ifindex)]
+    keys.extend((NODE_ADDR, address) for address in (entry.ip4, entry.ip6) if address != ZERO)
+    return keys
+
+
+# ---- facts: who has which address ------------------------------------------------------------
+
+
+def _host_changes(desired: DesiredMaps, actual: Actual) -> tuple[list[bytes], dict[bytes, int]]:
+    """(addresses to delete, entries to write). Parts known to be in force are not looked into."""
+    held = actual.ipcache
+    if actual.ipcache_parts is None:
+        if sum(map(len, desired.ipcache)) == len(held) and all(
+            list(map(held.get, part)) == list(part.values()) for part in desired.ipcache
+        ):
+            return [], {}
+        wanted: dict[bytes, int] = {}
+        for part in desired.ipcache:
+            wanted.update(part)
+        gone = [key for key in held if key not in wanted]
+        return gone, {k: v for k, v in wanted.items() if held.get(k) != v}
+    known = actual.ipcache_parts
+    before = {id(part) for part in known}
+    after = {id(part) for part in desired.ipcache}
+    new: list[Part] = []
+    upserts: dict[bytes, int] = {}
+    for index, part in enumerate(desired.ipcache):
+        if id(part) in before:
+            continue
+        new.append(part)
+        old = known[index] if index < len(known) else {}
+        upserts.update((k, v) for k, v in part.items() - old.items() if held.get(k) != v)
+    left = [part.keys() for part in known if id(part) not in after]
+    kept: set[bytes] = set().union(*new)
+    gone = [key for keys in left for key in keys - kept if key in held]
+    return gone, upserts
+
+
+def _fit(what: str, new: Iterable[_Sortable], room: int, problems: list[str]) -> set[_Sortable]:
+    """Of keys that are not in the map yet, those that do not fit: the last in order."""
+    keys = sorted(new)
+    left = keys[max(room, 0) :]
+    problems.extend(f"{what} is full: no room for {_name(key)}" for key in left)
+    return set(left)
+
+
+def _name(key: object) -> str:
+    match key:
+        case bytes():
+            return addresses.text(key)
+        case (int() as bits, bytes() as address):
+            return addresses.prefix_text((bits, address))
+        case (bytes() as address, int() as port, int() as protocol):
+            return frontend_text((address, port, protocol))
+        case _:
+            return str(key)
+
+
+def _plan_facts(desired: DesiredMaps, actual: Actual, problems: list[str]) -> _FactsPlan:
+    gone, hosts = _host_changes(desired, actual)
+    limit = actual.limits
+    if len(actual.ipcache) - len(gone) + len(hosts) > limit.ipcache:
+        new = [k for k in hosts if k not in actual.ipcache]
+        room = limit.ipcache - len(actual.ipcache) + len(gone)
+        for key in _fit("ipcache", new, room, problems):
+            del hosts[key]
+    lost = tuple(sorted(p for p in actual.networks if p not in desired.networks))
+    networks = {p: v for p, v in desired.networks.items() if actual.networks.get(p) != v}
+    if len(desired.networks) > limit.networks:
+        fresh = [p for p in networks if p not in actual.networks]
+        room = limit.networks - len(actual.networks) + len(lost)
+        for prefix in _fit("ipcache for networks", fresh, room, problems):
+            del networks[prefix]
+    moved = any(
+        key in actual.ipcache and (actual.ipcache[key] ^ value) & ~FRONTEND
+        for key, value in hosts.items()
+    )
+    revoked = any(actual.ipcache[key] != WORLD_FRONTEND for key in gone)
+    bump = bool(moved or revoked or lost or networks)
+    return _FactsPlan(tuple(sorted(gone)), hosts, lost, networks, bump)
+
+
+# ---- services ----------------------------------------------------------------------------------
+
+
+class _Ranges:
+    """First fit over the slots that nothing refers to and that do not rest."""
+
+    def __init__(self, actual: Actual) -> None:
+        taken = [(f.base, f.count) for f in actual.frontends.values() if f.count]
+        taken += [(r.base, r.count) for r in actual.resting if r.until > actual.now]
+        self._gaps: list[tuple[int, int]] = []
+        at = 0
+        for base, count in sorted(taken):
+            if base > at:
+                self._gaps.append((at, base - at))
+            at = max(at, base + count)
+        if at < actual.limits.slots:
+            self._gaps.append((at, actual.limits.slots - at))
+
+    def take(self, count: int) -> int | None:
+        """A base of `count` free slots; None: there are none in a row."""
+        for index, (base, size) in enumerate(self._gaps):
+            if size >= count:
+                rest = [(base + count, size - count)] if size > count else []
+                self._gaps[index : index + 1] = rest
+                return base
+        return None
+
+
+class _Backends:
+    """Ids: a backend keeps its id; a new one gets an id that never was, or has rested."""
+
+    def __init__(self, actual: Actual) -> None:
+        self._held = actual.backends
+        self.ids: dict[BackendKey, int] = {}
+        for number, backend in sorted(actual.backends.items()):
+            if backend.state == ACTIVE or backend.key not in self.ids:
+                self.ids[backend.key] = number
+        self.written: dict[int, BackendInForce] = {}
+        self._free = (n for n in range(1, actual.limits.backends) if self._is_free(n, actual.now))
+
+    def _is_free(self, number: int, now: int) -> bool:
+        backend = self._held.get(number)
+        return backend is None or (
+            backend.state == FREE
+            and backend.freed_at + REST_SECONDS <= now
+            and self.ids.get(backend.key) == number
+            and number not in self.written
+        )
+
+    def take(self, key: BackendKey) -> int | None:
+        number = self.ids.get(key)
+        if number is None:
+            number = next(self._free, None)
+            if number is None:
+                return None
+            old = self._held.get(number)
+            if old is not None:
+                self.ids.pop(old.key, None)
+            self.ids[key] = number
+        held = self.written.get(number) or self._held.get(number)
+        if held is None or held.key != key or held.state != ACTIVE:
+            self.written[number] = BackendInForce(key, ACTIVE, 0)
+        return number
+
+
+def _plan_services(desired: DesiredMaps, actual: Actual, problems: list[str]) -> _ServicesPlan:
+    if same_parts(desired.services, actual.service_parts):
+        return _ServicesPlan()
+    wanted: ServicePart = {}
+    for part in desired.services:
+        wanted.update(part)
+    held = actual.frontends
+    gone = tuple(sorted(key for key in held if key not in wanted))
+    changed = sorted(
+        key
+        for key, backends in wanted.items()
+        if (now := held.get(key)) is None or now.backends != backends
+    )
+    left = _fit(
+        "frontends",
+        [k for k in changed if k not in held],
+        actual.limits.frontends - len(held) + len(gone),
+        problems,
+    )
+    ids, ranges = _Backends(actual), _Ranges(actual)
+    found = _ServicesPlan(delete=gone, backends=ids.written, slots={}, upsert={})
+    for key in changed:
+        if key in left or not _place(key, wanted[key], ids, ranges, found):
+            if key not in left:
+                problems.append(f"no room for the backends of {frontend_text(key)}")
+            # What is in force stays: its backends are in use.
+            wanted[key] = (held[key].backends or ()) if key in held else ()
+    used = {(*b, key[2]) for key, backends in wanted.items() for b in backends}
+    found.free = {
+        number: BackendInForce(backend.key, FREE, actual.now)
+        for number, backend in actual.backends.items()
+        if backend.state == ACTIVE and backend.key not in used and number not in ids.written
+    }
+    return found
+
+
+def _place(
+    key: FrontendKey,
+    backends: tuple[BackendAddress, ...],
+    ids: _Backends,
+    ranges: _Ranges,
+    found: _ServicesPlan,
+) -> bool:
+    numbers = []
+    for address, port in backends:
+        number = ids.take((address, port, key[2]))
+        if number is None:
+            return False
+        numbers.append(number)
+    base = ranges.take(len(numbers)) if numbers else 0
+    if base is None:
+        return False
+    if numbers:
+        found.slots[base] = tuple(numbers)
+    found.upsert[key] = FrontendInForce(base, len(numbers), backends)
+    return True
+
+
+# ---- drift ----------------------------------------------------------------------------------
+
+
+def drift(expected: Actual, found: Actual) -> int:
+    """How many entries differ between what was left in the kernel and what is there now."""
+    return (
+        _differing(expected.node_table or {}, found.node_table or {})
+        + _differing(expected.rule_sets, found.rule_sets)
+        + len(expected.half_open ^ found.half_open)
+        + _differing(expected.ipcache, found.ipcache)
+        + _differing(expected.networks, found.networks)
+        + _differing(expected.frontends, found.frontends)
+        + _differing(expected.backends, found.backends)
+        + (expected.epoch != found.epoch)
+    )
+
+
+def _differing(one: Mapping[_K, _V], two: Mapping[_K, _V]) -> int:
+    if one == two:
+        return 0
+    return sum(1 for key in one.keys() | two.keys() if one.get(key) != two.get(key))

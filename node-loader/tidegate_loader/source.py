@@ -1,0 +1,367 @@
+"""Where the node's desired state comes from: a run directory, read whole or not at all.
+
+Nothing missing, deleted, empty or unreadable moves the node: `Source.state`
+raises Stalled and the caller keeps what it has. May not live here: what the
+state means for maps, and anything of the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+from inotify_simple import INotify, flags  # type: ignore[import-untyped]
+from tidegate_api.state import (
+    TABLES,
+    NodeState,
+    PeerSet,
+    RuleSet,
+    StateSlice,
+    TableRef,
+    digest,
+    slice_name,
+)
+
+from tidegate_loader.local import READS_FORMATS, LocalInterface, NodePaths, write_atomic
+from tidegate_loader.maps import State, set_names
+
+DEBOUNCE_SECONDS = 0.008
+"""A burst of events is over when none came for this long."""
+QUIET_SECONDS = 0.1
+"""After this long without an event, the next one is acted on at once."""
+
+Stamp = tuple[int, int, int]
+
+
+class Stalled(Exception):
+    """The desired state cannot be taken over; `reason` is a condition's reason."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+_T = TypeVar("_T")
+
+
+class _Files(Generic[_T]):
+    """Decoded files of one type, read again only when their stamp changes."""
+
+    def __init__(self, kind: type[_T]) -> None:
+        self._decoder = msgspec.json.Decoder(kind)
+        self._held: dict[str, tuple[Stamp, _T]] = {}
+
+    def get(self, path: str) -> _T:
+        """Stalled: not there, or not one of these."""
+        try:
+            info = os.stat(path)
+            stamp = (info.st_mtime_ns, info.st_size, info.st_ino)
+            held = self._held.get(path)
+            if held is None or held[0] != stamp:
+                with open(path, "rb") as file:
+                    held = (stamp, self._decoder.decode(file.read()))
+                self._held[path] = held
+        except FileNotFoundError:
+            raise Stalled("Missing", f"{_short(path)} is not there") from None
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Stalled("Unreadable", f"{_short(path)}: {error}") from error
+        return held[1]
+
+    def stamp(self, path: str) -> Stamp | None:
+        """The stamp of what was last decoded from there."""
+        held = self._held.get(path)
+        return held[0] if held else None
+
+    def keep_only(self, paths: set[str]) -> None:
+        for path in self._held.keys() - paths:
+            del self._held[path]
+
+
+def _short(path: str) -> str:
+    """The last two parts of a path."""
+    return "/".join(path.split("/")[-2:])
+
+
+_AnyFiles = _Files[NodeState] | _Files[RuleSet] | _Files[StateSlice]
+
+
+class Source:
+    """Reads one node's state and interfaces."""
+
+    def __init__(self, paths: NodePaths, node: str) -> None:
+        self._paths = paths
+        self._name = node
+        self._nodes = _Files(NodeState)
+        self._rule_sets = _Files(RuleSet)
+        self._slices = _Files(StateSlice)
+        self._interfaces = _Files(LocalInterface)
+        self._copied: dict[str, Stamp] = {}
+        self._verified: dict[str, RuleSet] = {}
+        self._peers: tuple[tuple[StateSlice, ...], dict[str, PeerSet]] | None = None
+        self._last: State | None = None
+        self._known: dict[str, LocalInterface] = {}
+
+    def state(self) -> State:
+        """The complete desired state; the same object while nothing it names changed.
+        Stalled: it is incomplete, of an unknown format or unreadable."""
+        return self._read(str(self._paths.objects))
+
+    def last_good(self) -> State:
+        """The state that `keep` last copied. Stalled: there is none."""
+        return self._read(str(self._paths.lastgood))
+
+    def _read(self, root: str) -> State:
+        node = self._nodes.get(f"{root}/nodestates/{self._name}.json")
+        spec = node.spec
+        _check_format(self._name, spec.format)
+        rule_sets = {name: self._rule_set(root, name) for name in spec.rule_sets}
+        tables = {t: self._table(root, t, spec.tables.get(t)) for t in TABLES}
+        last = self._last
+        if (
+            last is not None
+            and last.node is node
+            and _identical(last.ipcache, tables["ipcache"])
+            and _identical(last.services, tables["services"])
+            and self._peers is not None
+            and _identical(self._peers[0], tables["peers"])
+        ):
+            return last
+        peers = self._peer_sets(tables["peers"])
+        _check_references(node, rule_sets, peers)
+        same_spec = last is not None and last.node is node
+        self._last = State(
+            node=node,
+            digest=last.digest if last is not None and same_spec else digest(spec),
+            rule_sets=rule_sets,
+            peers=peers,
+            ipcache=tables["ipcache"],
+            services=tables["services"],
+        )
+        return self._last
+
+    def _rule_set(self, root: str, name: str) -> RuleSet:
+        found = self._rule_sets.get(f"{root}/rulesets/{name}.json")
+        if self._verified.get(name) is not found:
+            _check_format(name, found.spec.format)
+            if not found.metadata.name == name == digest(found.spec):
+                raise Stalled("Unverified", f"rulesets/{name}.json: the name is not its content's")
+            self._verified[name] = found
+        return found
+
+    def _table(self, root: str, table: str, ref: TableRef | None) -> tuple[StateSlice, ...]:
+        if ref is None:
+            raise Stalled("Missing", f"the NodeState names no table {table}")
+        found = []
+        for shard in range(ref.shards):
+            name = slice_name(table, ref.epoch, shard, ref.shards)
+            item = self._slices.get(f"{root}/stateslices/{name}.json")
+            spec = item.spec
+            _check_format(name, spec.format)
+            if (spec.table, spec.epoch, spec.shard, spec.shards) != (
+                table,
+                ref.epoch,
+                shard,
+                ref.shards,
+            ) or getattr(spec, table) is msgspec.UNSET:
+                raise Stalled(
+                    "Unverified", f"stateslices/{name}.json: the name is not its content's"
+                )
+            found.append(item)
+        newest = max(item.spec.revision for item in found) if found else 0
+        if not found or newest < ref.min_revision:
+            raise Stalled(
+                "Incomplete", f"table {table} is at revision {newest}, not yet {ref.min_revision}"
+            )
+        return tuple(found)
+
+    def _peer_sets(self, slices: tuple[StateSlice, ...]) -> dict[str, PeerSet]:
+        if self._peers is None or not _identical(self._peers[0], slices):
+            listed = (peer for item in slices for peer in item.spec.peers or [])
+            self._peers = (slices, {peer.name: peer for peer in listed})
+        return self._peers[1]
+
+    def interfaces(self) -> tuple[dict[str, LocalInterface], list[str]]:
+        """(by UID, what could not be read). A directory that vanished is what it was last."""
+        try:
+            names = [n for n in os.listdir(self._paths.interfaces) if _is_object(n)]
+        except FileNotFoundError:
+            return self._known, ["the interfaces directory is not there"]
+        found: dict[str, LocalInterface] = {}
+        problems: list[str] = []
+        paths = {name: f"{self._paths.interfaces}/{name}" for name in sorted(names)}
+        for name, path in paths.items():
+            try:
+                interface = self._interfaces.get(path)
+                found[interface.uid] = interface
+            except Stalled as error:
+                uid = name.removesuffix(".json")
+                if uid in self._known and error.reason != "Missing":
+                    found[uid] = self._known[uid]
+                problems.append(str(error))
+        self._interfaces.keep_only(set(paths.values()))
+        if found != self._known:
+            self._known = found
+        return self._known, problems
+
+    def keep(self, state: State) -> None:
+        """Copy the objects of `state` to lastgood/, the NodeState last, then drop the rest."""
+        named = self._files(state)
+        source, target = str(self._paths.objects), str(self._paths.lastgood)
+        for relative, files in named.items():
+            stamp = files.stamp(f"{source}/{relative}")
+            if stamp is None or self._copied.get(relative) != stamp:
+                _copy(f"{source}/{relative}", f"{target}/{relative}")
+                if stamp is not None:
+                    self._copied[relative] = stamp
+        for name in ("rulesets", "stateslices", "nodestates"):
+            with contextlib.suppress(FileNotFoundError):
+                for file in os.listdir(f"{target}/{name}"):
+                    if f"{name}/{file}" not in named:
+                        os.unlink(f"{target}/{name}/{file}")
+        self._copied = {r: s for r, s in self._copied.items() if r in named}
+        current = {f"{root}/{relative}" for relative in named for root in (source, target)}
+        for kind in (self._nodes, self._rule_sets, self._slices):
+            kind.keep_only(current)
+        self._verified = dict(state.rule_sets)
+
+    def _files(self, state: State) -> dict[str, _AnyFiles]:
+        """Every file of a state, in the order of publishing, with who reads it."""
+        spec = state.node.spec
+        return {
+            **{f"rulesets/{name}.json": self._rule_sets for name in spec.rule_sets},
+            **{
+                f"stateslices/{slice_name(table, ref.epoch, shard, ref.shards)}.json": self._slices
+                for table, ref in spec.tables.items()
+                if table in TABLES
+                for shard in range(ref.shards)
+            },
+            f"nodestates/{self._name}.json": self._nodes,
+        }
+
+
+def _check_format(name: str, number: int) -> None:
+    if number not in READS_FORMATS:
+        reads = ", ".join(map(str, READS_FORMATS))
+        raise Stalled("UnknownFormat", f"{name} has format {number}; this loader reads {reads}")
+
+
+def _check_references(
+    node: NodeState, rule_sets: dict[str, RuleSet], peers: dict[str, PeerSet]
+) -> None:
+    for endpoint in node.spec.endpoints:
+        for name in (endpoint.ingress, endpoint.egress):
+            if name is not msgspec.UNSET and name not in rule_sets:
+                raise Stalled(
+                    "Incomplete", f"endpoint {endpoint.uid} uses unlisted rule set {name}"
+                )
+    wanted = {name for rule_set in rule_sets.values() for name in set_names(rule_set)}
+    missing = sorted((wanted | set(node.spec.peer_sets)) - peers.keys())
+    if missing:
+        raise Stalled("Incomplete", f"peer set {missing[0]} is in no shard of the table peers")
+
+
+def _identical(one: tuple[object, ...], two: tuple[object, ...]) -> bool:
+    return len(one) == len(two) and all(a is b for a, b in zip(one, two, strict=True))
+
+
+def _is_object(name: str) -> bool:
+    return name.endswith(".json") and not name.startswith(".")
+
+
+def _copy(source: str, target: str) -> None:
+    """Atomic; skipped when time and size say that the copy is the source's."""
+    info = os.stat(source)
+    try:
+        held = os.stat(target)
+        if (held.st_mtime_ns, held.st_size) == (info.st_mtime_ns, info.st_size):
+            return
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+    path = Path(target)
+    write_atomic(path, Path(source).read_bytes())
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+class Watch:
+    """Waits until files of the run directory change. Bursts are one change."""
+
+    _FILES = (
+        flags.MOVED_TO
+        | flags.MOVED_FROM
+        | flags.CLOSE_WRITE
+        | flags.DELETE
+        | flags.DELETE_SELF
+        | flags.ONLYDIR
+    )
+    _DIRECTORIES = flags.CREATE | flags.MOVED_TO | flags.ONLYDIR
+
+    def __init__(self, paths: NodePaths, wake_fd: int) -> None:
+        """`wake_fd` becomes readable when a signal came; it is drained."""
+        self._inotify = INotify()
+        self._leaves = [
+            *(paths.objects / kind for kind in ("nodestates", "rulesets", "stateslices")),
+            paths.interfaces,
+        ]
+        self._parents = [paths.objects.parent, paths.objects, paths.node]
+        self._wake_fd = wake_fd
+        self._poll = select.poll()
+        self._poll.register(self._inotify.fileno(), select.POLLIN)
+        self._poll.register(wake_fd, select.POLLIN)
+        self._last_event = 0.0
+        self._parent_watches: set[int] = set()
+        self._watch_all()
+
+    def _watch_all(self) -> None:
+        """Directories may come later, or come back: adding a watch twice is harmless."""
+        self._parent_watches = self._add(self._parents, self._DIRECTORIES)
+        self._add(self._leaves, self._FILES)
+
+    def _add(self, paths: list[Path], mask: int) -> set[int]:
+        added = set()
+        for path in paths:
+            try:
+                added.add(self._inotify.add_watch(str(path), mask))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        return added
+
+    def wait(self, timeout: float) -> bool:
+        """Up to `timeout` seconds; True when something changed. Returns early on a signal."""
+        deadline = time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            ready = dict(self._poll.poll(max(0.0, left) * 1000))
+            if self._wake_fd in ready:
+                os.read(self._wake_fd, 4096)
+            if self._inotify.fileno() in ready and self._relevant():
+                return self._settle()
+            if self._wake_fd in ready or left <= 0:
+                return False
+
+    def _settle(self) -> bool:
+        first = time.monotonic() - self._last_event > QUIET_SECONDS
+        while not first and self._poll.poll(DEBOUNCE_SECONDS * 1000):
+            if not self._relevant():
+                break
+        self._last_event = time.monotonic()
+        self._watch_all()
+        return True
+
+    def _relevant(self) -> bool:
+        """Drains the events. Those of parents count only for directories."""
+        found = False
+        for event in self._inotify.read(timeout=0):
+            always = flags.ISDIR | flags.DELETE_SELF | flags.IGNORED | flags.Q_OVERFLOW
+            if event.mask & always:
+                found = True
+            elif event.wd not in self._parent_watches:
+                found = found or _is_object(event.name)
+        return found
+
+    def close(self) -> None:
+        self._inotify.close()
