@@ -53,7 +53,7 @@ class Model(
     object we do not understand never moves the node (DESIGN invariant 4)."""
 
 
-class Meta(Model, forbid_unknown_fields=False):
+class Meta(Model, forbid_unknown_fields=False, frozen=True):
     """The part of ObjectMeta that Tidegate reads or writes."""
 
     name: str
@@ -65,7 +65,7 @@ class Meta(Model, forbid_unknown_fields=False):
 # ---- RuleSet ----------------------------------------------------------------
 
 
-class PolicyRef(Model, order=True):
+class PolicyRef(Model, order=True, frozen=True):
     """The object a rule came from; `namespace` is "" for cluster-scoped kinds."""
 
     kind: str
@@ -73,7 +73,7 @@ class PolicyRef(Model, order=True):
     name: str
 
 
-class Rule(Model, order=True):
+class Rule(Model, order=True, frozen=True):
     """One rule of one policy: `policies[policy]`, and the rule's index in that
     object's ingress or egress list."""
 
@@ -81,17 +81,17 @@ class Rule(Model, order=True):
     index: int
 
 
-class AnyPeer(Model, tag_field="kind", tag="any"):
+class AnyPeer(Model, tag_field="kind", tag="any", frozen=True):
     """Every peer, known or not."""
 
 
-class SetPeer(Model, tag_field="kind", tag="set"):
+class SetPeer(Model, tag_field="kind", tag="set", frozen=True):
     """The members of a peer set; `name` is the set's content name."""
 
     name: str
 
 
-class CIDRPeer(Model, tag_field="kind", tag="cidr"):
+class CIDRPeer(Model, tag_field="kind", tag="cidr", frozen=True):
     """Addresses, whoever has them: pods, nodes and externals alike."""
 
     cidr: str
@@ -101,7 +101,7 @@ class CIDRPeer(Model, tag_field="kind", tag="cidr"):
 Peer = Union[AnyPeer, SetPeer, CIDRPeer]
 
 
-class Term(Model):
+class Term(Model, frozen=True):
     """peer x protocol x ports -> action. Absent `protocol` is every protocol,
     absent `port` every port (and then also protocols without ports)."""
 
@@ -117,7 +117,7 @@ class Term(Model):
     """Inclusive; absent: the one `port`."""
 
 
-class RuleSetSpec(Model):
+class RuleSetSpec(Model, frozen=True):
     """The policy of one subject in one direction. A subject has a rule set iff
     some policy isolates it in this direction; no terms = nothing is allowed."""
 
@@ -129,7 +129,7 @@ class RuleSetSpec(Model):
     terms: list[Term]
 
 
-class RuleSet(Model):
+class RuleSet(Model, frozen=True):
     api_version: str
     kind: Literal["RuleSet"]
     metadata: Meta
@@ -139,7 +139,7 @@ class RuleSet(Model):
 # ---- StateSlice ---------------------------------------------------------------
 
 
-class IPCacheEntry(Model):
+class IPCacheEntry(Model, frozen=True):
     """Who has an address. `cidr` is a host prefix (/32, /128) or a network.
 
     `identity` 0 on a network means "no pod has been published here yet": it is
@@ -151,7 +151,7 @@ class IPCacheEntry(Model):
     """The node the pod runs on; absent for networks and node addresses."""
 
 
-class PeerSet(Model):
+class PeerSet(Model, frozen=True):
     """The identities that a selector picks now."""
 
     name: str
@@ -161,19 +161,19 @@ class PeerSet(Model):
     identities: list[int]
 
 
-class Frontend(Model):
+class Frontend(Model, frozen=True):
     address: str
     port: int
     protocol: Protocol
     port_name: str = ""
 
 
-class Backend(Model, order=True):
+class Backend(Model, order=True, frozen=True):
     address: str
     port: int
 
 
-class ServicePort(Model):
+class ServicePort(Model, frozen=True):
     """One port of one Service: frontends that share one backend list."""
 
     namespace: str
@@ -183,7 +183,7 @@ class ServicePort(Model):
     backends: list[Backend]
 
 
-class StateSliceSpec(Model):
+class StateSliceSpec(Model, frozen=True):
     """One shard of a table; exactly one of the three lists is present, and it
     is the one that `table` names."""
 
@@ -199,7 +199,7 @@ class StateSliceSpec(Model):
     peers: list[PeerSet] | UnsetType = UNSET
 
 
-class StateSlice(Model):
+class StateSlice(Model, frozen=True):
     api_version: str
     kind: Literal["StateSlice"]
     metadata: Meta
@@ -209,7 +209,7 @@ class StateSlice(Model):
 # ---- NodeState ------------------------------------------------------------------
 
 
-class Endpoint(Model):
+class Endpoint(Model, frozen=True):
     """One pod on the node. Its addresses come from the node (CNI) first; those
     the API knows are repeated here so that a restart needs no CNI."""
 
@@ -223,13 +223,13 @@ class Endpoint(Model):
     egress: str | UnsetType = UNSET
 
 
-class TableRef(Model):
+class TableRef(Model, frozen=True):
     epoch: int
     shards: int
     min_revision: int
 
 
-class NodeStateSpec(Model):
+class NodeStateSpec(Model, frozen=True):
     format: int
     mode: Literal["Enforcing", "Detached"]
     endpoints: list[Endpoint]
@@ -240,7 +240,7 @@ class NodeStateSpec(Model):
     tables: dict[str, TableRef]
 
 
-class Condition(Model):
+class Condition(Model, frozen=True):
     type: str
     status: Literal["True", "False", "Unknown"]
     reason: str
@@ -249,7 +249,7 @@ class Condition(Model):
     observed_generation: int | UnsetType = UNSET
 
 
-class NodeStateStatus(Model):
+class NodeStateStatus(Model, frozen=True):
     realised: str | UnsetType = UNSET
     """Digest of the NodeState spec in force, read back from the kernel."""
     endpoints: int = 0
@@ -259,7 +259,7 @@ class NodeStateStatus(Model):
     conditions: list[Condition] = []
 
 
-class NodeState(Model):
+class NodeState(Model, frozen=True):
     api_version: str
     kind: Literal["NodeState"]
     metadata: Meta
@@ -270,7 +270,7 @@ class NodeState(Model):
 # ---- Identity --------------------------------------------------------------------
 
 
-class IdentitySpec(Model):
+class IdentitySpec(Model, frozen=True):
     """What an allocated number stands for. Exactly (namespace, labels) or cidrs."""
 
     namespace: str | UnsetType = UNSET
@@ -278,7 +278,7 @@ class IdentitySpec(Model):
     cidrs: list[str] | UnsetType = UNSET
 
 
-class Identity(Model):
+class Identity(Model, frozen=True):
     """Allocated identities are named by their decimal number."""
 
     api_version: str

@@ -19,7 +19,7 @@ def tidegate(*arguments: str) -> int:
 def main() -> int:
     steps = (
         ("doctor",),
-        ("up", str(EXAMPLE), "--detach"),
+        ("up", str(EXAMPLE), "--detach", "--wait", "300"),
         ("status",),
         ("matrix", "-6"),
         ("down",),

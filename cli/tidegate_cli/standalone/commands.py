@@ -17,6 +17,7 @@ from tidegate_cli.standalone.errors import StandaloneError
 from tidegate_cli.standalone.options import UpOptions
 
 MAX_NODES = 64
+MAX_WAIT = 3600
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,6 +37,13 @@ def add_parser(subparsers: Any) -> None:
     )
     up.add_argument(
         "--detach", action="store_true", help="return when it is ready, and leave it running"
+    )
+    up.add_argument(
+        "--wait",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="give up, and remove everything, if not all is realised by then (default: 60)",
     )
     up.set_defaults(run=_reported(_up))
 
@@ -67,6 +75,13 @@ def _node_count(text: str) -> int:
     return number
 
 
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 1 <= number <= MAX_WAIT:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_WAIT} seconds")
+    return number
+
+
 def _reported(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """`action` with our own errors printed as one line for people."""
 
@@ -87,6 +102,7 @@ def _up(arguments: argparse.Namespace) -> int:
             run_dir=Path(arguments.run_dir),
             nodes=arguments.nodes,
             detach=arguments.detach,
+            wait=arguments.wait,
         )
     )
 

@@ -148,7 +148,11 @@ def up(options: UpOptions) -> int:
     if not folder.is_dir():
         raise StandaloneError(f"{folder}: no such folder; name one that holds manifests")
     parts = supervisor.Parts(
-        run_dir, folder, OperatorFeed(run_dir, folder, options.nodes), Loaders(run_dir)
+        run_dir,
+        folder,
+        OperatorFeed(run_dir, folder, options.nodes),
+        Loaders(run_dir),
+        options.wait,
     )
     ending = f"\nready: following {folder}"
     if options.detach:

@@ -13,3 +13,5 @@ class UpOptions:
     nodes: int | None = None
     """None: as many as the folder has Node objects, or two."""
     detach: bool = False
+    wait: float = 60.0
+    """Seconds until everything must be realised."""

@@ -89,6 +89,8 @@ class Parts:
     folder: Path
     feed: Feed
     launcher: Launcher
+    wait: float = READY_SECONDS
+    """Seconds until everything must be realised, or `serve` gives up."""
 
 
 class _Stopped(Exception):
@@ -176,10 +178,10 @@ class _Main:
         # The loaders load their programs while the pods are made.
         self._parts.launcher.start(layout.nodes, self._cluster.system_cgroup)
         self._apply(layout)
-        deadline = time.monotonic() + READY_SECONDS
+        deadline = time.monotonic() + self._parts.wait
         while not self._realised():
             if time.monotonic() > deadline or self._parts.launcher.failure():
-                reason = self._parts.launcher.failure() or f"not ready in {READY_SECONDS:.0f} s"
+                reason = self._parts.launcher.failure() or f"not ready in {self._parts.wait:.0f} s"
                 raise ReadinessError(reason)
             self._parts.launcher.tend()
             self._wakeup.wait(WAIT_POLL_SECONDS)
