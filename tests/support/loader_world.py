@@ -29,14 +29,18 @@ def stub_object(directory: Path, verdict: int = -1) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     source = directory / "pod.bpf.c"
     source.write_text(STUB % (verdict, verdict))
+    compile_object(source, directory / "pod.o")
+    return directory
+
+
+def compile_object(source: Path, target: Path) -> None:
     machine = subprocess.run(
         ["gcc", "-print-multiarch"], check=True, capture_output=True, text=True
     ).stdout.strip()
     include = ROOT / "datapath" / "include"
     command = ["clang-19", "-O2", "-g", "-target", "bpf", "-mcpu=v3", f"-I{include}"]
-    command += [f"-I/usr/include/{machine}", "-c", str(source), "-o", str(directory / "pod.o")]
+    command += [f"-I/usr/include/{machine}", "-c", str(source), "-o", str(target)]
     subprocess.run(command, check=True)
-    return directory
 
 
 def peer_set(name: str, *identities: int) -> api.PeerSet:
