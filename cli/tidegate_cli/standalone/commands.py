@@ -1,4 +1,4 @@
-"""The sub-commands `up`, `down` and `exec`: arguments only.
+"""The sub-commands `up`, `demo`, `down` and `exec`: arguments only.
 
 Each sets `run`, a function from the parsed arguments to an exit code.
 """
@@ -46,6 +46,14 @@ def add_parser(subparsers: Any) -> None:
         help="give up, and remove everything, if not all is realised by then (default: 60)",
     )
     up.set_defaults(run=_reported(_up))
+
+    demo = command(
+        subparsers,
+        "demo",
+        "bring a folder up and show it: identities, matrix, a denial explained",
+    )
+    demo.add_argument("dir", metavar="DIR", help="folder of Kubernetes manifests")
+    demo.set_defaults(run=_reported(_demo))
 
     down = command(
         subparsers,
@@ -105,6 +113,13 @@ def _up(arguments: argparse.Namespace) -> int:
             wait=arguments.wait,
         )
     )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    # Imports what every shown command imports: later, as they do.
+    from tidegate_cli import demo  # noqa: PLC0415
+
+    return demo.demo(arguments)
 
 
 def _down(arguments: argparse.Namespace) -> int:
