@@ -7,7 +7,9 @@ No I/O, no clock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import ipaddress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -142,7 +144,12 @@ class Policy:
 # ---- Cluster -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+def gateways(pod_cidrs: Iterable[str]) -> tuple[str, ...]:
+    """The first address of each pod CIDR, as the common CNIs have it."""
+    return tuple(str(ipaddress.ip_network(cidr)[1]) for cidr in pod_cidrs)
+
+
+@dataclass(frozen=True)
 class Node:
     """`index` gives addresses and pod CIDRs, and stays while the node lives."""
 
@@ -150,6 +157,11 @@ class Node:
     index: int
     addresses: tuple[str, ...]
     pod_cidrs: tuple[str, ...]
+
+    @functools.cached_property
+    def gateways(self) -> tuple[str, ...]:
+        """Where the node's pods send what is not for them; addresses of the node's own."""
+        return gateways(self.pod_cidrs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
+
+from tidegate_operator.objects import gateways
 
 from tidegate_cli.standalone import netns
 from tidegate_cli.standalone.errors import NetworkError
@@ -56,11 +57,6 @@ def mac(*words: str) -> str:
     """A stable, locally administered unicast address."""
     digest = hashlib.sha256("|".join(words).encode()).digest()
     return ":".join(f"{byte:02x}" for byte in b"\x02" + digest[:5])
-
-
-def gateways(node: Node) -> list[str]:
-    """Of its pods: the first address of each pod CIDR."""
-    return [str(ipaddress.ip_network(cidr)[1]) for cidr in node.pod_cidrs]
 
 
 def create_fabric(name: str) -> Path:
@@ -131,7 +127,7 @@ def create_pods(node: Node, pods: list[Pod]) -> None:
     host_sides = Batch()
     for pod in pods:
         _configure_pod(node, pod)
-        for gateway in gateways(node):
+        for gateway in gateways(node.pod_cidrs):
             host = index_of(Path(node.netns), pod.ifname)
             _add_address(host_sides, host, gateway, _host_bits(gateway))
     host_sides.run(Path(node.netns))
@@ -146,7 +142,7 @@ def _configure_pod(node: Node, pod: Pod) -> None:
     for address in pod.addresses:
         _add_address(batch, eth0, address, _host_bits(address))
     families = {_family(address) for address in pod.addresses}
-    for gateway in gateways(node):
+    for gateway in gateways(node.pod_cidrs):
         if _family(gateway) not in families:
             continue
         batch.route("add", dst=_host_route(gateway), oif=eth0, scope=_SCOPE_LINK)

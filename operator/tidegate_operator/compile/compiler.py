@@ -280,7 +280,7 @@ class Compiler:
         for cidr in world.pod_cidrs:
             found[cidr] = IPCacheEntry(cidr=cidr, identity=int(Reserved.UNKNOWN))
         for node in world.nodes.values():
-            for address in node.addresses:
+            for address in node.addresses + node.gateways:
                 cidr = _host(address)
                 found[cidr] = IPCacheEntry(cidr=cidr, identity=int(Reserved.REMOTE_NODE))
         for _, _, _, _, entries in self._pods.values():
