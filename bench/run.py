@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / part) for part in ("tests/support", "crds", "operator
 
 from measure import Result, Unmeasurable  # noqa: E402
 
-MODULES = ("row_datapath", "row_packets", "row_loader", "row_compile")
+MODULES = ("row_datapath", "row_packets", "row_loader", "row_compile", "row_cluster")
 
 
 def report(line: dict[str, object]) -> None:
