@@ -73,7 +73,7 @@ class Case:
         self.ends: dict[str, End] = {}
         for name, node in nodes.items():
             interfaces = self.made.interfaces(name)
-            node.apply(self.made.state(name), interfaces)
+            node.loader.apply(self.made.state(name), interfaces)
             self.maps[name] = ca_maps.read(node.pin_dir)
             assert self.maps[name].problems == []
             for pod in self.made.world.pods.values():

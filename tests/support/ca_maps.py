@@ -65,6 +65,31 @@ class NodeMaps:
     problems: list[str] = field(default_factory=list)
     """What no state of the maps may show."""
 
+    def content(self) -> dict[str, Any]:
+        """What is enforced, without what may differ between two nodes that enforce the same:
+        ids, slots and the epoch."""
+        return {
+            "endpoints": {
+                key: row._replace(
+                    id=0,
+                    half_open=0,
+                    ingress=self.rules_of(row.ingress),
+                    egress=self.rules_of(row.egress),
+                )
+                for key, row in self.node.items()
+            },
+            "ipcache": self.ipcache,
+            "networks": self.networks,
+            "frontends": self.frontends,
+        }
+
+    def rules_of(self, policy: Any) -> Any:
+        """What one direction of an endpoint enforces; None: everything passes."""
+        if not policy.flags:
+            return None
+        shapes = bytes(policy.shapes[: policy.shape_count])
+        return policy.flags, shapes, self.rule_sets[policy.slot], self.cidrs.get(policy.slot)
+
     # ---- questions ----------------------------------------------------------------
 
     def from_pod(self, ifindex: int, dst: str, port: int | None, protocol: str) -> Answer:

@@ -28,7 +28,7 @@ from tidegate_operator import identities, publish, world
 from tidegate_operator.compile import Compiler, Desired
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.manifests import Folder
-from tidegate_operator.objects import EMPTY_WORLD, World
+from tidegate_operator.objects import EMPTY_WORLD, Pod, World
 
 FIRST_IFINDEX, INTERFACES = 100, 16
 OUTSIDE = 1
@@ -71,17 +71,22 @@ class Compiled:
         found = {}
         pods = [p for p in self.world.pods.values() if p.node == node and not p.host_network]
         for number, pod in enumerate(sorted(pods, key=lambda p: p.uid), FIRST_IFINDEX):
-            found[pod.uid] = LocalInterface(
-                uid=pod.uid,
-                namespace=pod.namespace,
-                name=pod.name,
-                ifname=f"tgh{number}",
-                ifindex=number,
-                pod_mac=f"02:00:00:00:00:{number:02x}",
-                host_mac=f"02:00:00:00:01:{number:02x}",
-                addresses=list(pod.addresses),
-            )
+            found[pod.uid] = interface(pod, number)
         return found
+
+
+def interface(pod: Pod, number: int) -> LocalInterface:
+    """The pod on the bench's interface `number`."""
+    return LocalInterface(
+        uid=pod.uid,
+        namespace=pod.namespace,
+        name=pod.name,
+        ifname=f"tgh{number}",
+        ifindex=number,
+        pod_mac=f"02:00:00:00:00:{number:02x}",
+        host_mac=f"02:00:00:00:01:{number:02x}",
+        addresses=list(pod.addresses),
+    )
 
 
 class Operator:
@@ -141,7 +146,7 @@ def bench(
 ) -> Iterator[dict[str, Node]]:
     """Nodes with pin directories of their own, this thread in the namespace of their
     interfaces; gone after the block."""
-    with _namespace(), mounted(directory / "bpf") as pins:
+    with namespace(), mounted(directory / "bpf") as pins:
         made = {name: Node(pins / name) for name in nodes}
         try:
             yield made
@@ -161,7 +166,8 @@ def mounted(directory: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _namespace() -> Iterator[None]:
+def namespace() -> Iterator[None]:
+    """This thread in a namespace of its own, with INTERFACES from FIRST_IFINDEX on."""
     name = f"tgH-{os.getpid()}-{next(_serial)}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:
@@ -175,37 +181,21 @@ def _namespace() -> Iterator[None]:
 
 
 class Node:
-    """One node's loader, taken apart, and its programs. A new one over the same pins is a
-    restart without memory."""
+    """One node's loader, taken apart, and its programs: those in force and their dry-run copy."""
 
     def __init__(self, pin_dir: Path) -> None:
         self.pin_dir = pin_dir
         spec = ObjectFile(BUILD / "pod.o")
         self.programs: Mapping[str, Program] = attach.Programs(BUILD, pin_dir, {}).programs
-        self.kernel = kernel.Kernel(pin_dir, kernel.Layouts(spec))
-        self.actual = self.kernel.actual(None, {})
-        self.builder = maps.Builder()
+        self.loader = Bookkeeper(pin_dir, spec)
         pins = {name: str(pin_dir / "maps" / name) for name in spec.maps if name != "scratch"}
         self.dry: LoadedObject = spec.load(pins=pins, rodata={"dry_run": 1})
 
     def close(self) -> None:
         self.dry.close()
-        self.kernel.close()
+        self.loader.close()
         for program in self.programs.values():
             program.close()
-
-    def apply(self, state: maps.State, interfaces: Mapping[str, LocalInterface]) -> plan.Plan:
-        """One cycle of the loader; afterwards nothing is left to do."""
-        desired = self.builder.build(state, interfaces)
-        self.actual.now = kernel.now()
-        made = plan.plan(desired, self.actual)
-        assert made.problems == ()
-        errors = apply.apply(made, self.kernel, self.actual)
-        assert errors == []
-        left = plan.plan(desired, self.actual).steps
-        assert left == (), left
-        self.actual.ipcache_parts, self.actual.service_parts = desired.ipcache, desired.services
-        return made
 
     def judge(
         self, program: str, frame: bytes, ifindex: int, *, host: bool = False
@@ -224,8 +214,52 @@ class Node:
         return result.retval != DROP
 
     def rule_set_name(self, number: int) -> str:
-        return self.actual.rule_sets[number].name
+        return self.loader.actual.rule_sets[number].name
 
 
 def _signed(value: int) -> int:
     return value - (1 << 32) if value >> 31 else value
+
+
+class Bookkeeper:
+    """One node's maps, build, plan and apply, over pins that are there."""
+
+    def __init__(self, pin_dir: Path, spec: ObjectFile) -> None:
+        self.kernel = kernel.Kernel(pin_dir, kernel.Layouts(spec))
+        self.actual = self.kernel.actual(None, {})
+        self.builder = maps.Builder()
+
+    def close(self) -> None:
+        self.kernel.close()
+
+    def apply(self, state: maps.State, interfaces: Mapping[str, LocalInterface]) -> plan.Plan:
+        """One cycle of the loader; afterwards nothing is left to do."""
+        desired = self.builder.build(state, interfaces)
+        self.actual.now = kernel.now()
+        made = plan.plan(desired, self.actual)
+        assert made.problems == ()
+        errors = apply.apply(made, self.kernel, self.actual)
+        assert errors == []
+        left = plan.plan(desired, self.actual).steps
+        assert left == (), left
+        self.actual.ipcache_parts, self.actual.service_parts = desired.ipcache, desired.services
+        return made
+
+
+@contextlib.contextmanager
+def from_scratch(pin_dir: Path) -> Iterator[Bookkeeper]:
+    """New maps and no programs; gone after the block."""
+    for name in ("maps", "rule_sets", "cidrs", "half_open"):
+        (pin_dir / name).mkdir(parents=True)
+    spec = ObjectFile(BUILD / "pod.o")
+    with spec.load(autoload=set()) as loaded:
+        for name in spec.maps:
+            loaded.maps[name].pin(str(pin_dir / "maps" / name))
+    made = Bookkeeper(pin_dir, spec)
+    try:
+        yield made
+    finally:
+        made.close()
+        for path in sorted(pin_dir.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        pin_dir.rmdir()
