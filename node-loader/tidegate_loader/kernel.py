@@ -188,8 +188,13 @@ class Kernel:
             frontends=self.read_frontends(backends),
         )
         if realised is not None:
-            found.uids = {uid: e.id for uid, e in realised.endpoints.items()}
+            found.uids = {u: e.id for u, e in realised.endpoints.items() if e.id < next_id}
         return found
+
+    @property
+    def instance(self) -> int:
+        """Which maps these are: no other control map has this id while the machine is up."""
+        return self.map("control_v1").info.id
 
     def limits(self) -> Limits:
         size = {name: m.info.max_entries for name, m in self._maps.items()}

@@ -7,6 +7,7 @@ decision about what belongs in a map (`maps`, `plan`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from tidegate_loader import addresses, attach, kernel, plan
 from tidegate_loader.apply import apply
 from tidegate_loader.local import (
     READS_FORMATS,
-    Counters,
+    LocalInterface,
     NodePaths,
     Realised,
     RealisedEndpoint,
@@ -48,6 +49,11 @@ class Loader:
         self._kept: State | None = None
         self._desired: DesiredMaps | None = None
         self._kernel: kernel.Kernel | None = None
+        self._built_from: State | None = None
+        self._asked: dict[str, LocalInterface] | None = None
+        self._gated: dict[str, LocalInterface] = {}
+        self.waiting = False
+        """An interface is named that is not there (yet), or could not be attached to."""
         self.dirty = False
         """Something could not be applied; try again."""
         self.realised_now = False
@@ -68,6 +74,13 @@ class Loader:
         )
         if self._options.cgroup is not None:
             self._attacher.cgroup(self._options.cgroup)
+        if self._realised.instance != self._kernel.instance:
+            self._realised = Realised(
+                node=self._options.node,
+                epoch=0,
+                instance=self._kernel.instance,
+                counters=self._realised.counters,
+            )
         names = {int(n): r.name for n, r in self._realised.rule_sets.items()}
         self._actual = self._kernel.actual(self._realised, names)
         # Without a word of how it ended, the last apply may have missed its bump.
@@ -81,49 +94,59 @@ class Loader:
 
     # -- one cycle ---------------------------------------------------------------
 
-    def cycle(self) -> None:
-        """Bring the kernel up to the newest complete state. Never raises for bad input."""
+    def cycle(self, look_again: bool = False) -> None:
+        """Bring the kernel up to the newest complete state. Never raises for bad input.
+        `look_again`: at the interfaces too, though no file says that they changed."""
         stalled: Stalled | None = None
         try:
-            self._state, fresh = self._newest(), True
+            self._read()
         except Stalled as error:
-            stalled, fresh = error, False
+            stalled = error
         if self._state is not None and self._state.node.spec.mode == "Detached":
             self._detach()
             return
         if self._kernel is None:
             self._start()
-        interfaces, problems = self._source.interfaces()
-        gated, unattached = self._attacher.interfaces(interfaces)
-        problems = [*problems, *unattached]
+        problems = self._gate(look_again)
         if self._state is not None:
             try:
-                self._desired = self._builder.build(self._state, gated)
+                self._desired = self._builder.build(self._state, self._gated)
+                self._built_from = self._state
             except (MapsError, RuleSetError) as error:
                 stalled = Stalled("Refused", str(error))
-                fresh = False
-        if self._desired is None:
-            self._report(stalled, problems)
-            return
-        problems += self._apply(self._desired)
-        self.realised_now = fresh and not self.dirty
+        if self._desired is not None:
+            problems += self._apply(self._desired)
+        in_force = self._desired is not None and not self.dirty
+        if in_force and self._built_from is not None:
+            self._realised = structs.replace(self._realised, digest=self._built_from.digest)
+        self.realised_now = in_force and stalled is None
         self._report(stalled, problems)
-        self._keep(fresh)
+        if self.realised_now:
+            self._keep()
 
-    def _newest(self) -> State:
+    def _read(self) -> None:
+        """Take over the newest complete state; at the start of all, the last good one.
+        Stalled: it is not the newest."""
         try:
-            return self._source.state()
+            self._state = self._source.state()
         except Stalled:
-            if self._state is not None or self._kept is not None:
-                raise
-            try:
-                state = self._kept = self._source.last_good()
-            except Stalled:
-                state = None
-            if state is None:
-                raise
-            self._log.warning("objects are incomplete, starting from lastgood")
-            return state
+            if self._state is None:
+                with contextlib.suppress(Stalled):
+                    self._state = self._kept = self._source.last_good()
+                    self._log.warning("objects are incomplete, starting from lastgood")
+            raise
+
+    def _gate(self, look_again: bool) -> list[str]:
+        """Attach to the interfaces; `self._gated` are those that endpoints may use."""
+        interfaces, problems = self._source.interfaces()
+        if look_again or self.waiting or interfaces is not self._asked:
+            gated, unattached = self._attacher.interfaces(interfaces)
+            problems = [*problems, *unattached]
+            if gated != self._gated:
+                self._gated = gated
+            self._asked = interfaces
+            self.waiting = len(gated) < len(interfaces)
+        return problems
 
     def _apply(self, desired: DesiredMaps) -> list[str]:
         """What went wrong. `self.dirty`: the kernel is not equal to `desired`."""
@@ -131,6 +154,8 @@ class Loader:
         actual = self._actual
         actual.now = kernel.now()
         made = plan.plan(desired, actual)
+        counters = structs.replace(self._realised.counters, left_out=made.left_out)
+        self._realised = structs.replace(self._realised, counters=counters)
         errors: list[str] = []
         if made.steps:
             self._paths.applying.touch()
@@ -162,7 +187,9 @@ class Loader:
 
     def _counters(self, drift: int = 0, switches: int = 0) -> None:
         held = self._realised.counters
-        counters = Counters(drift=held.drift + drift, switches=held.switches + switches)
+        counters = structs.replace(
+            held, drift=held.drift + drift, switches=held.switches + switches
+        )
         self._realised = structs.replace(self._realised, counters=counters)
 
     def _read_back(self) -> Actual:
@@ -186,7 +213,7 @@ class Loader:
             self._counters(drift=drift)
             # Flows may have been judged by what was there.
             found.interrupted = True
-        self.cycle()
+        self.cycle(look_again=True)
 
     def _detach(self) -> None:
         if self._kernel is not None:
@@ -195,18 +222,20 @@ class Loader:
             interfaces, _ = self._source.interfaces()
             attach.detach(self._options.pin_dir, [i.ifindex for i in interfaces.values()])
             self._log.warning("detached: nothing of this node is enforced")
-        self._desired = None
+        self._desired, self._built_from = None, None
+        self._asked, self._gated, self.waiting = None, {}, False
         self._builder = Builder()
         self.realised_now = True
         self._realised = Realised(
             node=self._options.node, epoch=0, counters=self._realised.counters
         )
         self._report(None, [])
+        self._keep()  # or a restart without objects would enforce what was last good
 
     # -- telling -------------------------------------------------------------------
 
-    def _keep(self, fresh: bool) -> None:
-        if not fresh or self.dirty or self._state is None or self._state is self._kept:
+    def _keep(self) -> None:
+        if self._state is None or self._state is self._kept:
             return
         try:
             self._source.keep(self._state)
@@ -217,9 +246,7 @@ class Loader:
     def _report(self, stalled: Stalled | None, problems: list[str]) -> None:
         actual = self._actual
         held = self._realised
-        state, desired = self._state, self._desired
-        if state is not None and self.realised_now:
-            held = structs.replace(held, digest=state.digest)
+        desired = self._desired
         table = {e.id: e for e in (actual.node_table or {}).values()}
         attached = self._kernel is not None
         status = NodeStateStatus(

@@ -63,6 +63,8 @@ class Counters(Model, frozen=True):
     """Entries found changed behind the loader's back and repaired."""
     switches: int = 0
     """Node tables put in force."""
+    left_out: int = 0
+    """Entries for which a map has no room now: what they would allow is not allowed."""
 
 
 class Realised(Model, frozen=True):
@@ -70,6 +72,8 @@ class Realised(Model, frozen=True):
 
     node: str
     epoch: int
+    instance: int = 0
+    """Kernel id of control_v1: ids below mean something only beside these very maps."""
     endpoints: dict[str, RealisedEndpoint] = msgspec.field(default_factory=dict)
     """By pod UID."""
     rule_sets: dict[str, RealisedRuleSet] = msgspec.field(default_factory=dict)

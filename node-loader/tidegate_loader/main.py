@@ -74,15 +74,16 @@ def _run(loader: Loader, paths: NodePaths, signals: _Signals) -> None:
     verified = time.monotonic()
     while not signals.stop:
         due = verified + VERIFY_SECONDS - time.monotonic()
-        changed = watch.wait(min(due, retry) if loader.dirty else max(0.0, due))
+        unsettled = loader.dirty or loader.waiting
+        changed = watch.wait(max(0.0, min(due, retry) if unsettled else due))
         if signals.stop:
             break
         if signals.verify or time.monotonic() >= verified + VERIFY_SECONDS:
             signals.verify, verified = False, time.monotonic()
             loader.verify()
-        elif changed or loader.dirty:
+        elif changed or unsettled:
             loader.cycle()
-        retry = min(retry * 2, RETRY_LAST) if loader.dirty else RETRY_FIRST
+        retry = RETRY_FIRST if changed else min(retry * 2, RETRY_LAST)
     watch.close()
 
 

@@ -481,6 +481,8 @@ def _host_changes(desired: DesiredMaps, actual: Actual) -> tuple[list[bytes], di
         wanted: dict[bytes, int] = {}
         for part in desired.ipcache:
             wanted.update(part)
+        if not held:
+            return [], wanted
         gone = [key for key in held if key not in wanted]
         return gone, {k: v for k, v in wanted.items() if held.get(k) != v}
     known = actual.ipcache_parts

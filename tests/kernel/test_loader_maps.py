@@ -13,7 +13,7 @@ from support import loader_world as world
 from tidegate_bpf import Map, ObjectFile, bpffs
 from tidegate_loader import addresses, apply, attach, kernel, maps, plan, rules
 from tidegate_loader.loader import Loader
-from tidegate_loader.local import NodePaths, Realised, read_realised
+from tidegate_loader.local import NodePaths, Realised, RealisedEndpoint, read_realised
 
 pytestmark = [
     pytest.mark.kernel,
@@ -310,6 +310,39 @@ def test_drift_is_repaired_and_counted(paths: NodePaths, objects: Path, pin_dir:
     loader.verify()
     assert found.counters == read_realised(paths.realised).counters  # type: ignore[union-attr]
     loader.close()
+
+
+def test_ids_that_these_maps_never_gave_mean_nothing(objects: Path, pin_dir: Path) -> None:
+    """A realised.json that outlived its pins must not give one id to two pods."""
+    node = Node(objects, pin_dir)
+    node.apply(world.example(), 1, 2)
+    known = {
+        uid: RealisedEndpoint(
+            id=number, ifindex=1, half_open=0, namespace="", name="", identity=1, addresses=[]
+        )
+        for uid, number in (*node.actual.uids.items(), ("uid-9", node.actual.next_id))
+    }
+    realised = Realised(node=world.NODE, epoch=1, endpoints=known)
+    assert node.kernel.actual(realised, {}).uids == node.actual.uids
+
+
+def test_detached_stays_detached_without_objects(
+    paths: NodePaths, objects: Path, pin_dir: Path
+) -> None:
+    wanted = world.example()
+    wanted.write(paths.objects.parent)
+    loader = _loader(paths, objects, pin_dir)
+    loader.cycle()
+    wanted.mode, wanted.revision = "Detached", 2
+    wanted.write(paths.objects.parent)
+    loader.cycle()
+    for path in paths.objects.rglob("*.json"):
+        path.unlink()
+    again = _loader(paths, objects, pin_dir)
+    again.cycle()
+    assert again._actual.ipcache == {}
+    assert not (pin_dir / "maps").exists()
+    again.close()
 
 
 def test_ids_survive_a_restart_and_are_not_reused(objects: Path, pin_dir: Path) -> None:
