@@ -242,6 +242,8 @@ tg_inline int tg_parse_ipv4(struct __sk_buff *skb, struct tg_packet *p)
 	p->fragment_id = ip->id;
 	frag = bpf_ntohs(ip->frag_off);
 	p->l4 = ETH_HLEN + header;
+	if (header > sizeof(*ip) && p->l4 > skb->len)
+		return TG_DROP_TRUNCATED;
 	if (header > sizeof(*ip) && tg_source_routed(skb, p->l4))
 		return TG_DROP_SOURCE_ROUTE;
 	if (frag & TG_IP_OFFSET) {
@@ -359,7 +361,7 @@ tg_global int tg_parse_quoted(struct __sk_buff *skb, struct tg_packet *p)
 {
 	struct ipv6hdr ip6;
 	struct iphdr ip;
-	struct tg_ports ports;
+	struct tg_ports ports[2];
 	__u32 at;
 
 	if (!p)
@@ -383,18 +385,15 @@ tg_global int tg_parse_quoted(struct __sk_buff *skb, struct tg_packet *p)
 		at += sizeof(ip6);
 	}
 	p->t.sport = p->t.dport = 0;
-	if (tg_is_icmp(p->t.protocol)) {
-		/* echo: the identifier, four bytes in */
-		if (tg_load(skb, at + 4, &ports, 2))
-			return TG_DROP_ICMP_ERROR;
-		p->t.sport = p->t.dport = ports.source;
-	} else if (p->t.protocol == IPPROTO_TCP || p->t.protocol == IPPROTO_UDP ||
-		   p->t.protocol == IPPROTO_SCTP) {
-		if (tg_load(skb, at, &ports, sizeof(ports)))
-			return TG_DROP_ICMP_ERROR;
-		p->t.sport = ports.source;
-		p->t.dport = ports.dest;
-	}
+	if (!tg_is_icmp(p->t.protocol) && p->t.protocol != IPPROTO_TCP &&
+	    p->t.protocol != IPPROTO_UDP && p->t.protocol != IPPROTO_SCTP)
+		return 0;
+	if (tg_load(skb, at, ports, sizeof(ports)))
+		return TG_DROP_ICMP_ERROR;
+	p->t.sport = ports[0].source;
+	p->t.dport = ports[0].dest;
+	if (tg_is_icmp(p->t.protocol)) /* echo: the identifier, four bytes in */
+		p->t.sport = p->t.dport = ports[1].source;
 	return 0;
 }
 
