@@ -253,10 +253,12 @@ class Model:
 
     def _target_addresses(self, target: str, port: int | None, protocol: str) -> list[str]:
         kind, _, rest = target.partition("/")
-        if kind == "pod":
-            return self.pod(rest).endpoint.addresses
-        if kind == "svc":
-            return self._service_addresses(rest, port, protocol)
+        # A namespace may be called pod or svc: what is there under the whole text comes first.
+        if rest and target not in self.pods and target not in self.services:
+            if kind == "pod":
+                return self.pod(rest).endpoint.addresses
+            if kind == "svc":
+                return self._service_addresses(rest, port, protocol)
         if _is_address(target):
             return [target]
         if _exact(target, self.services) and not _exact(target, self.pods):

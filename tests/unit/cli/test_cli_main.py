@@ -1,0 +1,122 @@
+"""The command line's edges: help, errors, pipes, names."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tidegate_bpf import ObjectFile
+from tidegate_cli import live, main, reasons
+from tidegate_cli.errors import CliError
+
+ROOT = Path(__file__).parents[3]
+HEAVY = {"msgspec", "pydantic", "yaml", "structlog", "watchfiles", "pyroute2", "ctypes", "json"}
+COMMANDS = [
+    [],
+    *(
+        [name]
+        for name in ("up", "down", "exec", "matrix", "status", "explain", "compile", "doctor")
+    ),
+    *([name, "list"] for name in ("identity", "endpoint", "lb", "ct", "ipcache", "metrics")),
+    ["policy", "get"],
+]
+
+
+def python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def tidegate(*argv: str) -> subprocess.CompletedProcess[str]:
+    return python("import sys; from tidegate_cli.main import main; sys.exit(main())", *argv)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import contextlib, io, sys\n"
+        "from tidegate_cli.main import main\n"
+        "for words in eval(sys.argv[1]):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "        with contextlib.suppress(SystemExit):\n"
+        "            main([*words, '--help'])\n"
+        "    assert 'usage: ' in out.getvalue(), words\n"
+        "print(*sys.modules, sep='\\n')\n"
+    )
+    found = python(code, repr(COMMANDS))
+    assert found.returncode == 0, found.stderr
+    loaded = set(found.stdout.split())
+    ours = {name for name in loaded if name.startswith("tidegate_")}
+    assert loaded & HEAVY == set()
+    assert {name.partition(".")[0] for name in ours} == {"tidegate_cli"}
+
+
+@pytest.mark.parametrize(
+    ("started", "name"), [("tidegate", "tidegate"), ("kubectl-tidegate", "kubectl tidegate")]
+)
+def test_the_name_is_the_one_it_was_started_by(
+    started: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"/usr/bin/{started}", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        main.main()
+    assert capsys.readouterr().out.startswith(f"{name} ")
+
+
+def test_errors_are_one_line_with_the_remedy(tmp_path: Path) -> None:
+    found = tidegate("--run-dir", str(tmp_path), "status")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == f"tidegate: nothing is up in {tmp_path}; run `tidegate up DIR` first\n"
+
+
+@pytest.mark.parametrize(
+    "argv", [["--run-dir", "DIR", "status"], ["status", "--run-dir", "DIR"], ["status"]]
+)
+def test_the_run_directory_is_taken_before_and_after_the_command(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "--run-dir" not in argv:
+        monkeypatch.setenv("TIDEGATE_RUN_DIR", str(tmp_path))
+    found = tidegate(*(str(tmp_path) if word == "DIR" else word for word in argv))
+    assert str(tmp_path) in found.stderr
+
+
+def test_a_closed_pipe_is_no_complaint(tmp_path: Path) -> None:
+    (tmp_path / "pod.yaml").write_text("apiVersion: v1\nkind: Namespace\nmetadata: {name: a}\n")
+    code = "import sys; from tidegate_cli.main import main; sys.exit(main())"
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", code, "compile", str(tmp_path)],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        os.close(write)
+    assert (found.returncode, found.stderr) == (main.SIGPIPE_EXIT, "")
+
+
+def test_every_reason_has_a_text() -> None:
+    path = ROOT / "datapath" / "build" / "pod.o"
+    if not path.exists():
+        pytest.skip("the eBPF objects are not built")
+    known = dict(ObjectFile(path).enums["tg_reason"])
+    del known["TG_REASON_MAX"]
+    assert set(known.values()) == set(reasons.TEXT)
+    assert len(set(reasons.TEXT.values())) == len(reasons.TEXT)
+
+
+def test_life_times_are_the_programs() -> None:
+    text = (ROOT / "datapath/include/tidegate/conntrack.h").read_text()
+    found = re.findall(r"^const volatile __u32 (\w+_life) = (\d+);", text, re.MULTILINE)
+    assert {name: int(value) for name, value in found} == live.LIVES
+
+
+def test_no_remedy_no_semicolon() -> None:
+    assert (str(CliError("a")), str(CliError("a", "b"))) == ("a", "a; b")
