@@ -82,6 +82,9 @@ class Case:
                     for address in pod.addresses:
                         self.ends[address] = End(address, key, name, index)
         self._pod_networks = [ipaddress.ip_network(c) for c in self.made.world.pod_cidrs]
+        nodes_networks = [c for n in self.made.world.nodes.values() for c in n.pod_cidrs]
+        # The node's own address inside its pods' network.
+        self._gateways = {ipaddress.ip_network(c)[1] for c in nodes_networks}
 
     def check(self, probe: clusters.Probe) -> str | None:
         """What disagrees; "" nothing; None: neither end is a pod of ours."""
@@ -200,9 +203,8 @@ class Case:
     def _unknown(self, end: End) -> bool:
         """In a pod CIDR and nobody's: matches rules for any peer only (DESIGN, invariant 4)."""
         ip = ipaddress.ip_address(end.address)
-        return not end.node and any(
-            ip.version == net.version and ip in net for net in self._pod_networks
-        )
+        inside = any(ip.version == net.version and ip in net for net in self._pod_networks)
+        return inside and not end.node and ip not in self._gateways
 
     def _from_host(self, src: oracle.End, dst: End) -> bool:
         if isinstance(src, Host):
