@@ -74,7 +74,7 @@ class Programs:
 
 def _open_all(pin_dir: Path, spec: ObjectFile) -> dict[str, Program] | None:
     """The pinned programs of an object; None unless they and all its maps are there."""
-    if not all((pin_dir / "maps" / name).exists() for name in spec.maps):
+    if not all((pin_dir / "maps" / name).exists() for name in _shared(spec)):
         return None
     try:
         return {n: Program.open_pinned(str(pin_dir / "progs" / n)) for n in spec.programs}
@@ -84,12 +84,18 @@ def _open_all(pin_dir: Path, spec: ObjectFile) -> dict[str, Program] | None:
         raise
 
 
+def _shared(spec: ObjectFile) -> list[str]:
+    """Maps whose name carries a layout version; others are the loaded programs' own."""
+    return [name for name in spec.maps if name.rpartition("_v")[2].isdigit()]
+
+
 def _load(pin_dir: Path, spec: ObjectFile) -> dict[str, Program]:
     maps = pin_dir / "maps"
-    held = {name: str(maps / name) for name in spec.maps if (maps / name).exists()}
+    shared = _shared(spec)
+    held = {name: str(maps / name) for name in shared if (maps / name).exists()}
     loaded = spec.load(pins=held)
     for name, made in loaded.maps.items():
-        if name not in held:
+        if name in shared and name not in held:
             made.pin(str(maps / name))
         made.close()
     for name, program in loaded.programs.items():

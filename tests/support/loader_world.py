@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 STUB = """
 #include <tidegate/maps.h>
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__uint(value_size, SCRATCH);
+	__uint(max_entries, 1);
+} scratch SEC(".maps");
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 SEC("tc") int from_pod(struct __sk_buff *skb) { return %d; }
 SEC("tc") int to_pod(struct __sk_buff *skb) { return %d; }
@@ -28,7 +34,7 @@ def stub_object(directory: Path, verdict: int = -1) -> Path:
     """pod.o with every map and two programs that return `verdict`."""
     directory.mkdir(parents=True, exist_ok=True)
     source = directory / "pod.bpf.c"
-    source.write_text(STUB % (verdict, verdict))
+    source.write_text(STUB.replace("SCRATCH", str(8 + verdict)) % (verdict, verdict))
     compile_object(source, directory / "pod.o")
     return directory
 
