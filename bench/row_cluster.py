@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from measure import Result, Unmeasurable, absolute, calibration, percentile
-from tidegate_cli.standalone.rundir import Pod, RunDir, Supervisor
-
 from tidegate_bpf import Map
 from tidegate_bpf.errors import BpfError
 from tidegate_bpf.netns import inside
+from tidegate_cli.standalone.rundir import Pod, RunDir, Supervisor
+
+from measure import Result, Unmeasurable, absolute, calibration, percentile
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = 200
@@ -64,36 +64,45 @@ def cluster(folder: Path) -> Iterator[tuple[RunDir, Supervisor]]:
 
 
 def manifests() -> list[dict[str, object]]:
-    pod = {"containers": [{"name": "main", "image": "app",
-                           "ports": [{"containerPort": PORT, "protocol": "UDP"}]}]}
+    pod = {
+        "containers": [
+            {"name": "main", "image": "app", "ports": [{"containerPort": PORT, "protocol": "UDP"}]}
+        ]
+    }
     found: list[dict[str, object]] = [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "bench"}}
     ]
     for number in range(PODS):
         app = "server" if not number else "client"
-        found.append({
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": f"pod-{number}", "namespace": "bench", "labels": {"app": app}},
-            "spec": pod | {"nodeName": f"node-{1 + number % 2}"},
-        })
+        found.append(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": f"pod-{number}", "namespace": "bench", "labels": {"app": app}},
+                "spec": pod | {"nodeName": f"node-{1 + number % 2}"},
+            }
+        )
     return found
 
 
 def policy(allowed: bool) -> str:
     """The server's; the other pods have one too, so that the compiler has more to look at."""
-    near = {"from": [{"podSelector": {"matchLabels": {"app": "client"}}}],
-            "ports": [{"port": PORT, "protocol": "UDP"}]}
-    return yaml.dump({
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {"name": "server", "namespace": "bench"},
-        "spec": {
-            "podSelector": {"matchLabels": {"app": "server"}},
-            "policyTypes": ["Ingress"],
-            "ingress": [near] if allowed else [],
-        },
-    })
+    near = {
+        "from": [{"podSelector": {"matchLabels": {"app": "client"}}}],
+        "ports": [{"port": PORT, "protocol": "UDP"}],
+    }
+    return yaml.dump(
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": {"name": "server", "namespace": "bench"},
+            "spec": {
+                "podSelector": {"matchLabels": {"app": "server"}},
+                "policyTypes": ["Ingress"],
+                "ingress": [near] if allowed else [],
+            },
+        }
+    )
 
 
 def save(path: Path, text: str) -> None:
@@ -182,8 +191,11 @@ def apply_latency() -> Iterator[Result]:
     both = found[True] + found[False]
     what = f"file saved to verdict changed for real packets, {PODS} pods, p99 of {len(both)}"
     against = f"p50 {statistics.median(both):.1f} ms; calibration loop {loop:.1f} ms"
-    extra = {"p50": {"allow": statistics.median(found[True]), "deny": statistics.median(found[False])},
-             "max": max(both), "calibration": {"unit": "ms", "runs": [round(loop, 2)]}}
+    extra = {
+        "p50": {"allow": statistics.median(found[True]), "deny": statistics.median(found[False])},
+        "max": max(both),
+        "calibration": {"unit": "ms", "runs": [round(loop, 2)]},
+    }
     yield Result("apply-latency", what, percentile(both, 0.99), "ms", against, 200.0, extra)
 
 

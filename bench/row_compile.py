@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
-from measure import Result, absolute, pinned
 from tidegate_operator import identities, world
 from tidegate_operator.compile import Compiler
 from tidegate_operator.identities import EMPTY_LEDGER
 from tidegate_operator.manifests import Folder, Input
 from tidegate_operator.objects import EMPTY_WORLD
+
+from measure import Result, absolute, pinned
 
 NAMESPACES = 20
 PODS, POLICIES, SERVICES = 1000, 200, 200
@@ -41,9 +42,15 @@ def policy(number: int) -> dict[str, object]:
     near = {"podSelector": {"matchLabels": {"tier": f"tier-{app % 3}"}}}
     far = {
         "namespaceSelector": {"matchLabels": {"team": f"team-{number % 4}"}},
-        "podSelector": {"matchExpressions": [
-            {"key": "app", "operator": "In", "values": [f"app-{app}", f"app-{(app + 1) % APPS}"]}
-        ]},
+        "podSelector": {
+            "matchExpressions": [
+                {
+                    "key": "app",
+                    "operator": "In",
+                    "values": [f"app-{app}", f"app-{(app + 1) % APPS}"],
+                }
+            ]
+        },
     }
     block = {"ipBlock": {"cidr": "192.0.2.0/24", "except": [f"192.0.2.{number % 16 * 16}/28"]}}
     return {
@@ -53,8 +60,10 @@ def policy(number: int) -> dict[str, object]:
         "spec": {
             "podSelector": {"matchLabels": {"app": f"app-{app}"}},
             "policyTypes": ["Ingress", "Egress"],
-            "ingress": [{"from": [near, far], "ports": [{"port": 8080}]},
-                        {"from": [block], "ports": [{"port": 9090}]}],
+            "ingress": [
+                {"from": [near, far], "ports": [{"port": 8080}]},
+                {"from": [block], "ports": [{"port": 9090}]},
+            ],
             "egress": [{"to": [near]}, {"ports": [{"port": 53, "protocol": "UDP"}]}],
         },
     }
@@ -72,8 +81,11 @@ def service(number: int) -> dict[str, object]:
 
 def write(directory: Path) -> None:
     namespaces: list[dict[str, object]] = [
-        {"apiVersion": "v1", "kind": "Namespace",
-         "metadata": {"name": f"ns-{i}", "labels": {"team": f"team-{i % 4}"}}}
+        {
+            "apiVersion": "v1",
+            "kind": "Namespace",
+            "metadata": {"name": f"ns-{i}", "labels": {"team": f"team-{i % 4}"}},
+        }
         for i in range(NAMESPACES)
     ]
     kinds = {

@@ -17,10 +17,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import loader_world as world
-from measure import Result, absolute, pinned
 from msgspec import structs
-from row_datapath import two_interfaces
 from tidegate_api import state as api
+from tidegate_bpf import bpffs
 from tidegate_loader import log
 from tidegate_loader.loader import Loader
 from tidegate_loader.local import NodePaths, encode, read_realised
@@ -29,7 +28,8 @@ from tidegate_operator.compile.compiler import NodeContent
 from tidegate_operator.identities import EMPTY_LEDGER
 from tidegate_operator.publish import Publisher
 
-from tidegate_bpf import bpffs
+from measure import Result, absolute, pinned
+from row_datapath import two_interfaces
 
 OBJECTS = Path(__file__).parents[1] / "datapath" / "build"
 ENTRIES = 100_000
@@ -140,6 +140,7 @@ def timed_cycle(loader: Loader) -> float:
 
 def cold() -> Iterator[Result]:
     with node() as here:
+
         def run() -> float:
             here.forget()
             return here.process()

@@ -15,10 +15,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lab import BUILD, Lab, Pod, Rules
-from measure import Result, Unmeasurable, interleaved, pinned
-
 from tidegate_bpf import AttachType, LoadedObject, ObjectFile, attach_cgroup, attach_tcx, mounts
 from tidegate_bpf.netns import inside
+
+from measure import Result, Unmeasurable, interleaved, pinned
 
 RR = Path(__file__).parent / "build" / "rr"
 NODE = "tg-bench-node"
@@ -48,8 +48,26 @@ def wire(pod: Pod) -> None:
     """A routed veth pair as the common CNIs make it; no ARP, so that nothing happens by chance."""
     space, host = namespace(pod), f"pod{pod.id}"
     ip("netns", "add", space)
-    ip("-n", NODE, "link", "add", host, "index", str(pod.ifindex), "address", mac(pod.host_mac),
-       "type", "veth", "peer", "name", "eth0", "address", mac(pod.mac), "netns", space)
+    ip(
+        "-n",
+        NODE,
+        "link",
+        "add",
+        host,
+        "index",
+        str(pod.ifindex),
+        "address",
+        mac(pod.host_mac),
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "eth0",
+        "address",
+        mac(pod.mac),
+        "netns",
+        space,
+    )
     ip("-n", NODE, "link", "set", host, "up")
     ip("-n", NODE, "route", "add", f"{pod.ip4}/32", "dev", host)
     ip("-n", NODE, "neigh", "add", pod.ip4, "dev", host, "lladdr", mac(pod.mac))
@@ -128,10 +146,12 @@ class Gates:
         self.programs = lab.loaded.programs
         rules = {(257, TCP, PORT, 24): (1, 0, 1)}, {(256, TCP, PORT, 24): (1, 0, 1)}
         egress, ingress = (Rules(entries) for entries in rules)
-        lab.world([
-            Pod(1, 256, CLIENT.ifindex, CLIENT.ip4, egress=egress),
-            Pod(2, 257, SERVER.ifindex, SERVER.ip4, ingress=ingress),
-        ])
+        lab.world(
+            [
+                Pod(1, 256, CLIENT.ifindex, CLIENT.ip4, egress=egress),
+                Pod(2, 257, SERVER.ifindex, SERVER.ip4, ingress=ingress),
+            ]
+        )
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -143,7 +163,9 @@ class Gates:
             yield
 
 
-def outcome(id: str, what: str, against: str, bar: float, figures: dict[str, list[float]]) -> Result:
+def outcome(
+    id: str, what: str, against: str, bar: float, figures: dict[str, list[float]]
+) -> Result:
     p50 = {name: statistics.median(values) for name, values in figures.items()}
     ours, base = p50["ours"], p50["base"]
     extra = {"us": {name: [round(v, 2) for v in values] for name, values in figures.items()}}
