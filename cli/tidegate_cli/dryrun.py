@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tidegate_bpf import LoadedObject, ObjectFile, SkbContext, netns
+from tidegate_loader.attach import knobs
 
 from tidegate_cli.live import Endpoint, NodeMaps, objects_dir, signed
 
@@ -44,7 +45,7 @@ class DryRun:
         self._namespace = namespace
         pins = {name: path for name, path in maps.pins().items() if _PINNED.search(name)}
         spec = ObjectFile(objects_dir() / "pod.o")
-        self._loaded: LoadedObject = spec.load(pins=pins, rodata={"dry_run": 1})
+        self._loaded: LoadedObject = spec.load(pins=pins, rodata={**knobs(spec), "dry_run": 1})
 
     def __enter__(self) -> DryRun:
         return self

@@ -25,9 +25,15 @@ from tidegate_bpf import (
     clsact,
 )
 
+from tidegate_loader import addresses
 from tidegate_loader.local import LocalInterface
 
 OBJECTS = ("pod.o", "sock.o")
+KNOBS = {
+    "hairpin_ip4": addresses.pack("169.254.42.1"),
+    "hairpin_ip6": addresses.pack("fd74:6964:6567:6174::1"),
+}
+"""What programs are loaded with: as whom a pod sees itself through a Service. Never on a wire."""
 HOOKS = {"ingress": "from_pod", "egress": "to_pod"}
 """tc's direction at the host side -> program: what leaves the pod is tc ingress."""
 
@@ -89,11 +95,16 @@ def _shared(spec: ObjectFile) -> list[str]:
     return [name for name in spec.maps if name.rpartition("_v")[2].isdigit()]
 
 
+def knobs(spec: ObjectFile) -> dict[str, int | bytes]:
+    """Those of KNOBS that the object has."""
+    return {name: value for name, value in KNOBS.items() if name in spec.rodata}
+
+
 def _load(pin_dir: Path, spec: ObjectFile) -> dict[str, Program]:
     maps = pin_dir / "maps"
     shared = _shared(spec)
     held = {name: str(maps / name) for name in shared if (maps / name).exists()}
-    loaded = spec.load(pins=held)
+    loaded = spec.load(pins=held, rodata=knobs(spec))
     for name, made in loaded.maps.items():
         if name in shared and name not in held:
             made.pin(str(maps / name))

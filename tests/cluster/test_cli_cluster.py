@@ -57,6 +57,11 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: http}]}
 ---
 apiVersion: v1
 kind: Service
+metadata: {name: itself, namespace: a}
+spec: {selector: {app: other}, ports: [{port: 80, targetPort: http}]}
+---
+apiVersion: v1
+kind: Service
 metadata: {name: nobody, namespace: a}
 spec: {selector: {app: nobody}, ports: [{port: 80}]}
 ---
@@ -147,6 +152,9 @@ def test_three_answers_agree_for_every_pair(cluster: Path) -> None:
                 found = explain.ask(model, nodes, expected, "TCP")
                 assert found.all_disagreements == []
                 assert found.service is not None
+                # A pod that is its own backend is sent to itself, whole.
+                if service == "a/itself" and source == "a/other":
+                    assert found.expected.allowed is True
     # Both answers came up with every protocol: nothing agreed for want of a question.
     assert {key for key, count in seen.items() if count > 1} >= {
         (protocol, allowed) for _, protocol in QUESTIONS for allowed in (True, False)
@@ -201,9 +209,10 @@ def test_the_lists_show_the_kernel(cluster: Path, capsys: pytest.CaptureFixture[
     services = answer(capsys, cluster, "lb", "list", "--node", "node-1")
     assert isinstance(services, dict)
     texts = sorted(text for texts in services.values() for text in texts)
-    assert [text for text in texts if text.endswith("(0) [ClusterIP, non-routable]")] == texts[:2]
-    assert sorted(text.partition(" ")[0] for text in texts[2:]) == [
+    assert [text for text in texts if text.endswith("(0) [ClusterIP, non-routable]")] == texts[:3]
+    assert sorted(text.partition(" ")[0] for text in texts[3:]) == [
         "10.244.0.3:8080/TCP",
+        "10.244.1.2:8080/TCP",
         "10.244.1.3:8080/TCP",
     ]
     rules = answer(capsys, cluster, "policy", "get", "a/client", "--node", "node-1")
