@@ -1,0 +1,247 @@
+"""Socket load balancing with real sockets, in a cgroup and a network namespace of its own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from support.lab import Lab
+from tidegate_bpf import AttachType, attach_cgroup, features, mounts, netns
+
+pytestmark = pytest.mark.kernel
+TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
+VIP4, VIP6 = "10.96.0.1", "fd00:96::1"
+BACKEND4, BACKEND6 = "127.0.0.2", "fd00:b::1"
+SECONDS = 10
+FAMILIES = [
+    # reason, family, address asked for, backend
+    ("IPv4", socket.AF_INET, VIP4, BACKEND4),
+    ("IPv6", socket.AF_INET6, VIP6, BACKEND6),
+    ("IPv4 on an IPv6 socket", socket.AF_INET6, "::ffff:" + VIP4, BACKEND4),
+]
+
+
+@pytest.fixture(scope="module")
+def namespace() -> Iterator[None]:
+    """This thread in a namespace with nothing but a loopback interface."""
+    name = f"tgt-sock-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        for command in ("link set lo up", f"addr add {BACKEND6}/128 dev lo nodad"):
+            subprocess.run(["ip", "-n", name, *command.split()], check=True)
+        with netns.inside(f"/run/netns/{name}"):
+            yield
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def join(group: Path) -> None:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+
+
+@pytest.fixture(scope="module")
+def cgroup() -> Iterator[Path]:
+    """This process in a cgroup of its own, and back where it was afterwards."""
+    found = features.cgroup2()
+    root = mounts.cgroup2()
+    if root is None:
+        pytest.skip(found.detail)
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    home = next(line[3:] for line in lines if line.startswith("0::"))
+    made = Path(root) / f"tgt-sock-{os.getpid()}"
+    made.mkdir()
+    try:
+        join(made)
+        yield made
+    finally:
+        join(Path(root) / home.lstrip("/"))
+        made.rmdir()
+
+
+@pytest.fixture
+def lab(namespace: None, cgroup: Path) -> Iterator[Lab]:
+    with Lab(program="sock") as made, ExitStack() as stack:
+        group = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, group)
+        for name, program in made.loaded.programs.items():
+            stack.enter_context(attach_cgroup(program, group, attach_type(name)))
+        yield made
+
+
+def attach_type(program: str) -> AttachType:
+    verb, version = program[:-1].upper(), program[-1]
+    kind = "UDP" if verb.endswith("MSG") else "INET"
+    return AttachType[f"{kind}{version}_{verb}"]
+
+
+def server(kind: int, address: str, port: int = 0) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    made = socket.socket(family, kind)
+    made.settimeout(SECONDS)
+    made.bind((address, port))
+    if kind == socket.SOCK_STREAM:
+        made.listen()
+    return made
+
+
+def client(family: int, kind: int) -> socket.socket:
+    made = socket.socket(family, kind)
+    made.settimeout(SECONDS)
+    return made
+
+
+def port(of: socket.socket) -> int:
+    return int(of.getsockname()[1])
+
+
+def serve(lab: Lab, *backends: socket.socket, asked: int = 80) -> None:
+    """The frontend of the backends' family and kind, at port `asked`."""
+    protocol = TCP if backends[0].type == socket.SOCK_STREAM else UDP
+    vip = VIP4 if backends[0].family == socket.AF_INET else VIP6
+    lab.service(vip, asked, protocol, [(s.getsockname()[0], port(s)) for s in backends])
+
+
+@pytest.mark.parametrize(("why", "family", "vip", "backend"), FAMILIES)
+def test_connect(lab: Lab, why: str, family: int, vip: str, backend: str) -> None:
+    with closing(server(socket.SOCK_STREAM, backend)) as listener:
+        serve(lab, listener)
+        with closing(client(family, socket.SOCK_STREAM)) as made:
+            made.connect((vip, 80))
+            assert made.getpeername()[:2] == (vip, 80), why
+            accepted, _ = listener.accept()
+            with closing(accepted):
+                made.sendall(b"question")
+                assert accepted.recv(100) == b"question"
+                accepted.sendall(b"answer")
+                assert made.recv(100) == b"answer"
+
+
+@pytest.mark.parametrize(("why", "family", "vip", "backend"), FAMILIES)
+def test_datagrams(lab: Lab, why: str, family: int, vip: str, backend: str) -> None:
+    """Of a socket that names its peer each time: the answer comes from who was asked."""
+    with closing(server(socket.SOCK_DGRAM, backend)) as echo:
+        serve(lab, echo)
+        with closing(client(family, socket.SOCK_DGRAM)) as made:
+            for _ in range(3):
+                made.sendto(b"question", (vip, 80))
+                data, sender = echo.recvfrom(100)
+                assert data == b"question", why
+                echo.sendto(b"answer", sender)
+                data, peer = made.recvfrom(100)
+                assert (data, peer[:2]) == (b"answer", (vip, 80)), why
+
+
+@pytest.mark.parametrize(("why", "family", "vip", "backend"), FAMILIES)
+def test_connected_datagrams(lab: Lab, why: str, family: int, vip: str, backend: str) -> None:
+    with closing(server(socket.SOCK_DGRAM, backend)) as echo:
+        serve(lab, echo)
+        with closing(client(family, socket.SOCK_DGRAM)) as made:
+            made.connect((vip, 80))
+            assert made.getpeername()[:2] == (vip, 80), why
+            made.send(b"question")
+            data, sender = echo.recvfrom(100)
+            assert data == b"question", why
+            echo.sendto(b"answer", sender)
+            data, peer = made.recvfrom(100)
+            assert (data, peer[:2]) == (b"answer", (vip, 80)), why
+
+
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+@pytest.mark.parametrize(("why", "family", "vip", "backend"), FAMILIES)
+def test_empty_service_refuses(
+    lab: Lab, protocol: int, why: str, family: int, vip: str, backend: str
+) -> None:
+    lab.service(VIP4 if "." in vip else VIP6, 80, protocol, [])
+    kind = socket.SOCK_STREAM if protocol == TCP else socket.SOCK_DGRAM
+    with closing(client(family, kind)) as made:
+        with pytest.raises(ConnectionRefusedError):
+            made.connect((vip, 80))
+        if protocol == UDP:
+            with pytest.raises(ConnectionRefusedError):
+                made.sendto(b"x", (vip, 80))
+
+
+def test_a_backend_that_went_refuses(lab: Lab) -> None:
+    with closing(server(socket.SOCK_STREAM, BACKEND4)) as listener:
+        serve(lab, listener)
+        lab.maps["backends_v1"].update(bytes(4), bytes(24))
+        made = client(socket.AF_INET, socket.SOCK_STREAM)
+        with closing(made), pytest.raises(ConnectionRefusedError):
+            made.connect((VIP4, 80))
+
+
+def test_what_is_no_frontend_is_untouched(lab: Lab) -> None:
+    """Another port or protocol of the frontend's address, and the backend itself."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(closing(server(socket.SOCK_STREAM, BACKEND4)))
+        vip = "127.0.0.9"
+        lab.service(vip, 80, TCP, [(BACKEND4, port(listener))])
+        direct = stack.enter_context(closing(server(socket.SOCK_STREAM, vip, 81)))
+        for address in ((vip, 81), (BACKEND4, port(listener))):
+            made = stack.enter_context(closing(client(socket.AF_INET, socket.SOCK_STREAM)))
+            made.connect(address)
+            assert made.getpeername() == address
+        stack.enter_context(closing(direct.accept()[0]))
+        stack.enter_context(closing(listener.accept()[0]))
+        datagrams = stack.enter_context(closing(server(socket.SOCK_DGRAM, vip, 80)))
+        made = stack.enter_context(closing(client(socket.AF_INET, socket.SOCK_DGRAM)))
+        made.sendto(b"x", (vip, 80))
+        assert datagrams.recv(10) == b"x"
+
+
+def test_another_socket_sees_the_backend(lab: Lab) -> None:
+    """What a socket asked for is its own memory."""
+    with ExitStack() as stack:
+        echo = stack.enter_context(closing(server(socket.SOCK_DGRAM, BACKEND4)))
+        serve(lab, echo)
+        first, second = (
+            stack.enter_context(closing(client(socket.AF_INET, socket.SOCK_DGRAM)))
+            for _ in range(2)
+        )
+        for made, address in ((first, (VIP4, 80)), (second, echo.getsockname())):
+            made.sendto(b"x", address)
+            echo.sendto(b"y", echo.recvfrom(10)[1])
+            assert made.recvfrom(10)[1] == address
+
+
+def test_only_sockets_of_the_cgroup(lab: Lab, cgroup: Path) -> None:
+    with closing(server(socket.SOCK_STREAM, BACKEND4)) as listener:
+        serve(lab, listener)
+        join(cgroup.parent)
+        try:
+            with closing(client(socket.AF_INET, socket.SOCK_STREAM)) as made:
+                with pytest.raises(OSError, match="unreachable") as caught:
+                    made.connect((VIP4, 80))
+                assert caught.value.errno == errno.ENETUNREACH
+        finally:
+            join(cgroup)
+
+
+def test_spread(lab: Lab) -> None:
+    with ExitStack() as stack:
+        listeners = [
+            stack.enter_context(closing(server(socket.SOCK_STREAM, f"127.0.0.{n}")))
+            for n in range(2, 6)
+        ]
+        for listener in listeners:
+            listener.settimeout(0)
+        serve(lab, *listeners)
+        found: Counter[int] = Counter()
+        for _ in range(200):
+            with closing(client(socket.AF_INET, socket.SOCK_STREAM)) as made:
+                made.connect((VIP4, 80))
+                for number, listener in enumerate(listeners):
+                    try:
+                        listener.accept()[0].close()
+                    except BlockingIOError:
+                        continue
+                    found[number] += 1
+        assert sum(found.values()) == 200
+        assert min(found[n] for n in range(4)) > 20, found
