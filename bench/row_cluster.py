@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from measure import Result, Unmeasurable, absolute, calibration, percentile
 from tidegate_bpf import Map
 from tidegate_bpf.errors import BpfError
 from tidegate_bpf.netns import inside
 from tidegate_cli.standalone.rundir import Pod, RunDir, Supervisor
-
-from measure import Result, Unmeasurable, absolute, calibration, percentile
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = 200

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
+from measure import Result, absolute, pinned
 from tidegate_operator import identities, world
 from tidegate_operator.compile import Compiler
 from tidegate_operator.identities import EMPTY_LEDGER
 from tidegate_operator.manifests import Folder, Input
 from tidegate_operator.objects import EMPTY_WORLD
-
-from measure import Result, absolute, pinned
 
 NAMESPACES = 20
 PODS, POLICIES, SERVICES = 1000, 200, 200

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import frames
 from lab import DROP, PASS, REDIRECT, U32, Lab, Pod, Rules, addr, frontend_proof
+from measure import Result, interleaved, pinned
 from tidegate_bpf import RingBuffer, SkbContext
 from tidegate_bpf.netns import inside
-
-from measure import Result, interleaved, pinned
 
 BENCH = Path(__file__).parent / "build" / "bench"
 ROUNDS = 100

@@ -17,7 +17,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import loader_world as world
+from measure import Result, absolute, pinned
 from msgspec import structs
+from row_datapath import two_interfaces
 from tidegate_api import state as api
 from tidegate_bpf import bpffs
 from tidegate_loader import log
@@ -27,9 +29,6 @@ from tidegate_operator.compile import Desired
 from tidegate_operator.compile.compiler import NodeContent
 from tidegate_operator.identities import EMPTY_LEDGER
 from tidegate_operator.publish import Publisher
-
-from measure import Result, absolute, pinned
-from row_datapath import two_interfaces
 
 OBJECTS = Path(__file__).parents[1] / "datapath" / "build"
 ENTRIES = 100_000

@@ -15,10 +15,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lab import BUILD, Lab, Pod, Rules
+from measure import Result, Unmeasurable, interleaved, pinned
 from tidegate_bpf import AttachType, LoadedObject, ObjectFile, attach_cgroup, attach_tcx, mounts
 from tidegate_bpf.netns import inside
-
-from measure import Result, Unmeasurable, interleaved, pinned
 
 RR = Path(__file__).parent / "build" / "rr"
 NODE = "tg-bench-node"
