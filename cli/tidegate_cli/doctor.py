@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -73,7 +74,9 @@ def graded(probe: Callable[[], Probe], bad: Grade) -> Line:
         answer = probe()
     except OSError as error:
         return Line(bad, probe.__name__.strip("_"), error.strerror or str(error))
-    return Line("ok" if answer.ok else bad, answer.name, answer.detail, answer.remedy)
+    # What OSError puts before its text is not for people.
+    detail = re.sub(r"^\[Errno \d+\] ", "", answer.detail)
+    return Line("ok" if answer.ok else bad, answer.name, detail, answer.remedy)
 
 
 def _bpffs(run_dir: str) -> Line:

@@ -31,6 +31,7 @@ from tidegate_cli.objects import RunObjects
 DIRECTIONS = ("egress", "ingress")
 POLICY_REASONS = frozenset((133, 181))
 NO_BACKEND = 158
+SCTP_PORT = 225
 ALLOWED, DENIED, DISAGREE = 0, 1, 2
 
 Fact = tuple[str, str, int]
@@ -261,6 +262,8 @@ def _ask_service(nodes: Nodes, found: Found, source: Pod) -> None:
             text = f"{where}: {reasons.text(run.reason)}; the model knows no backend"
             found.disagreements.append(text)
         return
+    if run.reason == SCTP_PORT:  # a limit of the path per packet, shown; sockets do not meet it
+        return
     picked = frame.destination(run.frame, protocol)
     entry = next((e for e in found.explained if (e.answer.address, e.answer.port) == picked), None)
     if entry is None:
@@ -375,7 +378,7 @@ def _text(found: Found) -> str:
     if found.service is not None:
         picked = ""
         view, run = found.service
-        if run.reason != NO_BACKEND:
+        if run.reason not in (NO_BACKEND, SCTP_PORT):
             protocol = number_of(found.protocol, found.expected.source)
             picked = f", sent to {render.host_port(*frame.destination(run.frame, protocol))}"
         out.append(f"program against the service, on {view.name}: {_run_words(run)}{picked}\n")

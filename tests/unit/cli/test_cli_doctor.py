@@ -35,6 +35,7 @@ def no() -> Probe:
         (yes, "FAIL", "ok    thing: there"),
         (no, "FAIL", "FAIL  thing: gone; get it"),
         (no, "warn", "warn  thing: gone; get it"),
+        (lambda: Probe("x", False, "[Errno 1] no", "try"), "warn", "warn  x: no; try"),
         (denied, "FAIL", "FAIL  denied: load: Operation not permitted"),
     ],
 )

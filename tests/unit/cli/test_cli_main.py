@@ -112,6 +112,12 @@ def test_every_reason_has_a_text() -> None:
     assert len(set(reasons.TEXT.values())) == len(reasons.TEXT)
 
 
+def test_the_page_about_reasons_has_the_same_texts() -> None:
+    page = (ROOT / "docs" / "drop-reasons.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", page, re.MULTILINE)
+    assert {int(number): text for number, text in rows} == reasons.TEXT
+
+
 def test_life_times_are_the_programs() -> None:
     text = (ROOT / "datapath/include/tidegate/conntrack.h").read_text()
     found = re.findall(r"^const volatile __u32 (\w+_life) = (\d+);", text, re.MULTILINE)
