@@ -66,6 +66,9 @@ def main() -> int:
     options = parser.parse_args()
     if os.geteuid():
         parser.error("needs root: it loads eBPF programs")
+    missing = [name for name in ("bench.o", "rr") if not (HERE / "build" / name).exists()]
+    if missing:
+        parser.error(f"bench/build has no {', '.join(missing)}: run `make bench`")
     wanted = set(filter(None, options.only.split(",")))
     results, failed = measure(wanted)
     lines = [result.line() for result in results]
