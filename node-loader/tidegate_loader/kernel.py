@@ -6,6 +6,7 @@ Reads only, but for finishing a rename that a killed loader left half done.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -174,13 +175,14 @@ class Kernel:
         RuleSet) say whose ids these are; ids are never reused, so both may be old."""
         epoch, next_id = self.read_control()
         backends = self.read_backends()
+        table = self.read_node_table()
         found = Actual(
             limits=self.limits(),
             now=now(),
             epoch=epoch,
             next_id=next_id,
-            node_table=self.read_node_table(),
-            rule_sets=self.read_rule_sets(names),
+            node_table=table,
+            rule_sets=self.read_rule_sets(names, table or {}),
             half_open=self._linked("half_open_v1", "half_open"),
             ipcache=self.read_ipcache(),
             networks=self.read_networks(),
@@ -242,12 +244,18 @@ class Kernel:
         )
         return {_node_key(key.kind, key.addr): _node_entry(value) for key, value in rows}
 
-    def read_rule_sets(self, names: Mapping[int, str]) -> dict[int, RuleSetInForce]:
-        """Every pinned rule set, whether a node table names it or not."""
-        linked = self._by_inner_id("rule_sets_v1")
-        tries = self._by_inner_id("cidrs_v1")
+    def read_rule_sets(
+        self, names: Mapping[int, str], table: Mapping[NodeKey, NodeEntry]
+    ) -> dict[int, RuleSetInForce]:
+        """Every pinned rule set, whether the node table names it or not."""
+        pins = _numbered(self.pin_dir / "rule_sets")
+        policies = (p for entry in table.values() for p in (entry.ingress, entry.egress) if p)
+        # Slots are taken lowest first: what no table names yet follows what one names.
+        slots = range(max((p.slot for p in policies), default=-1) + 1 + len(pins))
+        linked = self._by_inner_id("rule_sets_v1", slots)
+        tries = self._by_inner_id("cidrs_v1", slots)
         found = {}
-        for path in _numbered(self.pin_dir / "rule_sets"):
+        for path in pins:
             number = int(path.name)
             with Map.open_pinned(str(path)) as opened:
                 entries = self.decode_rules(opened)
@@ -281,16 +289,25 @@ class Kernel:
         rows = self.layouts.prefix.unpack_all(keys)
         return {(row.bits, row.addr): n for row, n in zip(rows, numbers, strict=True)}
 
-    def _by_inner_id(self, name: str) -> dict[int, int]:
-        """Inner map id -> slot."""
-        keys, values = self.map(name).dump()
-        return dict(zip(array("I", values), array("I", keys), strict=True))
+    def _by_inner_id(self, name: str, slots: Iterable[int]) -> dict[int, int]:
+        """Inner map id -> slot, of some slots. Never of all: before Linux 6.8 every look-up
+        in a map of maps, in a batch too, waits for an RCU grace period."""
+        opened, found = self.map(name), {}
+        limit = opened.info.max_entries
+        for slot in slots:
+            if slot >= limit:
+                break
+            with contextlib.suppress(KeyError):
+                found[INDEX.unpack(opened.lookup(INDEX.pack(slot)))[0]] = slot
+        return found
 
     def _linked(self, name: str, directory: str) -> set[int]:
         """Slots whose inner map is the one pinned under the slot's number."""
-        linked = {slot: inner for inner, slot in self._by_inner_id(name).items()}
+        pins = _numbered(self.pin_dir / directory)
+        slots = self._by_inner_id(name, [int(path.name) for path in pins])
+        linked = {slot: inner for inner, slot in slots.items()}
         found = set()
-        for path in _numbered(self.pin_dir / directory):
+        for path in pins:
             with Map.open_pinned(str(path)) as opened:
                 if linked.get(int(path.name)) == opened.info.id:
                     found.add(int(path.name))

@@ -7,6 +7,7 @@ disk: what it prints on the serial line is all that comes back.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import platform
 import re
@@ -17,6 +18,7 @@ import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "guest"
@@ -43,7 +45,8 @@ SKIPPED_STDLIB = {
 MARK = "guest-exit-code:"
 
 INIT = """#!/bin/busybox sh
-/bin/busybox mkdir -p /proc /sys /dev /run /tmp /sys/fs/bpf
+/bin/busybox mkdir -p /proc /sys /dev /run /tmp
+/bin/busybox ln -s busybox /bin/sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t devtmpfs dev /dev
@@ -96,7 +99,7 @@ def kernel() -> tuple[Path, Path]:
 def run(script: Path, timeout: float) -> Result:
     """Run `script` (under one of TREES) as root in the guest.
 
-    Raises GuestUnavailable, subprocess.TimeoutExpired, RuntimeError (no exit code seen)."""
+    Raises GuestUnavailable, RuntimeError (timed out, no exit code seen) with what it printed."""
     _arch, qemu, machine, console = _machine()
     for tool in (qemu, "busybox", "cpio"):
         if shutil.which(tool) is None:
@@ -104,23 +107,35 @@ def run(script: Path, timeout: float) -> Result:
     image, modules = kernel()
     with tempfile.TemporaryDirectory() as work:
         initramfs = _initramfs(Path(work), modules, script)
-        done = subprocess.run(
-            [
-                qemu, *machine, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2",
-                "-m", "2048", "-nographic", "-no-reboot", "-nic", "none",
-                "-kernel", str(image), "-initrd", str(initramfs),
-                "-append", f"console={console} quiet panic=-1 loglevel=3",
-            ],
-            capture_output=True,
-            timeout=timeout,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )  # fmt: skip
-    output = done.stdout.decode(errors="replace").replace("\r", "")
+        serial = Path(work) / "serial"
+        with serial.open("wb") as out:
+            timed_out = _boot(
+                [
+                    qemu, *machine, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2",
+                    "-m", "2048", "-nographic", "-no-reboot", "-nic", "none",
+                    "-kernel", str(image), "-initrd", str(initramfs),
+                    "-append", f"console={console} quiet panic=-1 loglevel=3",
+                ],
+                out,
+                timeout,
+            )  # fmt: skip
+        output = serial.read_text(errors="replace").replace("\r", "")
+    if timed_out:
+        raise RuntimeError(f"the guest was still running after {timeout:.0f} s:\n{output[-4000:]}")
     code = re.search(rf"^{MARK}(\d+)$", output, re.MULTILINE)
     if code is None:
         raise RuntimeError(f"the guest did not finish:\n{output[-4000:]}")
     return Result(int(code[1]), output)
+
+
+def _boot(command: list[str], out: BinaryIO, timeout: float) -> bool:
+    """Whether it timed out."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, timeout=timeout, check=False
+        )
+        return False
+    return True
 
 
 def _machine() -> tuple[str, str, list[str], str]:
