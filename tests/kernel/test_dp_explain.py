@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 from support import frames as f
@@ -31,9 +31,15 @@ def copy(town: Town, mode: int) -> LoadedObject:
 
 
 @pytest.fixture(scope="module")
-def dry(town: Town) -> Iterator[LoadedObject]:
-    with copy(town, 1) as loaded:
-        yield loaded
+def copies(town: Town) -> Iterator[dict[int, LoadedObject]]:
+    """{dry_run: the object}; 1 judges as if the flow were new, 2 asks conntrack."""
+    with copy(town, 1) as fresh, copy(town, 2) as tracking:
+        yield {1: fresh, 2: tracking}
+
+
+@pytest.fixture
+def dry(copies: dict[int, LoadedObject]) -> LoadedObject:
+    return copies[1]
 
 
 def ask(
@@ -46,20 +52,24 @@ def ask(
     return result.retval, result.data_out, SkbContext.from_buffer_copy(result.ctx_out)
 
 
-def dump(town: Town) -> dict[str, tuple[bytes, bytes]]:
+STATE = ("ct_v1", "frags_v1", "metrics_v1", "socks_v1")
+"""What the real programs write, besides the half-open shares."""
+
+
+def dump(town: Town, names: Iterable[str]) -> dict[str, tuple[bytes, bytes]]:
     lab = town.lab
-    tables = {name: table for name, table in lab.maps.items() if name != "events_v1"}
+    tables = {name: lab.maps[name] for name in names if name not in ("events_v1", "scratch")}
     tables |= {f"share {key}": share for key, share in lab.shares.items()}
-    return {name: table.dump() for name, table in tables.items() if name != "scratch"}
+    return {name: table.dump() for name, table in tables.items()}
 
 
 @contextlib.contextmanager
-def unchanged(town: Town) -> Iterator[None]:
-    """Nothing in the block writes a map, half-open flows included, or an event."""
+def unchanged(town: Town, names: Iterable[str] = STATE) -> Iterator[None]:
+    """Nothing in the block writes these maps, a half-open flow or an event."""
     town.events()
-    before = dump(town)
+    before = dump(town, names)
     yield
-    assert dump(town) == before
+    assert dump(town, names) == before
     assert town.events() == []
 
 
@@ -106,7 +116,7 @@ def test_the_dry_copy_answers_as_the_program_and_changes_nothing(
 ) -> None:
     reasons = set()
     prepare(town)
-    with unchanged(town):
+    with unchanged(town, list(town.lab.maps)):
         answers = [ask(dry, hook, data, host) for hook, data, host in questions()]
     for (hook, data, host), answer in zip(questions(), answers, strict=True):
         verdict, after, context = answer
@@ -154,41 +164,56 @@ def test_the_dry_copy_chooses_the_same_backend(town: Town, dry: LoadedObject) ->
 
 
 @pytest.mark.parametrize("mode", [1, 2])
-def test_conntrack_is_ignored_unless_asked(town: Town, mode: int) -> None:
+def test_conntrack_is_ignored_unless_asked(
+    town: Town, copies: dict[int, LoadedObject], mode: int
+) -> None:
     """b may not open flows to a; its answers pass, which only mode 2 is to say."""
-    with copy(town, mode) as copied:
-        town.open({"a<": NOTHING, "b<": t.rules(t.from_("a"))})
-        answer = t.segment("a", "b", 4, f.ACK, back=True)
-        assert ask(copied, "b>", answer)[2].cb[0] == POLICY
-        town.handshake("a", "b", 4)
-        for _ in range(2):
-            with unchanged(town):
-                verdict, _, context = ask(copied, "b>", answer)
-            expected = (0, REDIRECT) if mode == 2 else (POLICY, DROP)
-            assert (context.cb[0], verdict) == expected
-            town.lab.bump()
-        town.switch({"a<": NOTHING, "b<": NOTHING})
-        for hook, back in (("a>", False), ("b>", True)):
-            with unchanged(town):
-                asked = ask(copied, hook, t.segment("a", "b", 4, f.ACK, back))
-            assert asked[2].cb[0] == POLICY
+    copied = copies[mode]
+    town.open({"a<": NOTHING, "b<": t.rules(t.from_("a"))})
+    answer = t.segment("a", "b", 4, f.ACK, back=True)
+    assert ask(copied, "b>", answer)[2].cb[0] == POLICY
+    town.handshake("a", "b", 4)
+    for _ in range(2):
+        with unchanged(town):
+            verdict, _, context = ask(copied, "b>", answer)
+        expected = (0, REDIRECT) if mode == 2 else (POLICY, DROP)
+        assert (context.cb[0], verdict) == expected
+        town.lab.bump()
+    town.switch({"a<": NOTHING, "b<": NOTHING})
+    for hook, back in (("a>", False), ("b>", True)):
+        with unchanged(town):
+            asked = ask(copied, hook, t.segment("a", "b", 4, f.ACK, back))
+        assert asked[2].cb[0] == POLICY
 
 
 @pytest.mark.parametrize("mode", [1, 2])
-def test_a_service_flow_asked_about(town: Town, mode: int) -> None:
-    with copy(town, mode) as copied:
-        town.open()
-        town.lab.service(VIP4, 80, f.TCP, [(t.IP4["b"], 8080)])
-        a, b = t.IP4["a"], t.IP4["b"]
-        assert town.reason("a>", t.tcp(a, VIP4, 40000, 80, f.SYN)) == 0
-        assert town.reason("b>", t.tcp(b, a, 8080, 40000, f.SYN | f.ACK)) == 0
-        assert town.reason("a>", t.tcp(a, VIP4, 40000, 80, f.ACK)) == 0
-        town.lab.service(VIP4, 80, f.TCP, [(t.IP4["c"], 8080)], base=1)
-        for flags in (f.ACK, f.SYN):
-            with unchanged(town):
-                _, after, _ = ask(copied, "a>", t.tcp(a, VIP4, 40000, 80, flags))
-            stays = mode == 2 and flags == f.ACK
-            assert f.parse(after).dst == t.IP4["b" if stays else "c"]
+def test_half_open_flows_too(town: Town, copies: dict[int, LoadedObject], mode: int) -> None:
+    copied = copies[mode]
+    town.open({"a<": NOTHING})
+    assert town.reason("a>", t.segment("a", "b", 4, f.SYN)) == 0
+    with unchanged(town):
+        asked = ask(copied, "b>", t.segment("a", "b", 4, f.SYN | f.ACK, back=True))
+    assert asked[2].cb[0] == (0 if mode == 2 else POLICY)
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+def test_a_service_flow_asked_about(town: Town, copies: dict[int, LoadedObject], mode: int) -> None:
+    copied = copies[mode]
+    town.open({"b<": t.rules(t.from_("a"))})
+    town.lab.service(VIP4, 80, f.TCP, [(t.IP4["b"], 8080)])
+    a, b = t.IP4["a"], t.IP4["b"]
+    assert town.reason("a>", t.tcp(a, VIP4, 40000, 80, f.SYN)) == 0
+    assert town.reason("b>", t.tcp(b, a, 8080, 40000, f.SYN | f.ACK)) == 0
+    assert town.reason("a>", t.tcp(a, VIP4, 40000, 80, f.ACK)) == 0
+    with unchanged(town):
+        _, _, context = ask(copied, "a>", t.tcp(a, VIP4, 40000, 80, f.ACK))
+    assert context.cb[3] == (21 if mode == 1 else 0), "the rule set, if it was asked anew"
+    town.lab.service(VIP4, 80, f.TCP, [(t.IP4["c"], 8080)], base=1)
+    for flags in (f.ACK, f.SYN):
+        with unchanged(town):
+            _, after, _ = ask(copied, "a>", t.tcp(a, VIP4, 40000, 80, flags))
+        stays = mode == 2 and flags == f.ACK
+        assert f.parse(after).dst == t.IP4["b" if stays else "c"]
 
 
 # ---- events -----------------------------------------------------------------------------------

@@ -340,9 +340,9 @@ def test_fragments_through_a_service(town: Town, version: int) -> None:
         if version == 4
         else f.fragment6(f.IPv6(b, a, f.UDP, answer), 64)
     ):
-        seen = town.send("b>", f.eth(piece))
-        assert (seen.frame.src, seen.frame.dst) == (vip, a)
-        back += seen.data[seen.frame.l4 :]
+        answered = town.send("b>", f.eth(piece))
+        assert (answered.frame.src, answered.frame.dst) == (vip, a)
+        back += answered.data[answered.frame.l4 :]
     found = f.parse(f.eth(f.ip(vip, a, f.UDP, back)))
     assert found.valid
     assert found.sport == 53

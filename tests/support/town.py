@@ -164,8 +164,8 @@ class Town:
 
 
 @contextlib.contextmanager
-def town(**rodata: int) -> Iterator[Town]:
-    with namespace(), Lab(**rodata) as lab:
+def town(**rodata: int | bytes) -> Iterator[Town]:
+    with namespace(), Lab(program="pod", **rodata) as lab:
         yield Town(lab)
 
 
