@@ -44,12 +44,12 @@ def campaign(id: str, what: str) -> Iterator[Figures]:
     finally:
         failures = len(figures.failures) + (not ended)
         seconds = round(time.monotonic() - begun, 1)
-        print(f"{id}: {figures.count} {what} in {seconds} s, {failures} failures")
+        print(f"{id}: {figures.count} {figures.what} in {seconds} s, {failures} failures")
         if SOAK:
             _record(
                 {
                     "id": id,
-                    "what": what,
+                    "what": figures.what,
                     "count": figures.count,
                     "seconds": seconds,
                     "failures": failures,
