@@ -9,8 +9,9 @@
 #include <bpf/bpf_helpers.h>
 #include <tidegate/types.h>
 
-/* clang reduces key and value types of inner maps to forward declarations;
- * naming each in a global keeps its layout in BTF. */
+/* Inner maps name sizes, not types: Linux 6.1 links only inner maps that have
+ * BTF exactly if the declared one has, and the loader's are made without. Their
+ * structs, and every enum, are kept in BTF by this. */
 
 struct tg_anchors {
 	struct tg_node_key node_key;
@@ -51,8 +52,8 @@ struct {
 	__type(key, __u32);
 	__array(values, struct {
 		__uint(type, BPF_MAP_TYPE_HASH);
-		__type(key, struct tg_node_key);
-		__type(value, struct tg_endpoint);
+		__uint(key_size, sizeof(struct tg_node_key));
+		__uint(value_size, sizeof(struct tg_endpoint));
 		__uint(max_entries, 1);
 	});
 } node_v1 SEC(".maps");
@@ -63,8 +64,8 @@ struct {
 	__type(key, __u32);
 	__array(values, struct {
 		__uint(type, BPF_MAP_TYPE_HASH);
-		__type(key, struct tg_rule_key);
-		__type(value, struct tg_rule);
+		__uint(key_size, sizeof(struct tg_rule_key));
+		__uint(value_size, sizeof(struct tg_rule));
 		__uint(max_entries, 1);
 	});
 } rule_sets_v1 SEC(".maps");
@@ -76,8 +77,8 @@ struct {
 	__array(values, struct {
 		__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 		__uint(map_flags, BPF_F_NO_PREALLOC);
-		__type(key, struct tg_prefix);
-		__type(value, __u32);
+		__uint(key_size, sizeof(struct tg_prefix));
+		__uint(value_size, sizeof(__u32));
 		__uint(max_entries, 1);
 	});
 } cidrs_v1 SEC(".maps");
@@ -133,8 +134,8 @@ struct {
 	__type(key, __u32);
 	__array(values, struct {
 		__uint(type, BPF_MAP_TYPE_LRU_HASH);
-		__type(key, struct tg_ct_key);
-		__type(value, struct tg_ct);
+		__uint(key_size, sizeof(struct tg_ct_key));
+		__uint(value_size, sizeof(struct tg_ct));
 		__uint(max_entries, 1024);
 	});
 } half_open_v1 SEC(".maps");
