@@ -98,5 +98,13 @@ soak: install .cache/test-packages ## the long campaigns in full; writes soak/re
 	$(say) "campaigns in full; this takes long"
 	@TIDEGATE_SOAK=1 $(PYTEST) -q -m slow
 
-bench: install .cache/test-packages ## measure; writes bench/results.json
+bench/build/bench.o: bench/bench.bpf.c $(HEADERS) | .cache/build-packages
+	@mkdir -p bench/build
+	@$(CLANG) $(BPF_CFLAGS) -c $< -o $@
+
+bench/build/rr: bench/rr.c
+	@mkdir -p bench/build
+	@gcc -O2 -Wall -Wextra -Werror -o $@ $<
+
+bench: install bench/build/bench.o bench/build/rr ## measure; writes bench/results.json
 	@$(BIN)/python bench/run.py
