@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
-from typing import Literal, Union
+from typing import Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -98,7 +98,7 @@ class CIDRPeer(Model, tag_field="kind", tag="cidr", frozen=True):
     excepts: list[str] = []
 
 
-Peer = Union[AnyPeer, SetPeer, CIDRPeer]
+Peer = AnyPeer | SetPeer | CIDRPeer
 
 
 class Term(Model, frozen=True):
@@ -287,7 +287,7 @@ class Identity(Model, frozen=True):
     spec: IdentitySpec
 
 
-StateObject = Union[RuleSet, StateSlice, NodeState, Identity]
+StateObject = RuleSet | StateSlice | NodeState | Identity
 
 TABLES = ("ipcache", "services", "peers")
 

@@ -190,7 +190,7 @@ class World(msgspec.Struct):
                 endpoints=sorted(self.endpoints, key=lambda e: e.uid),
                 rule_sets=sorted(r.metadata.name for r in self.rule_sets),
                 peer_sets=sorted(p.name for p in self.peers),
-                tables={t: ref for t in api.TABLES},
+                tables=dict.fromkeys(api.TABLES, ref),
             ),
         )
 
