@@ -6,11 +6,46 @@ import logging
 import sys
 from typing import Any
 
-import structlog
-
 
 def logger(node: str, level: str) -> Any:
-    """A structlog logger bound to the node's name."""
+    """A structlog logger bound to the node's name, made when its first line is written."""
+    return _Lazy(node, getattr(logging, level.upper()))
+
+
+class _Lazy:
+    """Importing structlog costs as much as starting all the rest: the state comes first."""
+
+    def __init__(self, node: str, level: int) -> None:
+        self._node = node
+        self._level = level
+        self._made: Any = None
+
+    def _log(self, method: str, event: str, fields: dict[str, Any]) -> None:
+        if getattr(logging, method.upper()) < self._level:
+            return
+        if self._made is None:
+            self._made = _structlog(self._node)
+        getattr(self._made, method)(event, **fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        self._log("info", event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self._log("warning", event, fields)
+
+
+def _structlog(node: str) -> Any:
+    # Optional to structlog, and half of its memory: only for lines that people read.
+    missing = object()
+    rich = sys.modules.get("rich", missing)
+    sys.modules["rich"] = None  # type: ignore[assignment]
+    try:
+        import structlog  # noqa: PLC0415
+    finally:
+        if rich is missing:
+            del sys.modules["rich"]
+        else:
+            sys.modules["rich"] = rich  # type: ignore[assignment]
     return structlog.wrap_logger(
         structlog.PrintLogger(sys.stderr),
         processors=[
@@ -18,6 +53,6 @@ def logger(node: str, level: str) -> Any:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.JSONRenderer(),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
         node=node,
     )

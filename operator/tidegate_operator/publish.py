@@ -45,9 +45,11 @@ from tidegate_operator.problems import Problem
 
 Table = Literal["ipcache", "services", "peers"]
 
-SHARDS = 8
-"""Of every table; a power of two."""
-EPOCH = 1
+MIN_SHARDS = 8
+SHARD_ENTRIES = 2048
+"""A table has the fewest shards, a power of two and at least MIN_SHARDS, that hold on average
+no more keys than this: what one change makes every loader read again."""
+FIRST_EPOCH = 1
 TABLE_LABEL = "tidegate.dev/table"
 RELEASED_LABEL = "tidegate.dev/released"
 """On an Identity that nothing uses: when it was released, on the ledger's own count."""
@@ -113,8 +115,20 @@ def ledger_of(identities: Iterable[Identity]) -> Ledger:
     return Ledger(live, ordered, max((count for _, count in ordered.values()), default=0))
 
 
-def slice_object(table: Table, shard: int, revision: int, content: Mapping[str, Any]) -> StateSlice:
-    """One shard; `content` is key -> entry, for services key -> list of entries."""
+def shards_for(keys: int) -> int:
+    """How many shards a table of so many keys needs."""
+    shards = MIN_SHARDS
+    while keys > shards * SHARD_ENTRIES:
+        shards *= 2
+    return shards
+
+
+def slice_object(
+    table: Table, place: tuple[int, int, int], revision: int, content: Mapping[str, Any]
+) -> StateSlice:
+    """One shard; `place` is (epoch, shard, shards), `content` key -> entry, for services
+    key -> list of entries."""
+    epoch, shard, shards = place
     entries: list[Any] = []
     for key in sorted(content):
         entries += content[key] if table == "services" else [content[key]]
@@ -122,25 +136,21 @@ def slice_object(table: Table, shard: int, revision: int, content: Mapping[str, 
     return StateSlice(
         api_version=API_VERSION,
         kind="StateSlice",
-        metadata=Meta(name=slice_name(table, EPOCH, shard, SHARDS), labels={TABLE_LABEL: table}),
+        metadata=Meta(name=slice_name(table, *place), labels={TABLE_LABEL: table}),
         spec=StateSliceSpec(
             format=FORMAT,
             table=table,
-            epoch=EPOCH,
+            epoch=epoch,
             shard=shard,
-            shards=SHARDS,
+            shards=shards,
             revision=revision,
             **lists,
         ),
     )
 
 
-def node_object(name: str, content: NodeContent, revisions: Mapping[str, int]) -> NodeState:
-    """`revisions`: table -> the revision without which the content cannot be applied."""
-    tables = {
-        table: TableRef(epoch=EPOCH, shards=SHARDS, min_revision=revisions[table])
-        for table in TABLES
-    }
+def node_object(name: str, content: NodeContent, tables: Mapping[str, TableRef]) -> NodeState:
+    """`tables`: with the revision without which the content cannot be applied."""
     return NodeState(
         api_version=API_VERSION,
         kind="NodeState",
@@ -151,27 +161,45 @@ def node_object(name: str, content: NodeContent, revisions: Mapping[str, int]) -
             endpoints=content.endpoints,
             rule_sets=content.rule_sets,
             peer_sets=content.peer_sets,
-            tables=tables,
+            tables=dict(tables),
         ),
     )
 
 
 def render(desired: Desired, ledger: Ledger) -> list[StateObject]:
     """Every object, in publish order, as a first publish into an empty place writes them."""
-    revisions = {"peers": 1, "ipcache": 0, "services": 0}
+    sizes = {
+        "peers": len(desired.peers),
+        "ipcache": len(desired.ipcache),
+        "services": len(desired.services),
+    }
+    tables = {
+        table: TableRef(
+            epoch=FIRST_EPOCH,
+            shards=shards_for(sizes[table]),
+            min_revision=int(table == "peers"),
+        )
+        for table in TABLES
+    }
     found: list[StateObject] = [*ledger_objects(ledger).values(), *desired.rule_sets.values()]
     found += _slices("peers", desired.peers)
-    found += [node_object(name, content, revisions) for name, content in desired.nodes.items()]
+    found += [node_object(name, content, tables) for name, content in desired.nodes.items()]
     found += _slices("ipcache", desired.ipcache)
     found += _slices("services", desired.services)
     return found
 
 
 def _slices(table: Table, content: Mapping[str, Any]) -> list[StateSlice]:
-    shards: list[dict[str, Any]] = [{} for _ in range(SHARDS)]
+    parts = _split(content, shards_for(len(content)))
+    places = [(FIRST_EPOCH, shard, len(parts)) for shard in range(len(parts))]
+    return [slice_object(table, place, 1, p) for place, p in zip(places, parts, strict=True)]
+
+
+def _split(content: Mapping[str, Any], shards: int) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{} for _ in range(shards)]
     for key, entry in content.items():
-        shards[shard_of(key, SHARDS)][key] = entry
-    return [slice_object(table, shard, 1, part) for shard, part in enumerate(shards)]
+        parts[shard_of(key, shards)][key] = entry
+    return parts
 
 
 def path_of(item: StateObject) -> str:
@@ -244,18 +272,35 @@ class _TableState:
     content: dict[str, Any]
     shards: list[dict[str, Any] | None]
     revision: int
+    epoch: int
+    last_epoch: int
+    """The newest that any file has, complete or not."""
+
+    @property
+    def ref(self) -> TableRef:
+        return TableRef(epoch=self.epoch, shards=len(self.shards), min_revision=self.revision)
 
 
 def _table_state(table: str, slices: Iterable[StateSlice]) -> _TableState:
-    state = _TableState({}, [None] * SHARDS, 0)
+    """The newest epoch that is complete: node states may name it, or the one before it. Of
+    none, the newest; without any file, a table of no shards."""
+    found: dict[tuple[int, int], dict[int, StateSlice]] = {}
     for item in slices:
         spec = item.spec
-        if spec.table != table or (spec.epoch, spec.shards) != (EPOCH, SHARDS):
-            continue
-        part = _content(spec)
-        state.shards[spec.shard] = part
+        if spec.table == table and item.metadata.name == slice_name(
+            table, spec.epoch, spec.shard, spec.shards
+        ):
+            found.setdefault((spec.epoch, spec.shards), {})[spec.shard] = item
+    if not found:
+        return _TableState({}, [], 0, FIRST_EPOCH, 0)
+    complete = [key for key, held in found.items() if len(held) == key[1]]
+    epoch, shards = max(complete or found)
+    revisions = [item.spec.revision for held in found.values() for item in held.values()]
+    state = _TableState({}, [None] * shards, max(revisions), epoch, max(found)[0])
+    for shard, item in found[epoch, shards].items():
+        part = _content(item.spec)
+        state.shards[shard] = part
         state.content.update(part)
-        state.revision = max(state.revision, spec.revision)
     return state
 
 
@@ -302,11 +347,15 @@ class Publisher:
         name them, node states before the facts that use their identities. Removals
         reversed. An address that changes identity does so between two states of the peer
         sets: the first knows the old and the new number, the second only the new (DESIGN
-        invariant 8). Raises PublishError."""
+        invariant 8). A table that has outgrown its shards is written anew beside them, as it
+        was, before node states name it. Raises PublishError."""
         self._changed = []
         try:
             self._write_identities(ledger)
             self._write_rule_sets(desired.rule_sets)
+            self._reshard("peers", desired.peers)
+            self._reshard("ipcache", desired.ipcache)
+            self._reshard("services", desired.services)
             self._write_table("peers", self._bridge(desired))
             self._write_nodes(desired.nodes)
             self._write_table("ipcache", desired.ipcache)
@@ -374,11 +423,31 @@ class Publisher:
                     peers[name] = msgspec.structs.replace(now, identities=members)
         return peers
 
+    def _reshard(self, table: Table, wanted: Mapping[str, Any]) -> None:
+        """Room for `wanted`. A table that shrank keeps its shards: small ones cost little."""
+        state, shards = self._tables[table], shards_for(len(wanted))
+        if not state.shards:
+            state.shards = [None] * shards
+        if shards <= len(state.shards):
+            return
+        epoch, revision = state.last_epoch + 1, state.revision + 1
+        # What a lost shard held is not known: what it should hold, or addresses would go.
+        content = state.content if None not in state.shards else {**wanted, **state.content}
+        parts = _split(content, shards)
+        for shard, part in enumerate(parts):
+            self._put_slice(slice_object(table, (epoch, shard, shards), revision, part))
+        self._tables[table] = _TableState(content, [*parts], revision, epoch, epoch)
+
+    def _put_slice(self, item: StateSlice) -> None:
+        self._put(path_of(item), encode(item))
+        self._slice_names.add(item.metadata.name)
+
     def _write_table(self, table: Table, wanted: Mapping[str, Any]) -> None:
         state = self._tables[table]
+        shards = len(state.shards)
         parts: dict[int, dict[str, Any]] = {}
         for key in _differing(state.content, wanted):
-            shard = shard_of(key, SHARDS)
+            shard = shard_of(key, shards)
             part = parts.setdefault(shard, dict(state.shards[shard] or {}))
             if key in wanted:
                 part[key] = wanted[key]
@@ -389,9 +458,8 @@ class Publisher:
                 parts.setdefault(shard, {})
         revision = state.revision + 1
         for shard in sorted(parts):
-            item = slice_object(table, shard, revision, parts[shard])
-            self._put(path_of(item), encode(item))
-            self._slice_names.add(item.metadata.name)
+            place = (state.epoch, shard, shards)
+            self._put_slice(slice_object(table, place, revision, parts[shard]))
             state.revision = revision
             for key in state.shards[shard] or ():
                 state.content.pop(key, None)
@@ -401,12 +469,12 @@ class Publisher:
         state.content = dict(wanted)
 
     def _write_nodes(self, wanted: Mapping[str, NodeContent]) -> None:
-        revisions = {table: self._tables[table].revision for table in TABLES}
+        tables = {table: self._tables[table].ref for table in TABLES}
         for name, content in wanted.items():
             held = self._nodes.get(name)
-            if held is not None and _says(held, content):
+            if held is not None and _says(held, content, tables):
                 continue
-            item = node_object(name, content, revisions)
+            item = node_object(name, content, tables)
             self._put(path_of(item), encode(item))
             self._nodes[name] = item.spec
 
@@ -439,7 +507,9 @@ class Publisher:
 
     def _remove_slices(self) -> None:
         ours = {
-            slice_name(table, EPOCH, shard, SHARDS) for table in TABLES for shard in range(SHARDS)
+            slice_name(table, state.epoch, shard, len(state.shards))
+            for table, state in self._tables.items()
+            for shard in range(len(state.shards))
         }
         for name in sorted(self._slice_names - ours):
             self._drop(f"stateslices/{name}.json")
@@ -457,13 +527,16 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
     return found
 
 
-def _says(spec: NodeStateSpec, content: NodeContent) -> bool:
+def _says(spec: NodeStateSpec, content: NodeContent, tables: Mapping[str, TableRef]) -> bool:
     return (
         spec.format == FORMAT
         and spec.mode == "Enforcing"
         and spec.endpoints == content.endpoints
         and spec.rule_sets == content.rule_sets
         and spec.peer_sets == content.peer_sets
-        and spec.tables.keys() == set(TABLES)
-        and all((ref.epoch, ref.shards) == (EPOCH, SHARDS) for ref in spec.tables.values())
+        and spec.tables.keys() == tables.keys()
+        and all(
+            (ref.epoch, ref.shards) == (tables[table].epoch, tables[table].shards)
+            for table, ref in spec.tables.items()
+        )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import yaml
-from tidegate_api.state import NodeState, StateSlice, encode
+from tidegate_api.state import NodeState, StateSlice, encode, slice_name
 from tidegate_operator import identities, publish, world
 from tidegate_operator.compile import Desired, compile
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
@@ -175,6 +176,92 @@ def test_damaged_files_are_written_anew(run: Given) -> None:
     for name in damaged:
         kind = json.loads(again.files()[name])["kind"]
         assert kind in ("RuleSet", "NodeState")
+
+
+class Killed(BaseException):
+    pass
+
+
+def _grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "MIN_SHARDS", 1)
+    monkeypatch.setattr(publish, "SHARD_ENTRIES", 2)
+
+
+def _assert_nodes_name_what_is_there(run: Given) -> None:
+    files = run.files()
+    for name, data in files.items():
+        if not name.startswith("nodestates"):
+            continue
+        for table, ref in msgspec.json.decode(data, type=NodeState).spec.tables.items():
+            names = [slice_name(table, ref.epoch, n, ref.shards) for n in range(ref.shards)]
+            held = [msgspec.json.decode(files[f"stateslices/{n}.json"], type=StateSlice)
+                    for n in names]  # fmt: skip
+            assert max(item.spec.revision for item in held) >= ref.min_revision
+
+
+def test_table_that_outgrew_its_shards_is_written_beside_them(
+    run: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.publish(BASE)
+    _grown(monkeypatch)
+    more = "".join(pod(f"more-{n}", "{app: a}") for n in range(40))
+    again = Given(run.run_dir)
+    again.world = run.world
+    paths = again.publish(BASE + more)
+    assert _kinds(paths) == ["ipcache", "nodestates", "ipcache", "services", "ipcache",
+                             "problems.json"]  # fmt: skip
+    held = [item for name in again.files() if name.startswith("stateslices/ipcache")
+            for item in [msgspec.json.decode(again.files()[name], type=StateSlice)]]  # fmt: skip
+    assert {(item.spec.epoch, item.spec.shards, len(held)) for item in held} == {(2, 64, 64)}
+    assert again.desired is not None
+    assert sorted(e.cidr for item in held for e in item.spec.ipcache or ()) == sorted(
+        again.desired.ipcache
+    )
+    _assert_nodes_name_what_is_there(again)
+    assert again.publish(BASE + more) == []
+    # Smaller again: the shards stay.
+    assert _kinds(again.publish(BASE)) == ["nodestates", "ipcache", "services"]
+
+
+@pytest.mark.parametrize("allowed", [*range(12), 30, 63, 64, 65, 66, 67, 70, 90, 140, 150])
+def test_killed_while_resharding(run: Given, monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
+    """At every moment node states name whole tables, and the next run ends where it would have."""
+    run.publish(BASE)
+    _grown(monkeypatch)
+    text = BASE + "".join(pod(f"more-{n}", "{app: a}") for n in range(40))
+    done = 0
+    put, drop = Publisher._put, Publisher._drop
+
+    def counted() -> None:
+        nonlocal done
+        done += 1
+        if done > allowed:
+            raise Killed
+
+    def spy_put(self: Publisher, name: str, data: bytes) -> None:
+        counted()
+        put(self, name, data)
+
+    def spy_drop(self: Publisher, name: str) -> None:
+        counted()
+        drop(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Publisher, "_put", spy_put)
+        patch.setattr(Publisher, "_drop", spy_drop)
+        with contextlib.suppress(Killed):
+            run.publish(text)
+    _assert_nodes_name_what_is_there(run)
+    again = Given(run.run_dir)
+    again.world = run.world
+    again.publish(text)
+    _assert_nodes_name_what_is_there(again)
+    kept = [name for name in again.files() if name.startswith("stateslices/ipcache")]
+    assert len(kept) == 64
+    assert again.desired is not None
+    held = [msgspec.json.decode(again.files()[name], type=StateSlice) for name in kept]
+    found = sorted(e.cidr for item in held for e in item.spec.ipcache or ())
+    assert found == sorted(again.desired.ipcache)
 
 
 def test_unwritable_directory_is_a_publish_error(tmp_path: Path) -> None:
