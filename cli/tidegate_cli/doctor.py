@@ -118,7 +118,7 @@ def _objects() -> Iterable[Line]:
 def _object(path: str) -> Line:
     name = f"verifier {os.path.basename(path)}"
     if not os.path.exists(path):
-        return Line("FAIL", name, f"no {path}", "run `make build`")
+        return Line("FAIL", name, f"no {path}", "run `make objects`")
     try:
         with ObjectFile(path).load() as loaded:
             return Line("ok", name, f"{len(loaded.programs)} programs load")

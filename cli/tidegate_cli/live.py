@@ -65,7 +65,7 @@ def objects_dir() -> Path:
     for place in (package / "objects", package.parents[1] / "datapath" / "build"):
         if (place / "pod.o").is_file():
             return place
-    raise CliError("the eBPF objects are not built", "run `make build`")
+    raise CliError("the eBPF objects are not built", "run `make objects`")
 
 
 @dataclass(frozen=True)

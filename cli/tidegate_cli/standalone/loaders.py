@@ -9,32 +9,19 @@ import sys
 from pathlib import Path
 
 import msgspec
-import tidegate_bpf
 from tidegate_api.state import NodeState, digest
 from tidegate_bpf import bpffs, features
 from tidegate_loader.local import NodePaths, Realised, read_realised
 
+from tidegate_cli.live import objects_dir
 from tidegate_cli.standalone.children import Child
 from tidegate_cli.standalone.errors import PrerequisiteError
 from tidegate_cli.standalone.network import index_of
 from tidegate_cli.standalone.rundir import Node, Pod, RunDir
 
-OBJECT = "pod.o"
-
-
-def objects_directory() -> Path:
-    """Where the built programs are: beside `tidegate_bpf` when installed, else
-    in the source tree. Raises PrerequisiteError."""
-    package = Path(tidegate_bpf.__file__).parent
-    places = [package / "objects", package.parents[1] / "datapath" / "build"]
-    for place in places:
-        if (place / OBJECT).is_file():
-            return place
-    raise PrerequisiteError(f"no eBPF objects in {places[-1]}: run `make build`")
-
 
 def check() -> None:
-    """Raises PrerequisiteError with every missing thing and its remedy."""
+    """Raises CliError with every missing thing and its remedy."""
     probes = [
         features.capabilities(),
         features.library(),
@@ -44,7 +31,7 @@ def check() -> None:
     lines = [f"{probe.name}: {probe.detail}: {probe.remedy}" for probe in probes if not probe.ok]
     if lines:
         raise PrerequisiteError("\n".join(lines))
-    objects_directory()
+    objects_dir()
 
 
 class Loaders:
@@ -62,7 +49,7 @@ class Loaders:
     def start(self, nodes: list[Node], cgroup: Path) -> None:
         self._run_dir.bpf.mkdir(exist_ok=True)
         bpffs.mount(self._run_dir.bpf)
-        objects = objects_directory()
+        objects = objects_dir()
         self._netns = {node.name: node.netns for node in nodes}
         for node in nodes:
             argv = [sys.executable, "-m", "tidegate_loader", "--node", node.name]
