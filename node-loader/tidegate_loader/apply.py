@@ -17,7 +17,7 @@ from tidegate_bpf import BpfError, Map, MapType
 from tidegate_bpf.maps import NO_PREALLOC
 
 from tidegate_loader import addresses
-from tidegate_loader.kernel import FEW, INDEX, ZERO_KEY, Kernel, node_key_row
+from tidegate_loader.kernel import FEW, INDEX, ZERO_KEY, Kernel, ipcache_values, node_key_row
 from tidegate_loader.maps import FrontendKey
 from tidegate_loader.plan import (
     RANGE_REST_SECONDS,
@@ -301,8 +301,9 @@ class Writer:
 
     def _upsert_ipcache(self, entries: dict[bytes, int]) -> None:
         packed = b"".join(entries)
-        rows = zip(addresses.addr_proofs(packed), entries.values(), strict=True)
-        self._kernel.map("ipcache_v1").update_batch(packed, self._layouts.ipcache.pack_all(rows))
+        self._kernel.map("ipcache_v1").update_batch(
+            packed, ipcache_values(packed, entries.values())
+        )
         self._reread_ipcache(entries)
 
     def _reread_ipcache(self, keys: Sequence[bytes] | dict[bytes, int]) -> None:

@@ -41,6 +41,7 @@ FEW = 1024
 
 INDEX = struct.Struct("=I")
 ZERO_KEY = INDEX.pack(0)
+_ADDRESS = struct.Struct("16s")
 
 _STRUCTS: dict[str, dict[str, str]] = {
     "tg_node_key": {"kind": "u32", "addr": "bytes[16]"},
@@ -318,14 +319,12 @@ class Kernel:
     def read_ipcache(self) -> dict[bytes, int]:
         keys, values = self.map("ipcache_v1").dump()
         words = memoryview(values).cast("I")
-        packed = [keys[i : i + 16] for i in range(0, len(keys), 16)]
+        packed = [key for (key,) in _ADDRESS.iter_unpack(keys)]
         identities = words[1::2].tolist()
-        if addresses.proofs_hold4(keys, words[0::2].tobytes()):
-            return dict(zip(packed, identities, strict=True))
-        proofs, expected = words[0::2].tolist(), addresses.addr_proofs(keys)
+        proofs, expected = words[0::2].tobytes(), addresses.addr_proofs(keys)
         if proofs == expected:
             return dict(zip(packed, identities, strict=True))
-        rows = zip(packed, identities, proofs, expected, strict=True)
+        rows = zip(packed, identities, array("I", proofs), array("I", expected), strict=True)
         return {key: i if proof == wanted else WRONG for key, i, proof, wanted in rows}
 
     def read_ipcache_keys(self, keys: Iterable[bytes]) -> dict[bytes, int]:
@@ -412,6 +411,14 @@ class Kernel:
             return {i: INDEX.unpack(opened.lookup(INDEX.pack(i)))[0] for i in wanted}
         keys, values = opened.dump()
         return dict(zip(array("I", keys), array("I", values), strict=True))
+
+
+def ipcache_values(packed: bytes, identities: Iterable[int]) -> bytes:
+    """`struct tg_ipcache` of each of the 16-byte addresses that `packed` concatenates."""
+    words = array("I", bytes(len(packed) // 2))
+    words[0::2] = array("I", addresses.addr_proofs(packed))
+    words[1::2] = array("I", identities)
+    return words.tobytes()
 
 
 def now() -> int:
