@@ -37,6 +37,12 @@ def pack(text: str) -> bytes:
         raise ValueError(f"not an address: {text!r}") from None
 
 
+def all_hosts4(cidrs: list[str]) -> bool:
+    """Whether all look like "a.b.c.d/32"; of many at once."""
+    joined = "\n".join(cidrs) + "\n"
+    return ":" not in joined and joined.count("/32\n") == len(cidrs) == joined.count("\n")
+
+
 def pack_hosts4(cidrs: Iterable[str]) -> list[bytes]:
     """`pack` of many "a.b.c.d/32"; ValueError when one is not."""
     try:

@@ -297,18 +297,20 @@ class Writer:
 
     def _delete_ipcache(self, keys: Sequence[bytes]) -> None:
         self._kernel.map("ipcache_v1").delete_batch(b"".join(keys))
-        self._reread_ipcache(keys)
+        self._reread_ipcache(keys, None)
 
     def _upsert_ipcache(self, entries: dict[bytes, int]) -> None:
         packed = b"".join(entries)
         self._kernel.map("ipcache_v1").update_batch(
             packed, ipcache_values(packed, entries.values())
         )
-        self._reread_ipcache(entries)
+        self._reread_ipcache(entries, self._actual.ipcache | entries)
 
-    def _reread_ipcache(self, keys: Sequence[bytes] | dict[bytes, int]) -> None:
+    def _reread_ipcache(
+        self, keys: Sequence[bytes] | dict[bytes, int], likely: dict[bytes, int] | None
+    ) -> None:
         if len(keys) > FEW:
-            self._actual.ipcache = self._kernel.read_ipcache()
+            self._actual.ipcache = self._kernel.read_ipcache(likely)
             return
         found = self._kernel.read_ipcache_keys(keys)
         for key in keys:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import threading
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -61,9 +62,15 @@ class Loader:
         self._start()
 
     def _start(self) -> None:
-        programs = attach.Programs(
-            self._options.objects, self._options.pin_dir, self._realised.objects
-        )
+        # The kernel verifies programs without the interpreter's lock: read meanwhile.
+        foresight = _Foresight(self._source, self._builder)
+        foresight.start()
+        try:
+            programs = attach.Programs(
+                self._options.objects, self._options.pin_dir, self._realised.objects
+            )
+        finally:
+            foresight.join()
         if "pod.o" not in programs.specs:
             raise BpfError(2, f"no pod.o in {self._options.objects}")
         layouts = kernel.Layouts(programs.specs["pod.o"])
@@ -82,7 +89,7 @@ class Loader:
                 counters=self._realised.counters,
             )
         names = {int(n): r.name for n, r in self._realised.rule_sets.items()}
-        self._actual = self._kernel.actual(self._realised, names)
+        self._actual = self._kernel.actual(self._realised, names, foresight.ipcache)
         # Without a word of how it ended, the last apply may have missed its bump.
         self._actual.interrupted = self._paths.applying.exists()
 
@@ -195,7 +202,7 @@ class Loader:
     def _read_back(self) -> Actual:
         assert self._kernel is not None
         names = {number: r.name for number, r in self._actual.rule_sets.items()}
-        found = self._kernel.actual(None, names)
+        found = self._kernel.actual(None, names, self._actual.ipcache)
         found.uids = self._actual.uids
         found.resting = self._actual.resting
         found.interrupted = self._actual.interrupted
@@ -307,6 +314,27 @@ class Loader:
                 )
             )
         return found
+
+
+class _Foresight(threading.Thread):
+    """Fills the memories of a source and a builder, which are its own until it is joined.
+
+    What is wrong with the state is said by the cycle that comes to it."""
+
+    def __init__(self, source: Source, builder: Builder) -> None:
+        super().__init__(daemon=True)
+        self._source = source
+        self._builder = builder
+        self.ipcache: dict[bytes, int] | None = None
+        """What the kernel holds if nothing changed since it was last written."""
+
+    def run(self) -> None:
+        with contextlib.suppress(Stalled, MapsError, RuleSetError, OSError):
+            interfaces, _ = self._source.interfaces()
+            merged: dict[bytes, int] = {}
+            for part in self._builder.build(self._source.state(), interfaces).ipcache:
+                merged.update(part)
+            self.ipcache = merged
 
 
 def _timestamp() -> str:

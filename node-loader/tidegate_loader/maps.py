@@ -317,10 +317,14 @@ def _endpoint(endpoint: Endpoint, interface: LocalInterface) -> DesiredEndpoint:
 
 def _host_part(item: StateSlice) -> _HostPart:
     entries: list[IPCacheEntry] = item.spec.ipcache or []
-    hosts4 = [e for e in entries if e.cidr.endswith("/32") and ":" not in e.cidr]
+    cidrs = [e.cidr for e in entries]
+    hosts4 = entries
+    if not addresses.all_hosts4(cidrs):
+        hosts4 = [e for e in entries if e.cidr.endswith("/32") and ":" not in e.cidr]
+        cidrs = [e.cidr for e in hosts4]
     networks: dict[Prefix, int] = {}
     try:
-        keys = addresses.pack_hosts4([e.cidr for e in hosts4])
+        keys = addresses.pack_hosts4(cidrs)
         # As `_host_word`, without a call for each of a hundred thousand.
         words = [
             i | PEER if e.node is not UNSET or i < FIRST_IDENTITY else i

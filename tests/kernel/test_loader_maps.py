@@ -76,6 +76,33 @@ def test_restart_finds_everything_and_writes_nothing(objects: Path, pin_dir: Pat
     assert again.actual.epoch == 1
 
 
+_ONE, _TWO = addresses.pack("10.0.0.1"), addresses.pack("fd00::2")
+LIKELY = [
+    ("just that, in another order", {_TWO: 301, _ONE: 300}, True),
+    ("less", {_ONE: 300}, False),
+    ("more", {_ONE: 300, _TWO: 301, bytes(16): 1}, False),
+    ("another address", {_ONE: 300, addresses.pack("fd00::3"): 301}, False),
+    ("another identity", {_ONE: 300, _TWO: 302}, False),
+    ("identities the other way round", {_ONE: 301, _TWO: 300}, False),
+    ("one that was wrong before", {_ONE: 300, _TWO: kernel.WRONG}, False),
+]
+
+
+@pytest.mark.parametrize(("reason", "likely", "same"), LIKELY)
+def test_likely_entries_are_taken_only_when_they_are_there(
+    objects: Path, pin_dir: Path, reason: str, likely: dict[bytes, int], same: bool
+) -> None:
+    node, there = Node(objects, pin_dir), {_ONE: 300, _TWO: 301}
+    packed = b"".join(there)
+    values = kernel.ipcache_values(packed, there.values())
+    node.kernel.map("ipcache_v1").update_batch(packed, values)
+    found = node.kernel.read_ipcache(likely)
+    assert (found, found is likely) == (there, same)
+    # A value whose proof is another key's is wrong, whatever is likely.
+    node.kernel.map("ipcache_v1").update(_TWO, values[:8])
+    assert node.kernel.read_ipcache(likely) == {_ONE: 300, _TWO: kernel.WRONG}
+
+
 def test_what_the_datapath_would_read(objects: Path, pin_dir: Path) -> None:
     node = Node(objects, pin_dir)
     node.apply(world.example(), 1, 2)
