@@ -77,10 +77,6 @@ def apply(plan: Plan, kernel: Kernel, actual: Actual) -> list[str]:
         except (OSError, KeyError) as error:
             failed.add(group)
             errors.append(f"{type(step).__name__}: {error}")
-    try:
-        writer.settle()
-    except OSError as error:
-        errors.append(f"link inner maps: {error}")
     return errors[:MAX_ERRORS]
 
 
@@ -106,7 +102,6 @@ class Writer:
         self._layouts = kernel.layouts
         self._actual = actual
         self._built: tuple[Map, BuildNodeTable] | None = None
-        self._linking: list[_Linking] = []
 
     def execute(self, step: AnyStep) -> None:
         match step:
@@ -232,16 +227,10 @@ class Writer:
 
         The batch waits for one too, for readers of what was there before: nobody,
         for these slots are free. So a thread waits, and this returns once programs
-        see the last slot filled."""
+        see the last slot filled, when nothing is left to go wrong."""
         linking = _Linking(self._kernel.map(name), list(pairs))
-        self._linking.append(linking)
         linking.start()
         linking.wait_visible()
-
-    def settle(self) -> None:
-        """Wait for what `_link` left behind. BpfError when a batch failed."""
-        while self._linking:
-            self._linking.pop().finish()
 
     def _build_node_table(self, step: BuildNodeTable) -> None:
         layouts = self._layouts
@@ -367,9 +356,12 @@ class _Linking(threading.Thread):
             self._outer.update_items([(INDEX.pack(slot), inner) for slot, inner in self._pairs])
         except OSError as error:
             self._error = error
+        for _, inner in self._pairs:
+            inner.close()
 
     def wait_visible(self) -> None:
-        """Return when the last slot holds its map; the batch writes in order."""
+        """Return when the last slot holds its map; the batch writes in order. BpfError
+        when it failed."""
         slot, inner = self._pairs[-1]
         key, wanted = INDEX.pack(slot), INDEX.pack(inner.info.id)
         while self.is_alive():
@@ -377,12 +369,6 @@ class _Linking(threading.Thread):
                 if self._outer.lookup(key) == wanted:
                     return
             self.join(POLL_SECONDS)
-        self.finish()
-
-    def finish(self) -> None:
-        self.join()
-        for _, inner in self._pairs:
-            inner.close()
         if self._error is not None:
             raise self._error
 
