@@ -322,3 +322,14 @@ def test_answered_flood_never_reaches_the_table(town: Town) -> None:
     assert not town.established()
     assert not town.half_open("d")
     assert town.half_open("a")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_request_is_no_answer(town: Town, version: int) -> None:
+    """A pod that was pinged may not ping back under the identifier it was pinged with."""
+    town.open(ONE_WAY)
+    a, b = t.ip_of("a", version), t.ip_of("b", version)
+    number = f.ICMP if version == 4 else f.ICMPV6
+    assert town.reason("a>", between(f.ICMP, version)) == 0
+    assert town.reason("b>", between(f.ICMP, version, back=True)) == 0
+    assert town.reason("b>", f.eth(f.ip(b, a, number, f.echo(b, a, 7)))) == POLICY

@@ -158,7 +158,22 @@ tg_inline int tg_parse_ports(struct __sk_buff *skb, struct tg_packet *p)
 	return 0;
 }
 
-/* ICMP as a flow (echo by identifier, else by type alone) or as an error. */
+/* Whether it is an echo. Its ports are (identifier, 0) in a request and (0,
+ * identifier) in the reply: a request the other way is a flow of its own. */
+tg_inline int tg_echo(struct tg_tuple *t, __u8 type, __be16 id)
+{
+	int v4 = t->protocol == IPPROTO_ICMP;
+
+	if (type == (v4 ? TG_ICMP_ECHO : ICMPV6_ECHO_REQUEST))
+		t->sport = id;
+	else if (type == (v4 ? TG_ICMP_ECHO_REPLY : ICMPV6_ECHO_REPLY))
+		t->dport = id;
+	else
+		return 0;
+	return 1;
+}
+
+/* ICMP as a flow (an echo, or of no ports) or as an error. */
 tg_inline int tg_parse_icmp(struct __sk_buff *skb, struct tg_packet *p)
 {
 	struct tg_icmp *icmp = tg_at(skb, p->l4, sizeof(*icmp));
@@ -171,20 +186,16 @@ tg_inline int tg_parse_icmp(struct __sk_buff *skb, struct tg_packet *p)
 		return TG_DROP_INVALID;
 	type = icmp->type;
 	p->icmp_type = type;
+	if (tg_echo(&p->t, type, icmp->id))
+		return 0;
 	if (p->family == 4) {
-		if (type == TG_ICMP_ECHO || type == TG_ICMP_ECHO_REPLY) {
-			p->t.sport = p->t.dport = icmp->id;
-			return 0;
-		}
 		if (type == TG_ICMP_REDIRECT)
 			p->kind = TG_KIND_ND;
 		else if (type < 32 && (TG_ICMP_ERRORS_V4 & 1u << type))
 			p->kind = TG_KIND_ICMP_ERROR;
 		return 0;
 	}
-	if (type == ICMPV6_ECHO_REQUEST || type == ICMPV6_ECHO_REPLY)
-		p->t.sport = p->t.dport = icmp->id;
-	else if (type >= 133 && type <= 137)
+	if (type >= 133 && type <= 137)
 		p->kind = TG_KIND_ND;
 	else if (type >= 1 && type <= 4)
 		p->kind = TG_KIND_ICMP_ERROR;
@@ -390,10 +401,12 @@ tg_global int tg_parse_quoted(struct __sk_buff *skb, struct tg_packet *p)
 		return 0;
 	if (tg_load(skb, at, ports, sizeof(ports)))
 		return TG_DROP_ICMP_ERROR;
+	if (tg_is_icmp(p->t.protocol)) {
+		tg_echo(&p->t, *(__u8 *)ports, ports[1].source);
+		return 0;
+	}
 	p->t.sport = ports[0].source;
 	p->t.dport = ports[0].dest;
-	if (tg_is_icmp(p->t.protocol)) /* echo: the identifier, four bytes in */
-		p->t.sport = p->t.dport = ports[1].source;
 	return 0;
 }
 
