@@ -47,6 +47,8 @@ _COUNTER = {"packets": "u64", "bytes": "u64"}
 TCP = 6
 BEGAN_A, REPLIED, FIN_ORIG, FIN_REPLY, RST = 0x01, 0x02, 0x04, 0x08, 0x10
 NAT, SERVICE, HAIRPIN = 0x20, 0x40, 0x80
+FREE, BUSY = 0, 1 << 63
+"""Words of a half-open flow's place that holds none, or is being written."""
 
 LIVES = {
     "tcp_established_life": 20117,
@@ -127,6 +129,7 @@ class NodeMaps:
         self.layouts = Layouts(self.spec)
         self._ct_key = Codec(self.spec.layout("tg_ct_key"), _CT_KEY)
         self._ct = Codec(self.spec.layout("tg_ct"), _CT)
+        self._half_open_set = Codec(self.spec.layout("tg_half_open_set"), ["way"])
         self._counter = Codec(self.spec.layout("tg_counter"), _COUNTER)
 
     def __enter__(self) -> NodeMaps:
@@ -244,10 +247,12 @@ class NodeMaps:
     def flows(self) -> Iterator[Flow]:
         """Established flows, then the half-open shares."""
         for key, value in self.map("ct_v1").items():
-            yield self._flow(key, value, "table")
+            yield self._flow(self._ct_key.unpack(key), self._ct.unpack(value), "table")
         for path in sorted((self.pin_dir / "half_open").glob("[0-9]*"), key=lambda p: int(p.name)):
-            for key, value in self._open(path).items():
-                yield self._flow(key, value, "half-open")
+            for _, value in self._open(path).items():
+                for way in self._half_open_set.unpack(value).way if any(value) else ():
+                    if way.ct.word not in (FREE, BUSY):
+                        yield self._flow(way.key, way.ct, "half-open")
 
     # ---- figures ---------------------------------------------------------------
 
@@ -329,8 +334,7 @@ class NodeMaps:
             return int(number)
         return number, addresses.text(row.addr), row.port
 
-    def _flow(self, key: bytes, value: bytes, kind: str) -> Flow:
-        k, v = self._ct_key.unpack(key), self._ct.unpack(value)
+    def _flow(self, k: Any, v: Any, kind: str) -> Flow:
         a, b = (addresses.text(k.a), k.aport), (addresses.text(k.b), k.bport)
         began_a = v.flags & BEGAN_A
         age = (seconds_now() - v.seen) & 0xFFFFFFFF

@@ -10,6 +10,7 @@ import ipaddress
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tidegate_bpf import Codec, LoadedObject, Map, MapType, ObjectFile, SkbContext
 
@@ -27,11 +28,16 @@ STRUCTS = [
     "tg_backend",
     "tg_ct_key",
     "tg_ct",
+    "tg_half_open_set",
     "tg_control",
     "tg_counter",
     "tg_event",
 ]
 U32 = struct.Struct("=I")
+SETS, WAYS = 256, 4
+"""Of a share of half-open flows."""
+INNER_MAP = 0x1000
+"""BPF_F_INNER_MAP: an array whose size may differ from the declared one's."""
 HAIRPIN4, HAIRPIN6 = "169.254.42.1", "fd74:6964:6567:6174::1"
 
 
@@ -157,7 +163,7 @@ class Lab:
         shapes = bytes(rules.shapes())
         return (slot, rule_set, flags, len(shapes), shapes.ljust(14, b"\0"))
 
-    def world(self, pods: list[Pod], *, share: int = 1024) -> None:
+    def world(self, pods: list[Pod]) -> None:
         """Publish these local pods as a new node table, with their addresses in ipcache. A pod id
         seen before keeps its place and its half-open flows (`shares`)."""
         table = self.inner(MapType.HASH, 20, self.codecs["tg_endpoint"].size, len(pods) * 3)
@@ -165,7 +171,7 @@ class Lab:
         for number, pod in enumerate(p for p in pods if p.local):
             if (pod.id, number) not in self.shares:
                 self.shares[pod.id, number] = self.inner(
-                    MapType.LRU_HASH, 40, self.codecs["tg_ct"].size, share
+                    MapType.ARRAY, 4, self.codecs["tg_half_open_set"].size, SETS, INNER_MAP
                 )
                 self.linked["half_open_v1"].append((U32.pack(number), self.shares[pod.id, number]))
             value = self.codecs["tg_endpoint"].pack(
@@ -258,3 +264,14 @@ class Lab:
         """(key, value) of every established flow."""
         key, value = self.codecs["tg_ct_key"], self.codecs["tg_ct"]
         return [(key.unpack(k), value.unpack(v)) for k, v in self.maps["ct_v1"].items()]
+
+    def half_open(self, share: Map) -> dict[tuple[int, int], tuple[Any, Any]]:
+        """{(set, way): (key, value)} of a share's flows."""
+        codec = self.codecs["tg_half_open_set"]
+        return {
+            (U32.unpack(at)[0], i): (way.key, way.ct)
+            for at, raw in share.items()
+            if any(raw)
+            for i, way in enumerate(codec.unpack(raw).way)
+            if way.ct.word
+        }

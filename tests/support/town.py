@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from support import frames as f
-from support.lab import DROP, U32, Lab, Pod, Rules
+from support.lab import DROP, SETS, U32, Lab, Pod, Rules
 from tidegate_bpf import Map, RingBuffer, netns
 
 ALLOW, DENY = 1, 0
@@ -82,9 +82,12 @@ class Town:
     def open(self, rules: dict[str, Rules] | None = None, **identities: int) -> None:
         """A fresh town: no flow, fragment, service or address is left of the one before."""
         names = ("ct_v1", "frags_v1", "ipcache_v1", "ipcache_lpm_v1", "frontends_v1")
-        for table in (*(self.lab.maps[name] for name in names), *self.lab.shares.values()):
+        for table in (self.lab.maps[name] for name in names):
             for key in list(table.keys()):
                 table.discard(key)
+        empty = bytes(self.lab.codecs["tg_half_open_set"].size)
+        for share in self.lab.shares.values():
+            share.update_items([(U32.pack(i), empty) for i in range(SETS)])
         for number in range(BACKENDS):
             self.lab.maps["backends_v1"].update(U32.pack(number), bytes(24))
         self.lab.slots = 0
@@ -134,18 +137,27 @@ class Town:
         return self.lab.shares[self.pods[name].id, number]
 
     def half_open(self, name: str) -> list[Any]:
-        return [self.lab.codecs["tg_ct"].unpack(value) for _, value in self.share(name).items()]
+        return [value for _, value in self.lab.half_open(self.share(name)).values()]
 
     def established(self) -> list[Any]:
         return [value for _, value in self.lab.flows()]
 
     def edit(self, table: Map, **fields: Callable[[int], int]) -> None:
         """Pass a field of every flow in `table` through a function."""
-        codec = self.lab.codecs["tg_ct"]
+
+        def edited(flow: Any) -> Any:
+            return flow._replace(**{name: to(getattr(flow, name)) for name, to in fields.items()})
+
+        share = table in self.lab.shares.values()
+        codec = self.lab.codecs["tg_half_open_set" if share else "tg_ct"]
         for key, value in list(table.items()):
-            flow = codec.unpack(value)
-            new = {name: change(getattr(flow, name)) for name, change in fields.items()}
-            table.update(key, codec.pack(**(flow._asdict() | new)))
+            row = codec.unpack(value)
+            if share:
+                ways = (w._replace(ct=edited(w.ct)) if w.ct.word else w for w in row.way)
+                row = row._replace(way=tuple(ways))
+            else:
+                row = edited(row)
+            table.update(key, codec.pack_row(row))
 
     def age(self, table: Map, units: int) -> None:
         """As if no packet had come for so many units of `seen`."""

@@ -3,8 +3,8 @@
  * a packet of either direction costs one look-up.
  *
  * A value is valid if its word is (epoch, proof of the key) both before and
- * after the other fields were read: an LRU element may be recycled for another
- * flow under its reader. Writers clear the word, write, then set it.
+ * after the other fields were read: an entry may be recycled for another flow
+ * under its reader. Writers take the word away, write, then set it.
  */
 #ifndef TIDEGATE_CONNTRACK_H
 #define TIDEGATE_CONNTRACK_H
@@ -67,12 +67,23 @@ tg_inline int tg_ct_key(const struct tg_tuple *t, struct tg_ct_key *key)
 }
 
 /* The same for both directions. */
-tg_inline __u64 tg_flow_proof(const struct tg_tuple *t)
+tg_inline __u32 tg_flow_hash(const struct tg_tuple *t)
 {
 	__u32 h = (tg_addr_proof(&t->src) + tg_addr_proof(&t->dst)) * 0x9E3779B1u;
 
 	h ^= ((__u32)t->sport + t->dport + ((__u32)t->protocol << 16)) * 0x85EBCA77u;
-	return (h ^ h >> 15) & TG_PROOF_MASK;
+	return h ^ h >> 15;
+}
+
+tg_inline __u64 tg_proof(__u32 hash)
+{
+	return hash & TG_PROOF_MASK;
+}
+
+/* Of a share, by the hash's bits above the proof. */
+tg_inline __u32 tg_set(__u32 hash)
+{
+	return hash >> TG_CT_PROOF_BITS & (TG_HALF_OPEN_SETS - 1);
 }
 
 tg_inline __u64 tg_word(__u64 epoch, __u64 proof)
@@ -132,6 +143,111 @@ tg_inline void tg_touch(struct tg_ct *ct, const struct tg_packet *p, int reply, 
 		add |= TG_CT_RST;
 	if (add)
 		__sync_fetch_and_or(&ct->flags, add);
+}
+
+/* After everything else of the entry. */
+tg_inline void tg_write_word(struct tg_ct *ct, __u64 word)
+{
+	tg_barrier();
+	*(volatile __u64 *)&ct->word = word;
+}
+
+/* Changes the word if it is `from` still; whoever succeeds alone may write. */
+tg_inline int tg_swap_word(struct tg_ct *ct, __u64 from, __u64 to)
+{
+	return __sync_val_compare_and_swap(&ct->word, from, to) == from;
+}
+
+/* ---- ways of a set ------------------------------------------------------------------- */
+
+tg_inline int tg_key_equal(const struct tg_ct_key *x, const struct tg_ct_key *y)
+{
+	const __u64 *v = (const __u64 *)x, *w = (const __u64 *)y;
+
+	return !((v[0] ^ w[0]) | (v[1] ^ w[1]) | (v[2] ^ w[2]) | (v[3] ^ w[3]) | (v[4] ^ w[4]));
+}
+
+tg_inline int tg_holds(const struct tg_half_open *way, __u64 word, const struct tg_ct_key *key,
+		       __u64 proof)
+{
+	return word != TG_CT_FREE && word != TG_CT_BUSY && !((word ^ proof) & TG_PROOF_MASK) &&
+	       tg_key_equal(&way->key, key);
+}
+
+/* Bounded where the verifier sees it: the compiler knows what the functions
+ * below return, and would leave the mask out. */
+tg_inline struct tg_half_open *tg_way(struct tg_half_open_set *set, __u32 at)
+{
+	asm volatile("%0 &= %1" : "+r"(at) : "i"(TG_HALF_OPEN_WAYS - 1));
+	return &set->way[at];
+}
+
+/* The way that holds the flow, or -1. */
+tg_global int tg_find_way(const struct tg_half_open_set *set, const struct tg_ct_key *key,
+			  __u64 proof)
+{
+	int i;
+
+	if (!set || !key)
+		return -1;
+	for (i = 0; i < TG_HALF_OPEN_WAYS; i++)
+		if (tg_holds(&set->way[i], tg_read_word(&set->way[i].ct), key, proof))
+			return i;
+	return -1;
+}
+
+enum tg_rank {
+	TG_RANK_BUSY = 0,
+	TG_RANK_OWN = 0xffffffff,
+	TG_RANK_FREE = TG_RANK_OWN - 1,
+	TG_RANK_EXPIRED = TG_RANK_OWN - 2,
+};
+
+/* How gladly a way is given up: a free one, then one that has expired, then the
+ * one least recently seen, any of those equally old. */
+tg_inline __u32 tg_rank(const struct tg_half_open *way, __u64 word, __u32 tie, __u32 now)
+{
+	__s32 age = now - way->ct.seen;
+
+	if (word == TG_CT_FREE)
+		return TG_RANK_FREE;
+	if (word == TG_CT_BUSY)
+		return TG_RANK_BUSY;
+	if (tg_expired(&way->ct, way->key.protocol, now))
+		return TG_RANK_EXPIRED;
+	return ((age > 0 ? (__u32)age << 2 : 0) | (tie & 3)) + 1;
+}
+
+#define TG_CLAIMS 4
+
+/* Makes a way the caller's to write: the flow's own, else the one given up most
+ * gladly. -1: at each try another CPU was faster. */
+tg_global int tg_claim_way(struct tg_half_open_set *set, const struct tg_ct_key *key, __u64 proof,
+			   __u32 now)
+{
+	int try, i;
+
+	if (!set || !key)
+		return -1;
+	for (try = 0; try < TG_CLAIMS; try++) {
+		__u64 word, taken = TG_CT_BUSY;
+		__u32 rank, highest = 0, best = 0;
+
+		for (i = 0; i < TG_HALF_OPEN_WAYS; i++) {
+			word = tg_read_word(&set->way[i].ct);
+			rank = tg_holds(&set->way[i], word, key, proof) ?
+			       TG_RANK_OWN : tg_rank(&set->way[i], word, proof + i, now);
+			if (rank > highest) {
+				highest = rank;
+				best = i;
+				taken = word;
+			}
+		}
+		if (taken != TG_CT_BUSY &&
+		    tg_swap_word(&tg_way(set, best)->ct, taken, TG_CT_BUSY))
+			return best;
+	}
+	return -1;
 }
 
 #endif

@@ -15,19 +15,19 @@ struct tg_quoted {
 static __noinline int tg_find_quoted(struct tg_run *r, struct tg_quoted *q)
 {
 	const struct tg_endpoint *ep = r->ep;
-	void *share;
+	struct tg_half_open_set *set;
 	int i;
 
 	if (!ep)
 		return TG_DROP_PENDING;
 	tg_key(r);
-	q->ct = tg_lookup(r, &ct_v1);
+	q->ct = tg_lookup(r);
 	/* To the receiver of an error the other end is the quoted destination, to
 	 * its sender the quoted source. */
 	for (i = 0; i < 2 && !q->ct; i++) {
 		if (ep) {
-			share = tg_share(ep);
-			q->ct = share ? tg_lookup(r, share) : NULL;
+			set = tg_share_set(r, ep);
+			q->ct = set ? tg_lookup_set(r, set) : NULL;
 		}
 		ep = tg_local(r->node, r->from_pod ? &r->s->p.t.src : &r->s->p.t.dst);
 	}
@@ -79,6 +79,7 @@ static __noinline int tg_icmp_error(struct tg_run *r)
 	struct tg_target *inner = &r->s->inner, *outer = &r->s->outer;
 	struct tg_quoted q = {};
 	__u32 flags;
+	__u64 word;
 	int reason;
 
 	reason = tg_parse_quoted(r->skb, &r->s->p);
@@ -95,8 +96,9 @@ static __noinline int tg_icmp_error(struct tg_run *r)
 	if (reason || !q.ct)
 		return TG_DROP_ICMP_ERROR;
 	/* The error travels against the packet it quotes. */
-	if (tg_read_word(q.ct) != tg_word(r->s->epoch, r->s->proof)) {
-		reason = tg_rejudge(r, q.ct, !r->from_pod, q.reply);
+	word = tg_read_word(q.ct);
+	if (word != tg_word(r->s->epoch, r->s->proof)) {
+		reason = tg_rejudge(r, q.ct, word, !r->from_pod, q.reply);
 		if (reason)
 			return reason;
 	}

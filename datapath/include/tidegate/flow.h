@@ -77,50 +77,74 @@ static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struc
 
 /* ---- half-open flows --------------------------------------------------------------- */
 
-tg_inline void *tg_share(const struct tg_endpoint *ep)
+/* The part of an endpoint's share that this flow may lie in. */
+tg_inline struct tg_half_open_set *tg_share_set(const struct tg_run *r,
+						const struct tg_endpoint *ep)
 {
-	__u32 slot = ep->half_open;
+	__u32 slot = ep->half_open, at = r->s->set;
+	void *share = bpf_map_lookup_elem(&half_open_v1, &slot);
 
-	return bpf_map_lookup_elem(&half_open_v1, &slot);
+	return share ? bpf_map_lookup_elem(share, &at) : NULL;
+}
+
+tg_inline struct tg_ct *tg_lookup_set(struct tg_run *r, struct tg_half_open_set *set)
+{
+	int at = tg_find_way(set, &r->s->key, r->s->proof);
+	struct tg_ct *ct;
+
+	if (at < 0)
+		return NULL;
+	ct = &tg_way(set, at)->ct;
+	return tg_ct_alive(ct, r->s->proof, &r->s->p, r->s->now) ? ct : NULL;
 }
 
 /* A flow that cannot be tracked is not let through: its replies would not be
  * known, and its end never be seen. */
 tg_inline int tg_save(struct tg_run *r, struct tg_ct *ct)
 {
-	void *share;
+	struct tg_half_open_set *set;
+	struct tg_half_open *way;
+	int at;
 
 	ct->seen = r->s->now;
 	ct->flags = r->s->flags | (r->s->src_is_a ? TG_CT_BEGAN_A : 0);
 	ct->backend = r->s->backend;
 	ct->nat_addr = r->s->nat.addr;
 	ct->nat_port = r->s->nat.port;
-	ct->word = tg_word(r->s->epoch, r->s->proof);
+	ct->word = TG_CT_BUSY;
 	if (dry_run)
 		return 0;
-	share = tg_share(r->ep);
-	if (!share || bpf_map_update_elem(share, &r->s->key, ct, BPF_ANY))
+	set = tg_share_set(r, r->ep);
+	if (!set)
 		return TG_DROP_CT_INSERT;
+	at = tg_claim_way(set, &r->s->key, r->s->proof, r->s->now);
+	if (at < 0)
+		return TG_DROP_CT_INSERT;
+	way = tg_way(set, at);
+	way->key = r->s->key;
+	way->ct = *ct;
+	tg_write_word(&way->ct, tg_word(r->s->epoch, r->s->proof));
 	return 0;
 }
 
 /* Out of the share, into the table. Of a translated flow the client's side is
  * recorded too, so that what it sends next finds its backend. */
-static __noinline int tg_establish(struct tg_run *r, void *share, const struct tg_ct *ct,
-				   int reply)
+static __noinline int tg_establish(struct tg_run *r, struct tg_ct *ct, int reply)
 {
+	__u64 word = tg_word(r->s->epoch, r->s->proof);
 	struct tg_scratch *s = r->s;
 	struct tg_tuple *client = &s->client;
 
 	if (dry_run)
 		return 0;
 	s->made = *ct;
-	if (s->made.word != tg_word(r->s->epoch, r->s->proof))
+	tg_barrier();
+	if (s->made.word != word || tg_read_word(ct) != word)
 		return 0;
 	s->made.flags |= TG_CT_REPLIED;
 	if (bpf_map_update_elem(&ct_v1, &r->s->key, &s->made, BPF_ANY))
 		return 0;
-	bpf_map_delete_elem(share, &r->s->key);
+	tg_swap_word(ct, word, TG_CT_FREE);
 	if (!(s->made.flags & TG_CT_NAT))
 		return 0;
 	client->src = reply ? r->s->p.t.dst : r->s->p.t.src;
@@ -135,7 +159,7 @@ static __noinline int tg_establish(struct tg_run *r, void *share, const struct t
 	s->made.flags = TG_CT_SERVICE | TG_CT_REPLIED | (s->made.flags & TG_CT_HAIRPIN);
 	if (tg_ct_key(client, &s->client_key))
 		s->made.flags |= TG_CT_BEGAN_A;
-	s->made.word = tg_word(r->s->epoch, tg_flow_proof(client));
+	s->made.word = tg_word(r->s->epoch, tg_proof(tg_flow_hash(client)));
 	bpf_map_update_elem(&ct_v1, &s->client_key, &s->made, BPF_ANY);
 	return 0;
 }
@@ -145,8 +169,10 @@ static __noinline int tg_establish(struct tg_run *r, void *share, const struct t
 /* The policy has moved since this flow was judged: judge it again, in the
  * direction it began, whichever way this packet goes. A flow that is no longer
  * allowed keeps its entry, with the old epoch: without it the other end's next
- * packet would pass for the first of a flow of its own, and open the way back. */
-static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, int from_pod, int reply)
+ * packet would pass for the first of a flow of its own, and open the way back.
+ * `word`: as read; where another run was faster the caller finds it changed. */
+static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, __u64 word, int from_pod,
+				 int reply)
 {
 	struct tg_scratch *s = r->s;
 	struct tg_tuple *t = &s->turned;
@@ -170,18 +196,15 @@ static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, int from_po
 			ct->seen = r->s->now;
 		return reason;
 	}
-	if (dry_run)
+	if (dry_run || word == TG_CT_BUSY || !tg_swap_word(ct, word, TG_CT_BUSY))
 		return 0;
-	*(volatile __u64 *)&ct->word = 0;
-	tg_barrier();
 	ct->src_endpoint = s->made.src_endpoint;
 	ct->dst_endpoint = s->made.dst_endpoint;
 	ct->src_rule = s->made.src_rule;
 	ct->dst_rule = s->made.dst_rule;
 	ct->to_dst = s->made.to_dst;
 	ct->to_src = s->made.to_src;
-	tg_barrier();
-	*(volatile __u64 *)&ct->word = tg_word(r->s->epoch, r->s->proof);
+	tg_write_word(ct, tg_word(r->s->epoch, r->s->proof));
 	return 0;
 }
 
@@ -202,7 +225,7 @@ tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
 	if (word != tg_word(r->s->epoch, r->s->proof)) {
 		if ((word ^ r->s->proof) & TG_PROOF_MASK)
 			return TG_LOST;
-		reason = tg_rejudge(r, ct, r->from_pod, reply);
+		reason = tg_rejudge(r, ct, word, r->from_pod, reply);
 		if (reason)
 			return reason;
 		word = tg_word(r->s->epoch, r->s->proof);
@@ -230,13 +253,16 @@ tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
 
 tg_inline void tg_key(struct tg_run *r)
 {
+	__u32 hash = tg_flow_hash(&r->s->p.t);
+
 	r->s->src_is_a = tg_ct_key(&r->s->p.t, &r->s->key);
-	r->s->proof = tg_flow_proof(&r->s->p.t);
+	r->s->proof = tg_proof(hash);
+	r->s->set = tg_set(hash);
 }
 
-tg_inline struct tg_ct *tg_lookup(struct tg_run *r, void *map)
+tg_inline struct tg_ct *tg_lookup(struct tg_run *r)
 {
-	struct tg_ct *ct = bpf_map_lookup_elem(map, &r->s->key);
+	struct tg_ct *ct = bpf_map_lookup_elem(&ct_v1, &r->s->key);
 
 	return ct && tg_ct_alive(ct, r->s->proof, &r->s->p, r->s->now) ? ct : NULL;
 }
@@ -257,9 +283,9 @@ tg_inline int tg_proves(const struct tg_packet *p, __u32 flags)
 	return (flags & TG_CT_REPLIED) && !(p->tcp_flags & (TG_TCP_SYN | TG_TCP_RST));
 }
 
-tg_inline int tg_follow_share(struct tg_run *r, void *share)
+tg_inline int tg_follow_set(struct tg_run *r, struct tg_half_open_set *set)
 {
-	struct tg_ct *ct = tg_lookup(r, share);
+	struct tg_ct *ct = tg_lookup_set(r, set);
 	int reply;
 
 	if (!ct)
@@ -268,8 +294,8 @@ tg_inline int tg_follow_share(struct tg_run *r, void *share)
 	if (tg_proves(&r->s->p, ct->flags)) {
 		struct tg_ct *moved;
 
-		tg_establish(r, share, ct, reply);
-		moved = tg_lookup(r, &ct_v1);
+		tg_establish(r, ct, reply);
+		moved = tg_lookup(r);
 		if (moved)
 			return tg_follow(r, moved);
 	}
@@ -283,18 +309,18 @@ tg_inline int tg_follow_share(struct tg_run *r, void *share)
 static __noinline int tg_follow_half_open(struct tg_run *r)
 {
 	const struct tg_endpoint *ep = r->ep;
-	void *share;
+	struct tg_half_open_set *set;
 	int found;
 
 	if (!ep)
 		return TG_LOST;
-	share = tg_share(ep);
-	found = share ? tg_follow_share(r, share) : TG_LOST;
+	set = tg_share_set(r, ep);
+	found = set ? tg_follow_set(r, set) : TG_LOST;
 	if (found != TG_LOST)
 		return found;
 	ep = tg_local(r->node, r->from_pod ? &r->s->p.t.dst : &r->s->p.t.src);
-	share = ep ? tg_share(ep) : NULL;
-	return share ? tg_follow_share(r, share) : TG_LOST;
+	set = ep ? tg_share_set(r, ep) : NULL;
+	return set ? tg_follow_set(r, set) : TG_LOST;
 }
 
 /* ---- services per packet ---------------------------------------------------------------- */

@@ -21,6 +21,8 @@ struct tg_anchors {
 	struct tg_prefix prefix;
 	struct tg_ct_key ct_key;
 	struct tg_ct ct;
+	struct tg_half_open half_open;
+	struct tg_half_open_set half_open_set;
 	struct tg_event event;
 	enum tg_node_kind node_kind;
 	enum tg_peer_kind peer_kind;
@@ -33,6 +35,7 @@ struct tg_anchors {
 	enum tg_backend_state backend_state;
 	enum tg_ct_flags ct_flags;
 	enum tg_ct_word ct_word;
+	enum tg_half_open_size half_open_size;
 	enum tg_rule_special rule_special;
 	enum tg_direction direction;
 	enum tg_reason reason;
@@ -128,15 +131,18 @@ struct {
 	__uint(max_entries, 131072);
 } ct_v1 SEC(".maps");
 
+/* A share forgets a flow for one of the same set only: finding the oldest of
+ * four costs a new flow far less than an LRU_HASH's lists do. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, TG_MAX_ENDPOINTS);
 	__type(key, __u32);
 	__array(values, struct {
-		__uint(type, BPF_MAP_TYPE_LRU_HASH);
-		__uint(key_size, sizeof(struct tg_ct_key));
-		__uint(value_size, sizeof(struct tg_ct));
-		__uint(max_entries, 1024);
+		__uint(type, BPF_MAP_TYPE_ARRAY);
+		__uint(map_flags, BPF_F_INNER_MAP);
+		__uint(key_size, sizeof(__u32));
+		__uint(value_size, sizeof(struct tg_half_open_set));
+		__uint(max_entries, TG_HALF_OPEN_SETS);
 	});
 } half_open_v1 SEC(".maps");
 

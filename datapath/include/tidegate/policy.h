@@ -86,30 +86,41 @@ tg_inline int tg_better(const struct tg_rule *rule, const struct tg_rule *best)
 	return rule->precedence == best->precedence && rule->rule < best->rule;
 }
 
-tg_inline int tg_rule_key(const struct tg_question *q, __u32 class, __u8 shape,
-			  struct tg_rule_key *key)
-{
-	__u8 bits = shape & 31;
+/* What a question's rule keys are made of, the same for each shape. */
+struct tg_parts {
+	__u32 identity; /* 0: matches terms for any peer only */
+	__u32 class;    /* peer word; 0: none */
+	__u32 ports;    /* (protocol, port) as a 24-bit number */
+	__u32 bits;     /* how many of them this packet has: 24 or 8 */
+};
 
-	if (shape >> 5 == TG_PEER_ANY)
-		key->peer = TG_PEER_WORD_ANY;
-	else if (shape >> 5 == TG_PEER_CLASS)
-		key->peer = TG_PEER_WORD_CLASS | class;
-	else
-		key->peer = q->identity;
-	/* An unknown peer matches terms for any peer only. */
-	if (!(shape >> 6) && (!q->identity || (shape >> 5 == TG_PEER_CLASS && !class)))
+tg_inline void tg_rule_parts(const struct tg_question *q, __u32 class, struct tg_parts *parts)
+{
+	int ports = q->protocol == IPPROTO_TCP || q->protocol == IPPROTO_UDP ||
+		    q->protocol == IPPROTO_SCTP;
+
+	parts->identity = q->identity;
+	parts->class = class && q->identity ? TG_PEER_WORD_CLASS | class : 0;
+	parts->ports = (__u32)q->protocol << 16 | bpf_ntohs(q->port);
+	parts->bits = ports ? 24 : 8;
+}
+
+/* Written as two words, as the kernel's hash reads it: reading a word that was
+ * just written in pieces stalls. 0: nothing under this shape can match. */
+tg_inline int tg_rule_key(const struct tg_parts *parts, __u8 shape, struct tg_rule_key *key)
+{
+	__u32 bits = shape & 31, kind = shape >> 5;
+	__u32 peer = kind == TG_PEER_IDENTITY ? parts->identity :
+		     kind == TG_PEER_CLASS ? parts->class : TG_PEER_WORD_ANY;
+	__u32 ports;
+
+	/* A rule with ports never matches what has none. */
+	if (!peer || bits > parts->bits)
 		return 0;
-	key->prefix = bits;
-	key->protocol = bits ? q->protocol : 0;
-	key->port = 0;
-	if (bits > 8) {
-		/* A rule with ports never matches what has none. */
-		if (q->protocol != IPPROTO_TCP && q->protocol != IPPROTO_UDP &&
-		    q->protocol != IPPROTO_SCTP)
-			return 0;
-		key->port = q->port & bpf_htons(0xffff << ((24 - bits) & 15));
-	}
+	ports = parts->ports >> (24 - bits) << (24 - bits);
+	((__u32 *)key)[0] = peer;
+	/* As on the wire: port, protocol, prefix. */
+	((__u32 *)key)[1] = bpf_htonl(ports << 16 | ports >> 16 << 8 | bits);
 	return 1;
 }
 
@@ -121,6 +132,7 @@ tg_global int tg_policy_check(const struct tg_policy *policy,
 	const struct tg_rule *best = NULL;
 	struct tg_prefix prefix;
 	struct tg_rule_key key;
+	struct tg_parts parts;
 	__u32 slot, class = 0;
 	void *rules, *trie;
 	__u32 *found;
@@ -149,6 +161,7 @@ tg_global int tg_policy_check(const struct tg_policy *policy,
 		found = bpf_map_lookup_elem(trie, &prefix);
 		class = found ? *found : 0;
 	}
+	tg_rule_parts(q, class, &parts);
 	for (i = 0; i < TG_MAX_SHAPES; i++) {
 		const struct tg_rule *rule;
 		__u8 shape;
@@ -156,7 +169,7 @@ tg_global int tg_policy_check(const struct tg_policy *policy,
 		if (i >= policy->shape_count)
 			break;
 		shape = policy->shapes[i];
-		if (!tg_rule_key(q, class, shape, &key))
+		if (!tg_rule_key(&parts, shape, &key))
 			continue;
 		rule = bpf_map_lookup_elem(rules, &key);
 		if (rule && tg_better(rule, best)) {

@@ -182,7 +182,8 @@ enum tg_backend_state {
 /* ---- conntrack ------------------------------------------------------------ */
 
 /* Both directions of a flow have one key: (a, aport) is the smaller end.
- * Which end began is in the value. ICMP echo: both ports are the identifier. */
+ * Which end began is in the value. ICMP echo: the end that asked has the
+ * identifier as its port, the other 0. */
 struct tg_ct_key {
 	struct tg_addr a;
 	struct tg_addr b;
@@ -213,8 +214,12 @@ struct tg_forward {
 TG_SIZE(struct tg_forward, 16);
 
 enum tg_ct_word {
-	TG_CT_PROOF_BITS = 24, /* word = epoch << 24 | low bits of the flow's hash */
+	TG_CT_PROOF_BITS = 24, /* word = epoch << 24 | 24 bits of the flow's hash */
 };
+
+/* Words that no flow has: a free way, and one that is being written. */
+#define TG_CT_FREE 0ull
+#define TG_CT_BUSY (1ull << 63)
 
 struct tg_ct {
 	__u64 word;  /* policy epoch and proof of the key, in one word */
@@ -232,6 +237,22 @@ struct tg_ct {
 	__u16 pad;
 };
 TG_SIZE(struct tg_ct, 88);
+
+struct tg_half_open {
+	struct tg_ct_key key;
+	struct tg_ct ct; /* its word says whether key and fields are there */
+};
+TG_SIZE(struct tg_half_open, 128);
+
+enum tg_half_open_size {
+	TG_HALF_OPEN_WAYS = 4,
+	TG_HALF_OPEN_SETS = 256, /* a flow's set: the bits of its hash that are not its proof's */
+};
+
+struct tg_half_open_set {
+	struct tg_half_open way[TG_HALF_OPEN_WAYS];
+};
+TG_SIZE(struct tg_half_open_set, 512);
 
 enum tg_rule_special {
 	TG_RULE_NONE = -1,      /* no policy selects the subject, or default deny */
