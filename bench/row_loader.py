@@ -6,8 +6,10 @@ The programs are the real ones; the two interfaces are a veth pair in a namespac
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,12 +19,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import loader_world as world
-from measure import Result, absolute, pinned
+from measure import Result, absolute, interleaved, pinned
 from msgspec import structs
 from row_datapath import two_interfaces
 from tidegate_api import state as api
 from tidegate_bpf import bpffs
-from tidegate_loader import log
+from tidegate_loader import attach, log
 from tidegate_loader.loader import Loader
 from tidegate_loader.local import NodePaths, encode, read_realised
 from tidegate_operator.compile import Desired
@@ -102,9 +104,13 @@ class Node:
 
     def process(self) -> float:
         """Milliseconds of a loader process from start to the state in force."""
-        command = [sys.executable, "-m", "tidegate_loader", "--once", "--log-level", "warning"]
+        command = ["-m", "tidegate_loader", "--once", "--log-level", "warning"]
         command += ["--node", world.NODE, "--run-dir", str(self.run_dir)]
         command += ["--pin-dir", str(self.pin_dir), "--objects", str(OBJECTS)]
+        return self.python(command)
+
+    def python(self, arguments: list[str]) -> float:
+        """Milliseconds of an interpreter of its own."""
         # Bytecode is compiled once, as in an installed package.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(sys.path),
@@ -112,7 +118,7 @@ class Node:
             "PYTHONPYCACHEPREFIX": str(self.run_dir.parent / "bytecode"),
         }
         began = time.perf_counter_ns()
-        subprocess.run(command, check=True, env=environment)
+        subprocess.run([sys.executable, *arguments], check=True, env=environment)
         return (time.perf_counter_ns() - began) / 1e6
 
     def loader(self) -> Loader:
@@ -150,7 +156,35 @@ def cold() -> Iterator[Result]:
             return here.process()
 
         what = f"a loader process fills an empty kernel with {ENTRIES:,} ipcache entries"
-        yield absolute("loader-cold", what, "ms", 500.0, run)
+        whole = absolute("loader-cold", what, "ms", 500.0, run)
+        extra = {"parts": parts(here, run), **whole.extra}
+        yield dataclasses.replace(whole, extra=extra)
+
+
+def parts(here: Node, run: Callable[[], float]) -> dict[str, float]:
+    """What the whole is made of, and what it is with every CPU; medians in milliseconds."""
+
+    def programs() -> float:
+        here.forget()
+        began = time.perf_counter_ns()
+        attach.Programs(OBJECTS, here.pin_dir, {}).close()
+        return (time.perf_counter_ns() - began) / 1e6
+
+    def every_cpu() -> float:
+        mine = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        try:
+            return run()
+        finally:
+            os.sched_setaffinity(0, mine)
+
+    measured = {
+        "start and imports": lambda: here.python(["-c", "import tidegate_loader.main"]),
+        "loading the programs": programs,
+        "the whole, not pinned to one CPU": every_cpu,
+    }
+    found = interleaved(measured, 3)
+    return {name: round(statistics.median(values), 1) for name, values in found.items()}
 
 
 def noop() -> Iterator[Result]:

@@ -10,6 +10,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterable
+from itertools import repeat
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 
 MAPPED = bytes(10) + b"\xff\xff"
@@ -46,7 +47,8 @@ def all_hosts4(cidrs: list[str]) -> bool:
 def pack_hosts4(cidrs: Iterable[str]) -> list[bytes]:
     """`pack` of many "a.b.c.d/32"; ValueError when one is not."""
     try:
-        return [MAPPED + inet_pton(AF_INET, cidr[:-3]) for cidr in cidrs]
+        found = map(inet_pton, repeat(AF_INET), [cidr[:-3] for cidr in cidrs])
+        return [MAPPED + address for address in found]
     except OSError:
         raise ValueError("not an IPv4 host prefix") from None
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30}
+"""As in the standard library's logging, which structlog imports, and with it only."""
 
 
 def logger(node: str, level: str) -> Any:
     """A structlog logger bound to the node's name, made when its first line is written."""
-    return _Lazy(node, getattr(logging, level.upper()))
+    return _Lazy(node, _LEVELS[level])
 
 
 class _Lazy:
@@ -21,7 +23,7 @@ class _Lazy:
         self._made: Any = None
 
     def _log(self, method: str, event: str, fields: dict[str, Any]) -> None:
-        if getattr(logging, method.upper()) < self._level:
+        if _LEVELS[method] < self._level:
             return
         if self._made is None:
             self._made = _structlog(self._node)
@@ -53,6 +55,6 @@ def _structlog(node: str) -> Any:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.JSONRenderer(),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
+        wrapper_class=structlog.make_filtering_bound_logger(0),
         node=node,
     )
