@@ -13,10 +13,12 @@ from tidegate_operator import identities, world
 from tidegate_operator.compile import Compiler
 from tidegate_operator.identities import EMPTY_LEDGER
 from tidegate_operator.manifests import Folder, Input
-from tidegate_operator.objects import EMPTY_WORLD
+from tidegate_operator.objects import EMPTY_WORLD, World
 
 NAMESPACES = 20
 PODS, POLICIES, SERVICES = 1000, 200, 200
+OPTIONS = world.Options(nodes=10)
+"""A node has addresses for some 250 pods."""
 APPS = 10
 """Apps in each namespace; five pods, a policy and a service each."""
 
@@ -104,6 +106,11 @@ def read(folder: Folder) -> Input:
     return found
 
 
+def check(built: World, pods: int) -> None:
+    if len(built.pods) != pods:
+        raise AssertionError(f"{len(built.pods)} pods have a place, not {pods}")
+
+
 def milliseconds(began: int) -> float:
     return (time.perf_counter_ns() - began) / 1e6
 
@@ -119,7 +126,8 @@ def cold() -> Iterator[Result]:
         def run() -> float:
             began = time.perf_counter_ns()
             documents = read(Folder(Path(directory))).documents
-            now, _ = world.build(documents, world.DEFAULTS, EMPTY_WORLD)
+            now, _ = world.build(documents, OPTIONS, EMPTY_WORLD)
+            check(now, PODS)
             ledger = identities.allocate(now, EMPTY_LEDGER)
             Compiler().compile(now, ledger)
             return milliseconds(began)
@@ -132,7 +140,7 @@ def one() -> Iterator[Result]:
     with tempfile.TemporaryDirectory(prefix="tg-bench-") as directory, pinned():
         write(Path(directory))
         folder = Folder(Path(directory))
-        now, _ = world.build(read(folder).documents, world.DEFAULTS, EMPTY_WORLD)
+        now, _ = world.build(read(folder).documents, OPTIONS, EMPTY_WORLD)
         ledger = identities.allocate(now, EMPTY_LEDGER)
         compiler = Compiler()
         compiler.compile(now, ledger)
@@ -144,7 +152,8 @@ def one() -> Iterator[Result]:
             (Path(directory) / f"pod-{number}.yaml").write_text(yaml.dump(pod(number)))
             began = time.perf_counter_ns()
             documents = read(folder).documents
-            now, _ = world.build(documents, world.DEFAULTS, now)
+            now, _ = world.build(documents, OPTIONS, now)
+            check(now, number + 1)
             ledger = identities.allocate(now, ledger)
             compiler.compile(now, ledger)
             return milliseconds(began)

@@ -427,6 +427,9 @@ class _Placement:
     def _next_slot(self, node: str) -> int:
         used, last = self._used[node], self._cursors[node]
         span = self._slots[node] - FIRST_SLOT
+        # Once for each pod that waits; 0 is what pods in the host's network have.
+        if len(used) - (0 in used) >= span:
+            return -1
         for step in range(span):
             slot = FIRST_SLOT + (last - FIRST_SLOT + 1 + step) % span
             if slot not in used:
