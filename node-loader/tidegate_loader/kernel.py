@@ -50,7 +50,7 @@ _STRUCTS: dict[str, dict[str, str]] = {
         "rule_set": "u32",
         "flags": "u8",
         "shape_count": "u8",
-        "shapes": "bytes[14]",
+        "shapes": "bytes[10]",
     },
     "tg_endpoint": {
         "id": "u32",

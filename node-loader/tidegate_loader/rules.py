@@ -22,7 +22,7 @@ PEER_IDENTITY, PEER_CLASS, PEER_ANY = 0, 1, 2
 WORD_CLASS, WORD_ANY = 0x01000000, 0x02000000
 DENY, ALLOW = 0, 1
 
-MAX_SHAPES = 14
+MAX_SHAPES = 10
 """TG_MAX_SHAPES: key shapes a rule set may have."""
 MAX_ENTRIES = 200_000
 """Entries of one rule set; a larger one is refused whole, never cut."""
@@ -34,7 +34,9 @@ RuleValue = tuple[int, int, int]
 PortKey = tuple[int, int, int]
 """(protocol, port, prefix bits)."""
 
-_PORT_LENGTHS = (frozenset(range(17)), frozenset((0, 4, 8, 12, 16)), frozenset((0, 8, 16)))
+_PORT_LENGTHS = tuple(
+    map(frozenset[int], (range(17), range(0, 17, 4), range(0, 17, 8), range(0, 17, 16)))
+)
 """Port prefix lengths allowed, coarser from left to right: fewer lengths are
 fewer shapes to probe, paid for with more entries."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from support import frames as f
 from support import town as t
-from support.lab import DROP, PASS, REDIRECT, U32, Rules, addr
+from support.lab import DROP, PASS, REDIRECT, SHAPES, U32, Rules, addr
 from support.town import ANY, CLASS, DENY, POLICY, POLICY_DENY, Town
 
 pytestmark = pytest.mark.kernel
@@ -336,9 +336,9 @@ def test_a_pods_own_address_does_not_come_from_outside(town: Town, version: int)
 
 
 def test_most_key_shapes(town: Town) -> None:
-    """Fourteen shapes, the most a rule set may have: the last is found too."""
-    entries = {(300, TCP, 0x8000, 9 + n): (1, n, 1) for n in range(13)}
-    entries[(ANY, UDP, 53, 24)] = (1, 13, 1)
+    """As many as a rule set may have: the last is found too."""
+    entries = {(300, TCP, 0x8000, 9 + n): (1, n, 1) for n in range(SHAPES - 1)}
+    entries[(ANY, UDP, 53, 24)] = (1, SHAPES, 1)
     town.open({"b<": Rules(entries)})
     assert town.reason("a>", opening("a", "b", TCP, 0x8001, 4)) == 0
     assert town.reason("a>", opening("a", "b", UDP, 53, 4)) == 0

@@ -34,6 +34,8 @@ STRUCTS = [
     "tg_event",
 ]
 U32 = struct.Struct("=I")
+SHAPES = 10
+"""Key shapes a rule set may have."""
 SETS, WAYS = 256, 4
 """Of a share of half-open flows."""
 INNER_MAP = 0x1000
@@ -140,7 +142,7 @@ class Lab:
 
     def policy(self, rules: Rules | None, rule_set: int) -> tuple[int, int, int, int, bytes]:
         if rules is None:
-            return (0, 0, 0, 0, bytes(14))
+            return (0, 0, 0, 0, bytes(SHAPES))
         slot, self.slots = self.slots, self.slots + 1
         inner = self.inner(MapType.HASH, 8, 16, len(rules.entries))
         for (peer, protocol, port, bits), (precedence, rule, action) in rules.entries.items():
@@ -161,7 +163,7 @@ class Lab:
                 trie.update(self.codecs["tg_prefix"].pack(bits=bits, addr=raw), U32.pack(number))
             self.linked["cidrs_v1"].append((U32.pack(slot), trie))
         shapes = bytes(rules.shapes())
-        return (slot, rule_set, flags, len(shapes), shapes.ljust(14, b"\0"))
+        return (slot, rule_set, flags, len(shapes), shapes.ljust(SHAPES, b"\0"))
 
     def world(self, pods: list[Pod]) -> None:
         """Publish these local pods as a new node table, with their addresses in ipcache. A pod id

@@ -213,9 +213,11 @@ tg_inline __u32 tg_rank(const struct tg_half_open *way, __u64 word, __u32 tie, _
 		return TG_RANK_FREE;
 	if (word == TG_CT_BUSY)
 		return TG_RANK_BUSY;
+	if (age <= 0)
+		return (tie & 3) + 1;
 	if (tg_expired(&way->ct, way->key.protocol, now))
 		return TG_RANK_EXPIRED;
-	return ((age > 0 ? (__u32)age << 2 : 0) | (tie & 3)) + 1;
+	return ((__u32)age << 2 | (tie & 3)) + 1;
 }
 
 #define TG_CLAIMS 4

@@ -89,7 +89,7 @@ tg_global int tg_rewrite(struct __sk_buff *skb, struct tg_packet *p,
 				 const struct tg_target *to)
 {
 	struct tg_addr *addr;
-	__be16 *port;
+	__be16 *port, *ports;
 	int check;
 	__u32 l4;
 
@@ -113,8 +113,10 @@ tg_global int tg_rewrite(struct __sk_buff *skb, struct tg_packet *p,
 			if (bpf_l4_csum_replace(skb, l4 + check, 0,
 						tg_csum_diff(*port, to->port), mangled))
 				return TG_DROP_REWRITE;
-			if (bpf_skb_store_bytes(skb, l4 + (to->side ? 2 : 0), &to->port, 2, 0))
+			ports = tg_at(skb, l4, 2 * sizeof(*ports));
+			if (!ports)
 				return TG_DROP_REWRITE;
+			ports[to->side ? 1 : 0] = to->port;
 		}
 	}
 	*addr = to->addr;

@@ -47,7 +47,7 @@ enum tg_peer_kind {
 };
 
 enum tg_limits {
-	TG_MAX_SHAPES = 14,
+	TG_MAX_SHAPES = 10,
 	TG_MAX_ENDPOINTS = 1024, /* half-open shares a node */
 	TG_MAX_RULE_SETS = 4096, /* rule sets in force at once, a node */
 	TG_MAX_EXT_HEADERS = 6,  /* IPv6 extension headers walked */
@@ -66,7 +66,7 @@ struct tg_policy {
 	__u8 shape_count;
 	__u8 shapes[TG_MAX_SHAPES];
 };
-TG_SIZE(struct tg_policy, 24);
+TG_SIZE(struct tg_policy, 20);
 
 struct tg_endpoint {
 	__u32 id; /* never reused while the pins live */
@@ -81,7 +81,7 @@ struct tg_endpoint {
 	struct tg_policy ingress;
 	struct tg_policy egress;
 };
-TG_SIZE(struct tg_endpoint, 112);
+TG_SIZE(struct tg_endpoint, 104);
 
 /* ---- rule sets: ARRAY_OF_MAPS[slot] -> immutable HASH ------------------ */
 

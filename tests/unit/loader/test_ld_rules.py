@@ -175,6 +175,24 @@ def test_probing_the_shapes_says_what_the_terms_say(found: list[api.Term]) -> No
                 assert expected == _probe(expanded, identity, address, protocol, port)
 
 
+def test_every_kind_of_peer_and_port_at_once_still_fits() -> None:
+    """Three kinds of peer, with any port, a protocol's, one, a range: at least nine shapes."""
+    peers = [api.AnyPeer(), api.SetPeer(name="a"), api.CIDRPeer(cidr="10.0.0.0/8")]
+    terms = [
+        term
+        for peer in peers
+        for term in (
+            world.term(peer, 0),
+            world.term(peer, 1, "UDP"),
+            world.term(peer, 2, "TCP", 80),
+            world.term(peer, 3, "TCP", 256, end_port=1023),
+        )
+    ]
+    found = rules.expand(world.rule_set(*terms), _PEERS)
+    assert len(found.shapes) == 9
+    assert {entry[2] for entry in found.entries} == {0, 80, *range(256, 1024)}
+
+
 def test_many_lengths_become_few_shapes_and_the_same_ports() -> None:
     wide = rules.expand(world.rule_set(world.term(api.AnyPeer(), 0, "TCP", 1, end_port=65534)), {})
     assert len(wide.shapes) <= rules.MAX_SHAPES
