@@ -432,11 +432,9 @@ def ipcache_values(packed: bytes, identities: Iterable[int]) -> bytes:
 
 
 def _same_entries(keys: list[bytes], values: list[int], likely: dict[bytes, int]) -> bool:
-    """Whether these, in whatever order, are the entries of `likely`, by the sum of their
-    hashes: 64 bits keyed by the interpreter. Looking each up misses the caches each time."""
-    return len(keys) == len(likely) and (
-        sum(map(hash, zip(keys, values, strict=True))) == sum(map(hash, likely.items()))
-    )
+    """Whether these, in whatever order, are just the entries of `likely`. The kernel names
+    no key twice: as many, and each as it should be, is equality."""
+    return len(keys) == len(likely) and list(map(likely.get, keys)) == values
 
 
 def now() -> int:

@@ -50,8 +50,6 @@ INIT = """#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t devtmpfs dev /dev
-/bin/busybox mount -t tmpfs run /run
-/bin/busybox mount -t tmpfs tmp /tmp
 /bin/busybox mount -t cgroup2 cgroup2 /sys/fs/cgroup
 for m in {modules}; do /bin/busybox insmod /modules/$m.ko; done
 /bin/busybox ip link set lo up
