@@ -141,6 +141,8 @@ def test_gates_stay_when_the_loader_goes_and_come_back_unchanged(node: Node) -> 
     node.wait_for(world.example(), 2)
     assert node.link(one.ifindex) == before[0]
     assert node.realised().epoch == epoch + 1
+    # Killed while it cleans up, the next one would rightly bump the epoch once more.
+    _poll("the apply to end", lambda: not node.paths.applying.exists())
     assert node.stop(signal.SIGKILL) == -signal.SIGKILL
     node.start("--once")
     assert node.process is not None
