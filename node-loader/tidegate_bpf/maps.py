@@ -219,12 +219,13 @@ class Map(Owner):
             current = following
         raise BpfError(errno.EAGAIN, f"{self} changes faster than it can be read")
 
-    def dump(self) -> tuple[bytes, bytes]:
+    def dump(self, *, dense: bool = False) -> tuple[bytes, bytes]:
         """All keys and all values, each concatenated: what `Codec.unpack_all` reads. In batches;
         element by element where the kernel has none for this type. An element that moves while
-        the dump runs may come twice or not at all."""
+        the dump runs may come twice or not at all. `dense`: of an array that is filled from its
+        beginning; ends after a batch of nothing but zeros."""
         try:
-            return self._dump_batches()
+            return self._dump_batches(dense)
         except BpfError as cause:
             if cause.errno not in _NO_BATCH:
                 raise
@@ -350,7 +351,7 @@ class Map(Owner):
                 raise
         return self._count(keys)
 
-    def _dump_batches(self) -> tuple[bytes, bytes]:
+    def _dump_batches(self, dense: bool) -> tuple[bytes, bytes]:
         size, stride = self.info.key_size, self.value_stride
         chunk = min(_CHUNK, self.info.max_entries)
         # HASH continues by bucket number (4 bytes), the others by key.
@@ -381,7 +382,7 @@ class Map(Owner):
             keys.append(ctypes.string_at(key_buffer, count.value * size))
             values.append(ctypes.string_at(value_buffer, count.value * stride))
             total += count.value
-            if code < 0:
+            if code < 0 or (dense and not values[-1].strip(b"\0")):
                 return b"".join(keys), b"".join(values)
             started = True
         raise BpfError(errno.EAGAIN, f"{self} changes faster than it can be read")

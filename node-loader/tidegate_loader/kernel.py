@@ -355,7 +355,9 @@ class Kernel:
 
     def read_backends(self) -> dict[int, BackendInForce]:
         """Every id that was ever written, those that rest too."""
-        _, values = self.map("backends_v1").dump()  # an array: in order of ids
+        # An array, in order of ids; the lowest free one is taken first, and what was ever
+        # written is not zero: behind a batch of zeros there is nothing.
+        _, values = self.map("backends_v1").dump(dense=True)
         size = self.layouts.backend.size
         zero = bytes(size)
         used = range(0, len(values.rstrip(b"\0")), size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -205,3 +206,13 @@ def test_freeze_and_memory() -> None:
         a_map.freeze()
         with pytest.raises(BpfError):
             a_map.update(bytes(4), bytes(8))
+
+
+def test_a_dense_dump_ends_behind_what_is_there() -> None:
+    with Map.create(MapType.ARRAY, 4, 8, 100_000) as array:
+        for index in (0, 3, 9_000):
+            array.update(index.to_bytes(4, sys.byteorder), b"\1" * 8)
+        keys, values = array.dump(dense=True)
+        assert len(keys) // 4 == len(values) // 8 < 100_000
+        assert values[9_000 * 8 : 9_001 * 8] == b"\1" * 8
+        assert array.dump()[1].startswith(values)
