@@ -96,7 +96,7 @@ test: lint .cache/test-packages ## every test, on the real kernel with real pack
 
 soak: install .cache/test-packages ## the long campaigns in full; writes soak/results.json
 	$(say) "campaigns in full; this takes long"
-	@TIDEGATE_SOAK=1 $(PYTEST) -q -m slow
+	@TIDEGATE_SOAK=1 $(PYTEST) -q tests/campaign tests/kernel/test_dp_fuzz.py
 
 bench/build/bench.o: bench/bench.bpf.c $(HEADERS) | .cache/build-packages
 	@mkdir -p bench/build
