@@ -4,6 +4,7 @@
 #ifndef TIDEGATE_PARSE_H
 #define TIDEGATE_PARSE_H
 
+#include <stddef.h>
 #include <linux/icmpv6.h>
 #include <linux/if_ether.h>
 #include <linux/in.h>
@@ -282,17 +283,25 @@ tg_inline int tg_is_ext(__u8 next)
 	       next == IPPROTO_FRAGMENT || next == IPPROTO_AH;
 }
 
-/* Walks to the upper layer. A later fragment ends the walk at its header. */
+/* Walks to the upper layer. A later fragment ends the walk at its header. The
+ * headers must lie within the packet, as its length has it: a jumbogram, whose
+ * header says 0, is none that we pass. */
 tg_global int tg_walk_ipv6(struct __sk_buff *skb, struct tg_packet *p,
 				   struct tg_ext *fragment)
 {
 	struct tg_ext ext;
 	__u32 at = ETH_HLEN + sizeof(struct ipv6hdr);
+	__be16 length;
+	__u32 end;
 	__u8 next;
 	int i;
 
-	if (!p || !fragment)
+	if (!p || !fragment ||
+	    tg_load(skb, ETH_HLEN + offsetof(struct ipv6hdr, payload_len), &length, 2))
 		return TG_DROP_INVALID;
+	end = at + bpf_ntohs(length);
+	if (end > skb->len)
+		end = skb->len;
 	next = p->t.protocol;
 	for (i = 0; i < TG_MAX_EXT_HEADERS; i++) {
 		if (!tg_is_ext(next))
@@ -318,7 +327,7 @@ tg_global int tg_walk_ipv6(struct __sk_buff *skb, struct tg_packet *p,
 		}
 		next = ext.next;
 	}
-	if (tg_is_ext(next) && !(bpf_ntohs(fragment->offset) & 0xfff8))
+	if (at > end || (tg_is_ext(next) && !(bpf_ntohs(fragment->offset) & 0xfff8)))
 		return TG_DROP_EXT_HEADER;
 	p->t.protocol = next;
 	p->l4 = at;
