@@ -128,10 +128,6 @@ class Btf:
     def _by_name(self) -> dict[tuple[int, str], int]:
         return {(t.kind, t.name): i for i, t in enumerate(self._types) if t.name}
 
-    def struct_names(self) -> list[str]:
-        """Every named struct with a body."""
-        return sorted(name for kind, name in self._by_name if kind == STRUCT)
-
     def layout(self, name: str) -> Layout:
         """Struct `name`'s layout. Raises LayoutError when the object has no such struct."""
         try:

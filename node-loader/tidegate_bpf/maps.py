@@ -37,16 +37,12 @@ class MapType(enum.IntEnum):
 
 
 PER_CPU = frozenset({MapType.PERCPU_HASH, MapType.PERCPU_ARRAY, MapType.LRU_PERCPU_HASH})
-MAP_IN_MAP = frozenset({MapType.ARRAY_OF_MAPS, MapType.HASH_OF_MAPS})
 
 ANY, NOEXIST, EXIST = 0, 1, 2
 """Flags of `update`."""
 
 NO_PREALLOC = 1 << 0
 """Flag of `create`; required for LPM_TRIE."""
-
-RDONLY_PROG = 1 << 7
-"""Flag of `create`: programs may only read."""
 
 _CHUNK = 8192
 """Elements a lookup batch asks for: large enough to amortise the call, small enough for memory."""

@@ -207,12 +207,6 @@ def path_of(item: StateObject) -> str:
     return f"{KIND_DIRECTORIES[item.kind]}/{item.metadata.name}.json"
 
 
-def write_folder(desired: Desired, ledger: Ledger, directory: Path) -> None:
-    """Write every object as a file, as in a run directory's `objects/`. Raises OSError."""
-    for item in render(desired, ledger):
-        _write(directory / path_of(item), encode(item))
-
-
 def write_stream(
     desired: Desired, ledger: Ledger, stream: TextIO, form: Literal["yaml", "json"]
 ) -> None:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support import waiting
 from tidegate_cli.standalone.rundir import RunDir, Supervisor
 
 WAIT_SECONDS = 20.0
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.01)
+until = functools.partial(waiting.until, seconds=WAIT_SECONDS)
 
 
 @dataclass

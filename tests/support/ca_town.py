@@ -7,33 +7,28 @@ its own. Waiting is polling.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from support import waiting
 from support.clusters import Manifest
 from tidegate_bpf import netns
 from tidegate_cli.standalone import teardown
 from tidegate_cli.standalone.rundir import Pod, RunDir
 
 WAIT_SECONDS = 60.0
+until = functools.partial(waiting.until, seconds=WAIT_SECONDS)
 ECHO_SECONDS = 3.0
 """A datagram that has no answer by then is lost."""
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.01)
 
 
 @dataclass

@@ -20,8 +20,6 @@ import msgspec
 
 from tidegate_cli.standalone.errors import AlreadyUpError, NotUpError, StandaloneError
 
-DEFAULT = Path("/run/tidegate")
-
 # AF_UNIX paths hold 107 bytes.
 _MAX_PATH_BYTES = 90
 
