@@ -1,0 +1,7 @@
+"""Settings of every test."""
+
+import hypothesis
+
+# A test never asserts an absolute time: machines are shared.
+hypothesis.settings.register_profile("tidegate", deadline=None)
+hypothesis.settings.load_profile("tidegate")
