@@ -1,4 +1,5 @@
-"""Desired state: NodeState, RuleSet and StateSlice, and the Identity ledger.
+"""Desired state: NodeState, RuleSet and StateSlice, the Identity ledger, and what
+became of each policy.
 
 The same objects whether they come from an API server or from a folder. They
 are written by machines and read by machines, so the rules are strict:
@@ -8,13 +9,16 @@ are written by machines and read by machines, so the rules are strict:
 * Every list is sorted, so that equal content has equal bytes and names.
 * Addresses are in canonical text form (RFC 5952 for IPv6), ports are ints in
   host order.
+
+The CRDs are made of these types (`schema`): their bounds, and the string below each
+field as its description. So a bound here is one that an API server enforces too.
 """
 
 from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -41,6 +45,24 @@ class Reserved(IntEnum):
 FIRST_IDENTITY = 256
 IDENTITY_BITS = 24
 
+DIGEST_ANNOTATION = "tidegate.dev/digest"
+"""On a NodeState: the digest of its spec. `status.realised` says the same digest once
+the spec is in force."""
+
+MAX_NAME = 253
+
+# Bounds are for what comes from outside: a decoder checks them, a constructor does not.
+Text = Annotated[str, msgspec.Meta(max_length=1024)]
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+Address = Annotated[str, msgspec.Meta(max_length=39)]
+Network = Annotated[str, msgspec.Meta(max_length=43)]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << IDENTITY_BITS) - 1)]
+"""Of an identity."""
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Time = Annotated[str, msgspec.Meta(max_length=40)]
+"""RFC 3339, UTC."""
+
 
 class Model(
     msgspec.Struct,
@@ -53,32 +75,75 @@ class Model(
     object we do not understand never moves the node (DESIGN invariant 4)."""
 
 
+class OwnerReference(Model, forbid_unknown_fields=False, frozen=True):
+    """The object without which this one goes: an API server collects it."""
+
+    api_version: str
+    kind: str
+    name: str
+    uid: str
+
+
 class Meta(Model, forbid_unknown_fields=False, frozen=True):
-    """The part of ObjectMeta that Tidegate reads or writes."""
+    """The part of ObjectMeta that Tidegate reads or writes. Only an API server sets
+    `uid`, `generation`, `resource_version` and the two times."""
 
     name: str
+    namespace: str | UnsetType = UNSET
+    """Absent for cluster-scoped kinds."""
     labels: dict[str, str] | UnsetType = UNSET
+    annotations: dict[str, str] | UnsetType = UNSET
+    owner_references: list[OwnerReference] | UnsetType = UNSET
+    finalizers: list[str] | UnsetType = UNSET
+    uid: str | UnsetType = UNSET
     generation: int | UnsetType = UNSET
     resource_version: str | UnsetType = UNSET
+    creation_timestamp: str | UnsetType = UNSET
+    deletion_timestamp: str | UnsetType = UNSET
+
+
+# ---- Conditions ---------------------------------------------------------------
+
+
+class Condition(Model, frozen=True):
+    """One statement about the object. `Ready` is always there once the writer has looked;
+    `Reconciling` and `Stalled` are there only while true."""
+
+    type: Annotated[str, msgspec.Meta(max_length=64)]
+    """`Ready`, `Reconciling` or `Stalled`, or one more specific."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it is so."""
+    reason: Annotated[str, msgspec.Meta(max_length=128)]
+    """Why, in one word for machines."""
+    message: Annotated[str, msgspec.Meta(max_length=32768)]
+    """Why, and what to do, for people."""
+    last_transition_time: Time
+    """When `status` last changed."""
+    observed_generation: Count | UnsetType = UNSET
+    """The `metadata.generation` that this was said of."""
 
 
 # ---- RuleSet ----------------------------------------------------------------
 
 
 class PolicyRef(Model, order=True, frozen=True):
-    """The object a rule came from; `namespace` is "" for cluster-scoped kinds."""
+    """The object a rule came from."""
 
-    kind: str
-    namespace: str
-    name: str
+    kind: Annotated[str, msgspec.Meta(max_length=63)]
+    """Kind of the policy object."""
+    namespace: Annotated[str, msgspec.Meta(max_length=63)]
+    """Its namespace; "" for cluster-scoped kinds."""
+    name: Name
+    """Its name."""
 
 
 class Rule(Model, order=True, frozen=True):
-    """One rule of one policy: `policies[policy]`, and the rule's index in that
-    object's ingress or egress list."""
+    """One rule of one policy."""
 
-    policy: int
-    index: int
+    policy: Count
+    """Index into `policies`."""
+    index: Count
+    """Index of the rule in that object's ingress or egress list."""
 
 
 class AnyPeer(Model, tag_field="kind", tag="any", frozen=True):
@@ -86,16 +151,19 @@ class AnyPeer(Model, tag_field="kind", tag="any", frozen=True):
 
 
 class SetPeer(Model, tag_field="kind", tag="set", frozen=True):
-    """The members of a peer set; `name` is the set's content name."""
+    """The members of a peer set."""
 
-    name: str
+    name: Name
+    """Content name of the peer set."""
 
 
 class CIDRPeer(Model, tag_field="kind", tag="cidr", frozen=True):
     """Addresses, whoever has them: pods, nodes and externals alike."""
 
-    cidr: str
-    excepts: list[str] = []
+    cidr: Network
+    """The network."""
+    excepts: list[Network] = []
+    """Networks inside it that do not belong to the peer."""
 
 
 Peer = AnyPeer | SetPeer | CIDRPeer
@@ -106,14 +174,18 @@ class Term(Model, frozen=True):
     absent `port` every port (and then also protocols without ports)."""
 
     peer: Peer
+    """Who is on the other side."""
     action: Literal["Allow", "Deny"]
-    precedence: int
+    """What becomes of a flow that matches."""
+    precedence: Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
     """Higher wins; among equals the lowest `rule` is named. 32 bits."""
-    rule: int
-    """Index into `RuleSetSpec.rules`."""
+    rule: Count
+    """Index into `rules`."""
     protocol: Protocol | UnsetType = UNSET
-    port: int | UnsetType = UNSET
-    end_port: int | UnsetType = UNSET
+    """Absent: every protocol."""
+    port: Port | UnsetType = UNSET
+    """Absent: every port, and protocols without ports."""
+    end_port: Port | UnsetType = UNSET
     """Inclusive; absent: the one `port`."""
 
 
@@ -121,89 +193,125 @@ class RuleSetSpec(Model, frozen=True):
     """The policy of one subject in one direction. A subject has a rule set iff
     some policy isolates it in this direction; no terms = nothing is allowed."""
 
-    format: int
+    format: Count
+    """Version of the meaning of this spec."""
     direction: Literal["Ingress", "Egress"]
+    """As the subject sees it."""
     policies: list[PolicyRef]
     """The policies that isolate the subject, sorted: what "default deny" names."""
     rules: list[Rule]
+    """The rules that terms came from."""
     terms: list[Term]
+    """What is allowed or denied, sorted."""
 
 
 class RuleSet(Model, frozen=True):
+    """The policy of one subject in one direction as terms. Named by the hash of its
+    content, holds no identity number, never edited."""
+
     api_version: str
     kind: Literal["RuleSet"]
     metadata: Meta
     spec: RuleSetSpec
+    """Content that the name is the hash of."""
 
 
 # ---- StateSlice ---------------------------------------------------------------
 
 
 class IPCacheEntry(Model, frozen=True):
-    """Who has an address. `cidr` is a host prefix (/32, /128) or a network.
+    """Who has an address."""
 
-    `identity` 0 on a network means "no pod has been published here yet": it is
+    cidr: Network
+    """A host prefix (/32, /128) or a network."""
+    identity: Number
+    """Its identity. 0 on a network means "no pod has been published here yet": it is
     how every cluster pod CIDR is kept from counting as world."""
-
-    cidr: str
-    identity: int
-    node: str | UnsetType = UNSET
+    node: Name | UnsetType = UNSET
     """The node the pod runs on; absent for networks and node addresses."""
 
 
 class PeerSet(Model, frozen=True):
     """The identities that a selector picks now."""
 
-    name: str
+    name: Name
     """Content name: hash of the normalised selector."""
     selector: str
     """The normalised selector in words, for people."""
-    identities: list[int]
+    identities: list[Number]
+    """Its members now, sorted."""
 
 
 class Frontend(Model, frozen=True):
-    address: str
-    port: int
+    """One address of a Service's port."""
+
+    address: Address
+    """Where clients connect to."""
+    port: Port
+    """Where clients connect to."""
     protocol: Protocol
-    port_name: str = ""
+    """Of the transport."""
+    port_name: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    """The port's name in the Service; "" for none."""
 
 
 class Backend(Model, order=True, frozen=True):
-    address: str
-    port: int
+    """One endpoint behind frontends."""
+
+    address: Address
+    """Where the pod is."""
+    port: Port
+    """Where the pod listens."""
 
 
 class ServicePort(Model, frozen=True):
     """One port of one Service: frontends that share one backend list."""
 
-    namespace: str
-    name: str
-    type: str
+    namespace: Annotated[str, msgspec.Meta(max_length=63)]
+    """Of the Service."""
+    name: Name
+    """Of the Service."""
+    type: Annotated[str, msgspec.Meta(max_length=63)]
+    """Of the Service: ClusterIP and so on."""
     frontends: list[Frontend]
+    """Addresses that lead here, sorted."""
     backends: list[Backend]
+    """Endpoints that serve it, sorted."""
 
 
 class StateSliceSpec(Model, frozen=True):
     """One shard of a table; exactly one of the three lists is present, and it
     is the one that `table` names."""
 
-    format: int
+    format: Count
+    """Version of the meaning of this spec."""
     table: Literal["ipcache", "services", "peers"]
-    epoch: int
-    shard: int
-    shards: int
-    revision: int
+    """The table that this is a shard of."""
+    epoch: Count
+    """Counts resharding; shards of two epochs may be there at once."""
+    shard: Count
+    """Which shard this is, from 0."""
+    shards: Annotated[int, msgspec.Meta(ge=1)]
+    """How many there are in this epoch, a power of two."""
+    revision: Count
     """The table's revision when this shard was last written."""
     ipcache: list[IPCacheEntry] | UnsetType = UNSET
+    """Addresses; only in the table of that name."""
     services: list[ServicePort] | UnsetType = UNSET
+    """Services; only in the table of that name."""
     peers: list[PeerSet] | UnsetType = UNSET
+    """Peer sets; only in the table of that name."""
 
 
 class StateSlice(Model, frozen=True):
+    """One shard of a table that many nodes share, selected by label
+    `tidegate.dev/table`."""
+
     api_version: str
     kind: Literal["StateSlice"]
     metadata: Meta
     spec: StateSliceSpec
+    """The shard."""
 
 
 # ---- NodeState ------------------------------------------------------------------
@@ -213,81 +321,192 @@ class Endpoint(Model, frozen=True):
     """One pod on the node. Its addresses come from the node (CNI) first; those
     the API knows are repeated here so that a restart needs no CNI."""
 
-    uid: str
-    namespace: str
-    name: str
-    identity: int
-    addresses: list[str]
-    ingress: str | UnsetType = UNSET
+    uid: Annotated[str, msgspec.Meta(max_length=128)]
+    """Of the pod: what an endpoint is keyed by."""
+    namespace: Annotated[str, msgspec.Meta(max_length=63)]
+    """Of the pod."""
+    name: Name
+    """Of the pod."""
+    identity: Number
+    """The identity number that peers know it by."""
+    addresses: list[Address]
+    """Those that the API knows, IPv4 first; may be none yet."""
+    ingress: Name | UnsetType = UNSET
     """Name of its RuleSet; absent: no policy selects it, default allow."""
-    egress: str | UnsetType = UNSET
+    egress: Name | UnsetType = UNSET
+    """Name of its RuleSet; absent: no policy selects it, default allow."""
 
 
 class TableRef(Model, frozen=True):
-    epoch: int
-    shards: int
-    min_revision: int
+    """What a node must have read of a table before it moves."""
+
+    epoch: Count
+    """The epoch to read."""
+    shards: Annotated[int, msgspec.Meta(ge=1)]
+    """How many shards make the table whole."""
+    min_revision: Count
+    """A revision that has to be seen before this state may be applied."""
 
 
 class NodeStateSpec(Model, frozen=True):
-    format: int
+    """What one node enforces."""
+
+    format: Count
+    """Version of the meaning of this spec; a loader says in `status.formats` which it reads."""
     mode: Literal["Enforcing", "Detached"]
+    """`Detached` removes everything of Tidegate from the node's kernel; nothing else does."""
     endpoints: list[Endpoint]
-    rule_sets: list[str]
+    """The pods of the node, sorted."""
+    rule_sets: list[Name]
     """Names of every RuleSet the endpoints use, sorted."""
-    peer_sets: list[str]
+    peer_sets: list[Name]
     """Names of every peer set those rule sets use, sorted."""
     tables: dict[str, TableRef]
-
-
-class Condition(Model, frozen=True):
-    type: str
-    status: Literal["True", "False", "Unknown"]
-    reason: str
-    message: str
-    last_transition_time: str
-    observed_generation: int | UnsetType = UNSET
+    """Table name -> what of it is needed."""
+    term: Count | UnsetType = UNSET
+    """Counts leaders: of the one that wrote this. Never falls, so that a leader which was
+    deposed cannot overwrite its successor. Absent where nothing elects a leader."""
 
 
 class NodeStateStatus(Model, frozen=True):
-    realised: str | UnsetType = UNSET
+    """What the node's loader found in the kernel."""
+
+    realised: Annotated[str, msgspec.Meta(max_length=64)] | UnsetType = UNSET
     """Digest of the NodeState spec in force, read back from the kernel."""
-    endpoints: int = 0
-    drift: int = 0
+    endpoints: Count = 0
+    """Endpoints in force."""
+    drift: Count = 0
     """Entries found changed behind the loader's back and repaired, in all."""
     formats: list[int] = []
+    """The formats of specs that this loader reads."""
     conditions: list[Condition] = []
+    """`Ready`: the newest spec is in force. `Stalled`: something that has to be mended."""
+    observed_generation: Count | UnsetType = UNSET
+    """The newest `metadata.generation` that the loader has looked at."""
 
 
 class NodeState(Model, frozen=True):
+    """What one node enforces: its endpoints, their rule sets, and which tables it needs
+    at which revision. Named after its Node, and owned by it."""
+
     api_version: str
     kind: Literal["NodeState"]
     metadata: Meta
     spec: NodeStateSpec
+    """What is wanted; the operator's."""
     status: NodeStateStatus | UnsetType = UNSET
+    """What is in force; the loader's."""
 
 
 # ---- Identity --------------------------------------------------------------------
 
 
 class IdentitySpec(Model, frozen=True):
-    """What an allocated number stands for. Exactly (namespace, labels) or cidrs."""
+    """What a number stands for. Exactly (namespace, labels) or cidrs."""
 
     namespace: str | UnsetType = UNSET
+    """The pods' namespace."""
     labels: dict[str, str] | UnsetType = UNSET
+    """The pods' identity-relevant labels, all of them."""
     cidrs: list[str] | UnsetType = UNSET
+    """Networks outside the cluster, without host bits."""
+
+
+class IdentityStatus(Model, frozen=True):
+    """What the operator made of it."""
+
+    id: Number | UnsetType = UNSET
+    """The number. For an Identity with a decimal name it is the name."""
+    summary: Text | UnsetType = UNSET
+    """What it stands for in words: its labels, or its CIDRs."""
+    endpoints: Count = 0
+    """Pods that have this identity now."""
+    conditions: list[Condition] = []
+    """`Ready`: the number is known to every node that needs it. `Stalled`: it overlaps
+    another one."""
+    observed_generation: Count | UnsetType = UNSET
+    """The newest `metadata.generation` that the operator has looked at."""
 
 
 class Identity(Model, frozen=True):
-    """Allocated identities are named by their decimal number."""
+    """One number for pods that are alike, or for networks outside. Allocated ones are
+    named by their decimal number, by the operator alone; user-made ones by a name that
+    begins with a letter."""
 
     api_version: str
     kind: Literal["Identity"]
     metadata: Meta
     spec: IdentitySpec
+    """What the number stands for; never changed."""
+    status: IdentityStatus | UnsetType = UNSET
+    """The operator's."""
+
+
+# ---- PolicyStatus ------------------------------------------------------------------
+
+
+class PolicyTarget(Model, frozen=True):
+    """The policy object that a PolicyStatus tells of."""
+
+    kind: Annotated[str, msgspec.Meta(max_length=63)]
+    """Its kind: NetworkPolicy."""
+    name: Name
+    """Its name; its namespace is the PolicyStatus's own."""
+    uid: Annotated[str, msgspec.Meta(max_length=128)]
+    """Its UID: one that was deleted and made again is another policy."""
+    generation: Count
+    """Its `metadata.generation` that `status` tells of. A new one makes a new generation of
+    the PolicyStatus, so `status.observedGeneration` and waiting work as for any object."""
+
+
+class NodeCount(Model, frozen=True):
+    """Over the nodes where the policy matters."""
+
+    realised: Count
+    """Those where it is in force."""
+    total: Count
+    """Those where it has to be: nodes with a pod that it selects."""
+
+
+class PolicyStatusStatus(Model, frozen=True):
+    """How far the policy is in force."""
+
+    nodes: NodeCount | UnsetType = UNSET
+    """How many nodes have it in force."""
+    conditions: list[Condition] = []
+    """`Ready`: in force on every node where it matters. `Reconciling`: not yet.
+    `Stalled`: part of it cannot be expressed, or a node cannot realise it."""
+    observed_generation: Count | UnsetType = UNSET
+    """The PolicyStatus's own `metadata.generation` that this was said of."""
+
+
+class PolicyStatus(Model, frozen=True):
+    """What became of one policy object: in its namespace, named by `policy_status_name`.
+    What `kubectl wait --for=condition=Ready` and GitOps tools can wait on."""
+
+    api_version: str
+    kind: Literal["PolicyStatus"]
+    metadata: Meta
+    policy: PolicyTarget
+    """The policy object."""
+    status: PolicyStatusStatus | UnsetType = UNSET
+    """How far it is in force."""
+
+
+class ClusterPolicyStatus(Model, frozen=True):
+    """What became of one cluster-scoped policy object; the twin of PolicyStatus."""
+
+    api_version: str
+    kind: Literal["ClusterPolicyStatus"]
+    metadata: Meta
+    policy: PolicyTarget
+    """The policy object."""
+    status: PolicyStatusStatus | UnsetType = UNSET
+    """How far it is in force."""
 
 
 StateObject = RuleSet | StateSlice | NodeState | Identity
+"""What makes up the desired state; the policy statuses tell of it and are no part of it."""
 
 TABLES = ("ipcache", "services", "peers")
 
@@ -325,3 +544,21 @@ def rule_set(spec: RuleSetSpec) -> RuleSet:
     return RuleSet(
         api_version=API_VERSION, kind="RuleSet", metadata=Meta(name=digest(spec)), spec=spec
     )
+
+
+def policy_status_name(kind: str, name: str) -> str:
+    """Name of the PolicyStatus of a policy: "networkpolicy.web". A name that would grow
+    past what Kubernetes allows is cut and ends in a hash of the whole."""
+    whole = f"{kind.lower()}.{name}"
+    if len(whole) <= MAX_NAME:
+        return whole
+    end = hashlib.sha256(whole.encode()).hexdigest()[:16]
+    return f"{whole[: MAX_NAME - len(end) - 1].rstrip('.-')}-{end}"
+
+
+def identity_summary(spec: IdentitySpec) -> str:
+    """An identity in words for `status.summary`: "app=web,tier=front", or its CIDRs; cut
+    at 253 characters. No labels: ""."""
+    parts = spec.cidrs or [f"{key}={value}" for key, value in sorted((spec.labels or {}).items())]
+    whole = ",".join(parts)
+    return whole if len(whole) <= MAX_NAME else f"{whole[: MAX_NAME - 1]}…"
