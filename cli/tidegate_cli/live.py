@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import struct
+import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,10 +63,11 @@ LIVES = {
 
 
 def objects_dir() -> Path:
-    """Where the compiled programs are: beside `tidegate_bpf` when installed, else in the source
-    tree. Raises CliError."""
-    package = Path(tidegate_bpf.__file__).parent
-    for place in (package / "objects", package.parents[1] / "datapath" / "build"):
+    """Where the compiled programs are: in the source tree, else with the installation's data
+    (/usr/lib/tidegate/objects in the image). Raises CliError."""
+    source = Path(tidegate_bpf.__file__).parents[2] / "datapath" / "build"
+    data = (sys.prefix, sysconfig.get_path("data"))
+    for place in (source, *(Path(prefix, "lib/tidegate/objects") for prefix in data)):
         if (place / "pod.o").is_file():
             return place
     raise CliError("the eBPF objects are not built", "run `make objects`")

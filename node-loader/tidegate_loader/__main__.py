@@ -1,12 +1,19 @@
-"""`python -m tidegate_loader`."""
+"""`python -m tidegate_loader`, and what `tidegate-loader` runs."""
 
 import os
 import sys
+from typing import NoReturn
 
 from tidegate_loader.main import main
 
-code = main()
-sys.stdout.flush()
-sys.stderr.flush()
-# Everything is in the kernel and in files: do not take a hundred thousand objects apart first.
-os._exit(code)
+
+def run() -> NoReturn:
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is in the kernel and in files: do not take a hundred thousand objects apart first.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    run()

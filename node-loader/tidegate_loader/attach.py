@@ -29,6 +29,8 @@ from tidegate_loader import addresses
 from tidegate_loader.local import LocalInterface
 
 OBJECTS = ("pod.o", "sock.o")
+SUMS = "SHA256SUMS"
+"""Beside installed objects: what `sha256sum` prints of each. A source tree has none."""
 KNOBS = {
     "hairpin_ip4": addresses.pack("169.254.42.1"),
     "hairpin_ip6": addresses.pack("fd74:6964:6567:6174::1"),
@@ -51,23 +53,47 @@ CGROUP_HOOKS = {
 _GONE = (errno.ENODEV, errno.ENOENT, errno.ENXIO, errno.ENOLINK)
 
 
+class UnlistedObject(BpfError):
+    """An installed object is not one of those that the installation came with."""
+
+
+def checked(objects: Path) -> dict[str, str]:
+    """The objects that are there, with their sha256 in hex. UnlistedObject: SHA256SUMS lies
+    beside them and says otherwise, or does not name one of them."""
+    found = {
+        name: hashlib.sha256((objects / name).read_bytes()).hexdigest()
+        for name in OBJECTS
+        if (objects / name).exists()
+    }
+    try:
+        lines = (objects / SUMS).read_text("ascii", "replace").splitlines()
+    except FileNotFoundError:
+        return found
+    listed = {name: hexes for hexes, _, name in (line.partition("  ") for line in lines)}
+    for name, full in found.items():
+        if listed.get(name) != full:
+            what = "is not the one listed" if name in listed else "is not listed"
+            text = f"{objects / name} {what} in {SUMS}: its sha256 is {full}; install Tidegate anew"
+            raise UnlistedObject(errno.EKEYREJECTED, text)
+    return found
+
+
 class Programs:
     """The node's loaded programs, by name, with the maps they use pinned in maps/."""
 
     def __init__(self, objects: Path, pin_dir: Path, known: Mapping[str, str]) -> None:
         """`known`: object file -> hash of what is pinned (`Realised.objects`). Objects
-        that are not there are left out. LayoutError, VerifierError, BpfError."""
+        that are not there are left out. LayoutError, VerifierError, BpfError; UnlistedObject:
+        nothing has been loaded or replaced."""
         self.hashes: dict[str, str] = {}
         self.specs: dict[str, ObjectFile] = {}
         self.programs: dict[str, Program] = {}
+        sums = checked(objects)
         for name in ("maps", "progs", "links"):
             (pin_dir / name).mkdir(parents=True, exist_ok=True)
-        for name in OBJECTS:
-            path = objects / name
-            if not path.exists():
-                continue
-            self.hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-            spec = self.specs[name] = ObjectFile(path)
+        for name, full in sums.items():
+            self.hashes[name] = full[:32]
+            spec = self.specs[name] = ObjectFile(objects / name)
             pinned = None
             if known.get(name) == self.hashes[name]:
                 pinned = _open_all(pin_dir, spec)
