@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 # ---- what the project needs on a machine -------------------------------------------
 
@@ -64,6 +64,17 @@ objects: $(OBJECTS) ## compile the eBPF objects
 
 install: $(BIN)/.installed $(OBJECTS) ## packages, .venv and objects
 
+# ---- Kubernetes: built from Go modules, kept in $TIDEGATE_CACHE (default ~/.cache/tidegate) -----
+
+KIND := PYTHONPATH=e2e $(PYTHON) -m kind
+
+.PHONY: kube-apiserver kube-binaries
+kube-apiserver: ## etcd, kube-apiserver and kubectl, for tests against an API server (needs Go)
+	@$(KIND) kube-apiserver
+
+kube-binaries: ## every program of a cluster, kind and helm (needs Go)
+	@$(KIND) kube-binaries
+
 # ---- run ------------------------------------------------------------------------------
 
 .PHONY: demo demo-down
@@ -89,7 +100,7 @@ check: lint ## the inner loop: lint, types, import contracts, fast tests
 	$(say) "fast tests"
 	@$(PYTEST) -q -n 2 -m 'not kernel and not cluster and not slow'
 
-test: lint .cache/test-packages ## every test, on the real kernel with real packets
+test: lint .cache/test-packages kube-apiserver ## every test, on the real kernel with real packets
 	$(say) "all tests (eBPF programs, network namespaces, real packets)"
 	@$(PYTEST) -q -m 'not cluster' -n 2
 	@$(PYTEST) -q -m cluster
