@@ -13,7 +13,8 @@ from tidegate_operator import identities, world
 from tidegate_operator.compile import Compiler
 from tidegate_operator.identities import EMPTY_LEDGER
 from tidegate_operator.manifests import Folder, Input
-from tidegate_operator.objects import EMPTY_WORLD, World
+from tidegate_operator.objects import World
+from tidegate_operator.world import EMPTY_WORLD
 
 NAMESPACES = 20
 PODS, POLICIES, SERVICES = 1000, 200, 200

@@ -31,6 +31,7 @@ from tidegate_operator.compile import Desired
 from tidegate_operator.compile.compiler import NodeContent
 from tidegate_operator.identities import EMPTY_LEDGER
 from tidegate_operator.publish import Publisher
+from tidegate_operator.store import FileStore
 
 OBJECTS = Path(__file__).parents[1] / "datapath" / "build"
 ENTRIES = 100_000
@@ -54,7 +55,7 @@ class Node:
         self.mounted.mkdir()
         self.paths = NodePaths(self.run_dir, world.NODE)
         self.runs = 0
-        self.publisher = Publisher(self.run_dir)
+        self.publisher = Publisher(FileStore(self.run_dir))
         cidrs = sorted((address(i), FIRST_IDENTITY + i % 5000) for i in range(ENTRIES))
         self.ipcache = {
             cidr: api.IPCacheEntry(cidr=cidr, identity=identity, node="node-2")

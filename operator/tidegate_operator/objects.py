@@ -151,12 +151,12 @@ def gateways(pod_cidrs: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Node:
-    """`index` gives addresses and pod CIDRs, and stays while the node lives."""
+    """Addresses and CIDRs in canonical text. `uid` "": it is no API object."""
 
     name: str
-    index: int
     addresses: tuple[str, ...]
     pod_cidrs: tuple[str, ...]
+    uid: str = ""
 
     @functools.cached_property
     def gateways(self) -> tuple[str, ...]:
@@ -173,8 +173,8 @@ class ContainerPort:
 
 @dataclass(frozen=True)
 class Pod:
-    """One pod on its node. `addresses`: canonical, IPv4 first; a host-network pod has
-    its node's. `slot`: its place in the node's pod CIDRs, 0 for host network."""
+    """One pod on its node. `addresses`: canonical, IPv4 first, those that are known and
+    nobody else's; a host-network pod has its node's."""
 
     uid: str
     namespace: str
@@ -184,11 +184,6 @@ class Pod:
     addresses: tuple[str, ...]
     ports: tuple[ContainerPort, ...]
     host_network: bool
-    workload: str
-    """"Deployment frontend"; "Pod x" for one that nothing controls."""
-    command: str
-    """Annotation tidegate.dev/command; "" = the built-in responder."""
-    slot: int
     identity: IdentityKey
     origin: object = field(compare=False, repr=False)
 
@@ -225,6 +220,17 @@ class EndpointPort:
     backends: tuple[tuple[str, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class EndpointList:
+    """One EndpointSlice after defaulting. `family` None: names, which lead nowhere.
+    `ports`: (name, protocol, number; None = the Service's own). `ready`: canonical
+    addresses of endpoints that take new connections, one for each."""
+
+    family: Literal[4, 6] | None
+    ports: tuple[tuple[str, Protocol, int | None], ...]
+    ready: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Endpoints:
     """Where a Service leads. `notes`: what is odd about it, (field, message, remedy)."""
@@ -243,12 +249,12 @@ class UserIdentity:
 
 @dataclass(frozen=True)
 class World:
-    """One snapshot. Every dict is in sorted order of its keys."""
+    """One snapshot. Every mapping is in sorted order of its keys."""
 
-    nodes: dict[str, Node]
+    nodes: Mapping[str, Node]
     namespaces: dict[str, dict[str, str]]
     """name -> labels, NAME_LABEL included."""
-    pods: dict[ObjectName, Pod]
+    pods: Mapping[ObjectName, Pod]
     services: dict[ObjectName, Service]
     endpoints: dict[ObjectName, Endpoints]
     policies: dict[ObjectName, Policy]
@@ -259,13 +265,5 @@ class World:
     """Pod label keys that some selector mentions: always identity-relevant."""
     pod_cidrs: tuple[str, ...]
     """Every address that a pod may ever have."""
-    sliced: frozenset[ObjectName]
-    """Services whose endpoints are written as EndpointSlices, not derived."""
-    expansions: dict[tuple[str, str, str], tuple[object, object]]
-    """The world builder's own cache: (kind, namespace, name) -> what it was made from,
-    what it came to."""
-    cursors: dict[str, int]
-    """node -> the slot given last; addresses rest until the range has gone round."""
-
-
-EMPTY_WORLD = World({}, {}, {}, {}, {}, {}, {}, {}, frozenset(), (), frozenset(), {}, {})
+    apiservers: tuple[str, ...] = ()
+    """Addresses that serve the API, of nodes or others; canonical, sorted."""

@@ -1,23 +1,23 @@
-"""Desired -> objects as the cluster stores them, and their files in a run directory.
+"""Desired -> objects as they are stored, and the order in which they are.
 
-`objects_of` and `render` are pure. `Publisher` writes only what differs from what is
-there, each file by atomic rename, in an order in which a reader that stops anywhere
-holds nothing that names what it cannot find.
+`render` is pure. `Publisher` writes only what differs from what is there, in an order in
+which a reader that stops anywhere holds nothing that names what it cannot find; where it
+writes to, and how, is the store's.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar
+from typing import Any, Literal, TextIO
 
 import msgspec
 import yaml
 from msgspec import UNSET
 from tidegate_api import API_VERSION
 from tidegate_api.state import (
+    DIGEST_ANNOTATION,
     FORMAT,
     TABLES,
     Identity,
@@ -26,6 +26,7 @@ from tidegate_api.state import (
     Meta,
     NodeState,
     NodeStateSpec,
+    OwnerReference,
     PeerSet,
     RuleSet,
     StateObject,
@@ -42,6 +43,7 @@ from tidegate_operator.compile import Desired, NodeContent
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.objects import IdentityKey
 from tidegate_operator.problems import Problem
+from tidegate_operator.store import ObjectStore, PublishError, T, failed, path_of, path_to, read_all
 
 Table = Literal["ipcache", "services", "peers"]
 
@@ -53,19 +55,6 @@ FIRST_EPOCH = 1
 TABLE_LABEL = "tidegate.dev/table"
 RELEASED_LABEL = "tidegate.dev/released"
 """On an Identity that nothing uses: when it was released, on the ledger's own count."""
-
-KIND_DIRECTORIES = {
-    "Identity": "identities",
-    "RuleSet": "rulesets",
-    "StateSlice": "stateslices",
-    "NodeState": "nodestates",
-}
-
-
-class PublishError(Exception):
-    """The run directory could not be written. What was written before stands, and the
-    next publish goes on from there."""
-
 
 # ---- Objects ------------------------------------------------------------------------
 
@@ -149,20 +138,30 @@ def slice_object(
     )
 
 
-def node_object(name: str, content: NodeContent, tables: Mapping[str, TableRef]) -> NodeState:
-    """`tables`: with the revision without which the content cannot be applied."""
+def node_object(
+    name: str, content: NodeContent, tables: Mapping[str, TableRef], term: int | None = None
+) -> NodeState:
+    """`tables`: with the revision without which the content cannot be applied. `term`: of the
+    leader that writes it, if leaders are elected."""
+    spec = NodeStateSpec(
+        format=FORMAT,
+        mode="Enforcing",
+        endpoints=content.endpoints,
+        rule_sets=content.rule_sets,
+        peer_sets=content.peer_sets,
+        tables=dict(tables),
+        term=UNSET if term is None else term,
+    )
+    node = OwnerReference(api_version="v1", kind="Node", name=name, uid=content.uid)
     return NodeState(
         api_version=API_VERSION,
         kind="NodeState",
-        metadata=Meta(name=name),
-        spec=NodeStateSpec(
-            format=FORMAT,
-            mode="Enforcing",
-            endpoints=content.endpoints,
-            rule_sets=content.rule_sets,
-            peer_sets=content.peer_sets,
-            tables=dict(tables),
+        metadata=Meta(
+            name=name,
+            annotations={DIGEST_ANNOTATION: digest(spec)},
+            owner_references=[node] if content.uid else UNSET,
         ),
+        spec=spec,
     )
 
 
@@ -202,11 +201,6 @@ def _split(content: Mapping[str, Any], shards: int) -> list[dict[str, Any]]:
     return parts
 
 
-def path_of(item: StateObject) -> str:
-    """The object's file below `objects/`."""
-    return f"{KIND_DIRECTORIES[item.kind]}/{item.metadata.name}.json"
-
-
 def write_stream(
     desired: Desired, ledger: Ledger, stream: TextIO, form: Literal["yaml", "json"]
 ) -> None:
@@ -226,45 +220,22 @@ class _NoAliases(yaml.CSafeDumper):
         return True
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-# ---- The run directory -----------------------------------------------------------------
-
-_T = TypeVar("_T", RuleSet, StateSlice, NodeState, Identity)
+# ---- What is there -------------------------------------------------------------------
 
 
 def read_ledger(run_dir: Path) -> Ledger:
     """The ledger of an earlier run; empty if there was none."""
-    return ledger_of(_read_all(run_dir / "objects", Identity).values())
-
-
-def _read_all(objects: Path, kind: type[_T]) -> dict[str, _T]:
-    """name -> object for every readable file of `kind`. One that cannot be read or
-    decoded counts as absent: it is written anew."""
-    directory = objects / KIND_DIRECTORIES[kind.__name__]
-    decoder = msgspec.json.Decoder(kind)
-    found: dict[str, _T] = {}
-    for path in sorted(directory.glob("*.json")):
-        try:
-            item = decoder.decode(path.read_bytes())
-        except (OSError, msgspec.DecodeError):
-            continue
-        if item.metadata.name == path.name.removesuffix(".json"):
-            found[item.metadata.name] = item
-    return found
+    return ledger_of(read_all(run_dir / "objects", Identity).values())
 
 
 @dataclass
 class _TableState:
-    """One table as it is on disk: `shards[i]` is None until it was written."""
+    """One table as it is stored: `shards[i]`, and the object `items[i]` that holds it, are None
+    until they were written."""
 
     content: dict[str, Any]
     shards: list[dict[str, Any] | None]
+    items: list[StateSlice | None]
     revision: int
     epoch: int
     last_epoch: int
@@ -273,6 +244,12 @@ class _TableState:
     @property
     def ref(self) -> TableRef:
         return TableRef(epoch=self.epoch, shards=len(self.shards), min_revision=self.revision)
+
+    def forget(self, shard: int) -> None:
+        """What the shard held counts as not written."""
+        for key in self.shards[shard] or ():
+            self.content.pop(key, None)
+        self.shards[shard] = self.items[shard] = None
 
 
 def _table_state(table: str, slices: Iterable[StateSlice]) -> _TableState:
@@ -286,14 +263,15 @@ def _table_state(table: str, slices: Iterable[StateSlice]) -> _TableState:
         ):
             found.setdefault((spec.epoch, spec.shards), {})[spec.shard] = item
     if not found:
-        return _TableState({}, [], 0, FIRST_EPOCH, 0)
+        return _TableState({}, [], [], 0, FIRST_EPOCH, 0)
     complete = [key for key, held in found.items() if len(held) == key[1]]
     epoch, shards = max(complete or found)
     revisions = [item.spec.revision for held in found.values() for item in held.values()]
-    state = _TableState({}, [None] * shards, max(revisions), epoch, max(found)[0])
+    nothing: list[None] = [None] * shards
+    state = _TableState({}, [*nothing], [*nothing], max(revisions), epoch, max(found)[0])
     for shard, item in found[epoch, shards].items():
         part = _content(item.spec)
-        state.shards[shard] = part
+        state.shards[shard], state.items[shard] = part, item
         state.content.update(part)
     return state
 
@@ -312,92 +290,153 @@ def _content(spec: StateSliceSpec) -> dict[str, Any]:
 
 
 class Publisher:
-    """The only writer of `run_dir/objects`. Starts from what is there."""
+    """The only writer of a store's objects. Starts from what is there, and before each
+    publish takes over what somebody else made of it meanwhile: that is repaired."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._objects = run_dir / "objects"
-        slices = _read_all(self._objects, StateSlice)
-        self._tables = {table: _table_state(table, slices.values()) for table in TABLES}
-        self._slice_names = set(slices)
-        self._nodes = {
-            name: item.spec for name, item in _read_all(self._objects, NodeState).items()
+    def __init__(self, store: ObjectStore, grace: float = 0.0, term: int | None = None) -> None:
+        """`grace`: seconds for which an unused rule set stays, for nodes that lag behind.
+        `term`: see `node_object`."""
+        self._store = store
+        self._grace = grace
+        self._term = term
+        self._tables = {
+            table: _table_state(table, store.held(StateSlice).values()) for table in TABLES
         }
-        self._rule_sets = {
-            name
-            for name, item in _read_all(self._objects, RuleSet).items()
-            if digest(item.spec) == name
-        }
-        self._identities = _read_all(self._objects, Identity)
+        self._identities: dict[str, Identity] = {}
         self._ledger: Ledger | None = None
-        self._problems: bytes | None = None
+        self._known: dict[str, RuleSet] = {}
+        self._digests: dict[str, tuple[NodeStateSpec, str]] = {}
+        self._unused: dict[str, float] = {}
         self._changed: list[str] = []
+        self._failures: dict[str, str] = {}
+
+    @property
+    def waiting(self) -> bool:
+        """Is there something whose grace period runs?"""
+        return bool(self._unused)
 
     def publish(
-        self, desired: Desired, ledger: Ledger, problems: Sequence[Problem] = ()
+        self,
+        desired: Desired,
+        ledger: Ledger,
+        problems: Sequence[Problem] = (),
+        now: float = 0.0,
     ) -> tuple[str, ...]:
-        """Make the directory hold `desired`; the paths written or removed, in order.
+        """Make the store hold `desired`; the paths written or removed, in order. `now`: a
+        monotonic clock, for the grace period.
 
         Referents first: identities, rule sets and peer sets before the node states that
         name them, node states before the facts that use their identities. Removals
         reversed. An address that changes identity does so between two states of the peer
         sets: the first knows the old and the new number, the second only the new (DESIGN
         invariant 8). A table that has outgrown its shards is written anew beside them, as it
-        was, before node states name it. Raises PublishError."""
-        self._changed = []
-        try:
-            self._write_identities(ledger)
-            self._write_rule_sets(desired.rule_sets)
-            self._reshard("peers", desired.peers)
-            self._reshard("ipcache", desired.ipcache)
-            self._reshard("services", desired.services)
-            self._write_table("peers", self._bridge(desired))
-            self._write_nodes(desired.nodes)
-            self._write_table("ipcache", desired.ipcache)
-            self._write_table("services", desired.services)
-            self._write_table("peers", desired.peers)
-            self._remove_nodes(desired.nodes)
-            self._remove_rule_sets(desired.rule_sets)
-            self._remove_identities(ledger)
-            self._remove_slices()
-            self._write_problems(problems)
-        except OSError as error:
-            raise PublishError(f"cannot write {error.filename}: {error.strerror}") from error
+        was, before node states name it. Each step is one batch, and ends before the next
+        begins. What one object's failure makes incomplete is left as it was, and tried again
+        by the next publish. Raises PublishError."""
+        self._changed, self._failures = [], {}
+        self._take_over()
+        self._write_identities(ledger)
+        missing = self._write_rule_sets(desired.rule_sets)
+        self._reshard("peers", desired.peers)
+        self._reshard("ipcache", desired.ipcache)
+        self._reshard("services", desired.services)
+        self._write_table("peers", self._bridge(desired))
+        self._write_nodes(desired.nodes, missing)
+        self._write_table("ipcache", desired.ipcache)
+        self._write_table("services", desired.services)
+        self._write_table("peers", self._needed(desired))
+        self._remove_nodes(desired.nodes)
+        self._remove_rule_sets(desired.rule_sets, now)
+        self._remove_identities(ledger)
+        self._remove_slices()
+        self._changed += self._store.report(problems)
+        if self._failures:
+            raise failed(self._failures)
         return tuple(self._changed)
+
+    # ---- what is there ----
+
+    def _take_over(self) -> None:
+        """Forget of the tables what the store no longer holds as we wrote it."""
+        held = self._store.held(StateSlice)
+        for state in self._tables.values():
+            for shard, item in enumerate(state.items):
+                if item is None:
+                    continue
+                now = held.get(item.metadata.name)
+                if now is item:
+                    continue
+                if now is not None and _alike(now, item):
+                    state.items[shard] = now
+                else:
+                    state.forget(shard)
+
+    def disturbed(self) -> bool:
+        """Has somebody else changed what we wrote? True also before the first publish."""
+        if self._ledger is None:
+            return True
+        slices = self._store.held(StateSlice)
+        identities = self._store.held(Identity)
+        nodes, rule_sets = self._store.held(NodeState), self._store.held(RuleSet)
+        items = [item for state in self._tables.values() for item in state.items]
+        return (
+            len(slices) != len(items)
+            or any(item is None or not _held(slices, item) for item in items)
+            or len(identities) < len(self._identities)
+            or not all(_held(identities, item) for item in self._identities.values())
+            or nodes.keys() != self._digests.keys()
+            or any(not _as_written(nodes[name], held) for name, held in self._digests.items())
+            or not all(_held(rule_sets, item) for item in self._known.values())
+        )
 
     # ---- additions ----
 
-    def _put(self, name: str, data: bytes) -> None:
-        _write(self._objects / name, data)
-        self._changed.append(name)
+    def _put(self, batch: Sequence[StateObject]) -> set[str]:
+        """The names of those that could not be written."""
+        if not batch:
+            return set()
+        failures = self._store.put(batch)
+        self._failures.update(failures)
+        written = {path_of(item): item.metadata.name for item in batch}
+        self._changed += [path for path in written if path not in failures]
+        return {name for path, name in written.items() if path in failures}
 
-    def _drop(self, name: str) -> None:
-        (self._objects / name).unlink(missing_ok=True)
-        self._changed.append(name)
+    def _must_put(self, batch: Sequence[StateObject]) -> None:
+        """As `_put`, for what everything later depends on."""
+        if self._put(batch):
+            raise failed(self._failures)
+
+    def _drop(self, kind: type[T], names: Sequence[str]) -> None:
+        if not names:
+            return
+        failures = self._store.drop(kind, names)
+        self._failures.update(failures)
+        paths = [path_to(kind.__name__, name) for name in names]
+        self._changed += [path for path in paths if path not in failures]
 
     def _write_identities(self, ledger: Ledger) -> None:
-        if ledger is self._ledger:
-            return
-        before = self._ledger or EMPTY_LEDGER
-        fresh = [
-            identity_object(number, key)
-            for key, number in ledger.live.items() - before.live.items()
-        ]
-        fresh += [
-            identity_object(number, key, count)
-            for number, (key, count) in ledger.released.items() - before.released.items()
-        ]
-        for item in sorted(fresh, key=lambda item: int(item.metadata.name)):
-            if self._identities.get(item.metadata.name) != item:
-                self._put(path_of(item), encode(item))
-                self._identities[item.metadata.name] = item
+        if ledger is not self._ledger:
+            before = self._ledger or EMPTY_LEDGER
+            for key, number in ledger.live.items() - before.live.items():
+                self._identities[str(number)] = identity_object(number, key)
+            for number, (key, count) in ledger.released.items() - before.released.items():
+                self._identities[str(number)] = identity_object(number, key, count)
+            keep = {str(number) for number in (*ledger.live.values(), *ledger.released)}
+            for name in self._identities.keys() - keep:
+                del self._identities[name]
+            self._ledger = ledger
+        held = self._store.held(Identity)
+        stale = [item for item in self._identities.values() if not _held(held, item)]
+        self._must_put(sorted(stale, key=lambda item: int(item.metadata.name)))
 
-    def _write_rule_sets(self, wanted: Mapping[str, RuleSet]) -> None:
-        for name in wanted.keys() - self._rule_sets:
-            self._put(path_of(wanted[name]), encode(wanted[name]))
-            self._rule_sets.add(name)
+    def _write_rule_sets(self, wanted: Mapping[str, RuleSet]) -> set[str]:
+        """The names of those that could not be written."""
+        held = self._store.held(RuleSet)
+        self._known = dict(wanted)
+        return self._put([item for item in wanted.values() if not _held(held, item)])
 
     def _bridge(self, desired: Desired) -> dict[str, PeerSet]:
-        """Peer sets between old and new: also those that node states on disk still name,
+        """Peer sets between old and new: also those that node states in force still name,
         and also members whose addresses ipcache is about to move."""
         held: dict[str, IPCacheEntry] = self._tables["ipcache"].content
         moving = {
@@ -417,24 +456,37 @@ class Publisher:
                     peers[name] = msgspec.structs.replace(now, identities=members)
         return peers
 
+    def _needed(self, desired: Desired) -> Mapping[str, PeerSet]:
+        """The peer sets of `desired`, and those of node states that could not be replaced."""
+        held = self._store.held(NodeState)
+        old = {
+            name
+            for node in desired.nodes
+            if path_to("NodeState", node) in self._failures and node in held
+            for name in held[node].spec.peer_sets
+        }
+        content = self._tables["peers"].content
+        kept = {name: content[name] for name in sorted(old - desired.peers.keys() & content.keys())}
+        return {**desired.peers, **kept} if kept else desired.peers
+
     def _reshard(self, table: Table, wanted: Mapping[str, Any]) -> None:
         """Room for `wanted`. A table that shrank keeps its shards: small ones cost little."""
         state, shards = self._tables[table], shards_for(len(wanted))
         if not state.shards:
-            state.shards = [None] * shards
+            state.shards, state.items = [None] * shards, [None] * shards
         if shards <= len(state.shards):
             return
         epoch, revision = state.last_epoch + 1, state.revision + 1
         # What a lost shard held is not known: what it should hold, or addresses would go.
         content = state.content if None not in state.shards else {**wanted, **state.content}
         parts = _split(content, shards)
-        for shard, part in enumerate(parts):
-            self._put_slice(slice_object(table, (epoch, shard, shards), revision, part))
-        self._tables[table] = _TableState(content, [*parts], revision, epoch, epoch)
-
-    def _put_slice(self, item: StateSlice) -> None:
-        self._put(path_of(item), encode(item))
-        self._slice_names.add(item.metadata.name)
+        items = [
+            slice_object(table, (epoch, shard, shards), revision, part)
+            for shard, part in enumerate(parts)
+        ]
+        state.last_epoch, state.revision = epoch, revision
+        self._must_put(items)
+        self._tables[table] = _TableState(content, [*parts], [*items], revision, epoch, epoch)
 
     def _write_table(self, table: Table, wanted: Mapping[str, Any]) -> None:
         state = self._tables[table]
@@ -450,54 +502,70 @@ class Publisher:
         for shard, held in enumerate(state.shards):
             if held is None:
                 parts.setdefault(shard, {})
-        revision = state.revision + 1
-        for shard in sorted(parts):
-            place = (state.epoch, shard, shards)
-            self._put_slice(slice_object(table, place, revision, parts[shard]))
-            state.revision = revision
-            for key in state.shards[shard] or ():
-                state.content.pop(key, None)
-            state.content.update(parts[shard])
-            state.shards[shard] = parts[shard]
+        if parts:
+            state.revision += 1
+        items = {
+            shard: slice_object(table, (state.epoch, shard, shards), state.revision, parts[shard])
+            for shard in sorted(parts)
+        }
+        for shard, item in items.items():
+            state.forget(shard)
+            state.shards[shard], state.items[shard] = parts[shard], item
         # Equal to what is there, but the very objects that the next diff will compare.
         state.content = dict(wanted)
+        try:
+            self._must_put([*items.values()])
+        except PublishError:
+            self._take_over()
+            raise
 
-    def _write_nodes(self, wanted: Mapping[str, NodeContent]) -> None:
+    def _write_nodes(self, wanted: Mapping[str, NodeContent], missing: set[str]) -> None:
+        """Those that name a rule set of `missing` keep what they have."""
         tables = {table: self._tables[table].ref for table in TABLES}
+        held = self._store.held(NodeState)
+        batch = []
         for name, content in wanted.items():
-            held = self._nodes.get(name)
-            if held is not None and _says(held, content, tables):
+            if missing and not missing.isdisjoint(content.rule_sets):
+                path = path_to("NodeState", name)
+                self._failures[path] = "a rule set that it names could not be written"
                 continue
-            item = node_object(name, content, tables)
-            self._put(path_of(item), encode(item))
-            self._nodes[name] = item.spec
+            now = held.get(name)
+            if now is None or not self._node_is(now, content, tables):
+                batch.append(node_object(name, content, tables, self._term))
+        for item in batch:
+            self._digests[item.metadata.name] = (item.spec, _digest_of(item))
+        self._put(batch)
 
-    def _write_problems(self, problems: Sequence[Problem]) -> None:
-        data = encode(list(problems))
-        if data != self._problems:
-            self._put("problems.json", data)
-            self._problems = data
+    def _node_is(
+        self, held: NodeState, content: NodeContent, tables: Mapping[str, TableRef]
+    ) -> bool:
+        name = held.metadata.name
+        if not _says(held.spec, content, tables):
+            return False
+        known = self._digests.get(name)
+        if known is None or known[0] is not held.spec:
+            known = self._digests[name] = (held.spec, digest(held.spec))
+        return _as_written(held, known) and _owner(held.metadata) == content.uid
 
     # ---- removals ----
 
     def _remove_nodes(self, wanted: Mapping[str, NodeContent]) -> None:
-        for name in sorted(self._nodes.keys() - wanted.keys()):
-            self._drop(f"nodestates/{name}.json")
-            del self._nodes[name]
+        for name in self._digests.keys() - wanted.keys():
+            del self._digests[name]
+        self._drop(NodeState, sorted(self._store.held(NodeState).keys() - wanted.keys()))
 
-    def _remove_rule_sets(self, wanted: Mapping[str, RuleSet]) -> None:
-        for name in sorted(self._rule_sets - wanted.keys()):
-            self._drop(f"rulesets/{name}.json")
-            self._rule_sets.discard(name)
+    def _remove_rule_sets(self, wanted: Mapping[str, RuleSet], now: float) -> None:
+        nodes = self._store.held(NodeState).values()
+        used = {name for node in nodes for name in node.spec.rule_sets}
+        unused = self._store.held(RuleSet).keys() - wanted.keys() - used
+        self._unused = {name: self._unused.get(name, now) for name in sorted(unused)}
+        over = [name for name, since in self._unused.items() if now - since >= self._grace]
+        self._drop(RuleSet, over)
+        for name in over:
+            self._unused.pop(name)
 
     def _remove_identities(self, ledger: Ledger) -> None:
-        if ledger is self._ledger:
-            return
-        keep = {str(number) for number in (*ledger.live.values(), *ledger.released)}
-        for name in sorted(self._identities.keys() - keep):
-            self._drop(f"identities/{name}.json")
-            del self._identities[name]
-        self._ledger = ledger
+        self._drop(Identity, sorted(self._store.held(Identity).keys() - self._identities.keys()))
 
     def _remove_slices(self) -> None:
         ours = {
@@ -505,9 +573,37 @@ class Publisher:
             for table, state in self._tables.items()
             for shard in range(len(state.shards))
         }
-        for name in sorted(self._slice_names - ours):
-            self._drop(f"stateslices/{name}.json")
-        self._slice_names &= ours
+        self._drop(StateSlice, sorted(self._store.held(StateSlice).keys() - ours))
+
+
+def _held(held: Mapping[str, T], item: T) -> bool:
+    now = held.get(item.metadata.name)
+    return now is item or (now is not None and _alike(now, item))
+
+
+def _alike(held: T, wanted: T) -> bool:
+    """Equal as far as it is ours: other people's labels and annotations do not count."""
+    if held.spec != wanted.spec:
+        return False
+    labels = held.metadata.labels or {}
+    ours = wanted.metadata.labels or {}
+    return labels.get(RELEASED_LABEL) == ours.get(RELEASED_LABEL) and ours.items() <= labels.items()
+
+
+def _digest_of(item: NodeState) -> str:
+    return (item.metadata.annotations or {}).get(DIGEST_ANNOTATION, "")
+
+
+def _as_written(item: NodeState, written: tuple[NodeStateSpec, str]) -> bool:
+    """The spec is what we wrote or took over, and the annotation says its digest."""
+    spec, wanted = written
+    return (item.spec is spec or item.spec == spec) and _digest_of(item) == wanted
+
+
+def _owner(meta: Meta) -> str:
+    """UID of the Node that owns the object; "" if none does."""
+    found = [owner.uid for owner in meta.owner_references or () if owner.kind == "Node"]
+    return found[0] if len(found) == 1 else ""
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
@@ -531,6 +627,7 @@ def _says(spec: NodeStateSpec, content: NodeContent, tables: Mapping[str, TableR
         and spec.tables.keys() == tables.keys()
         and all(
             (ref.epoch, ref.shards) == (tables[table].epoch, tables[table].shards)
+            and ref.min_revision <= tables[table].min_revision
             for table, ref in spec.tables.items()
         )
     )

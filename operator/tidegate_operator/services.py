@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tidegate_api import users
 
 from tidegate_operator.manifests import Document
 from tidegate_operator.objects import (
+    EndpointList,
     EndpointPort,
     Endpoints,
     Node,
@@ -22,9 +23,11 @@ from tidegate_operator.objects import (
     Pod,
     Service,
     ServicePort,
-    World,
 )
 from tidegate_operator.problems import Problem, Source, at
+
+if TYPE_CHECKING:
+    from tidegate_operator.world import MadeWorld
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 FIRST_CLUSTER_IP = 16
@@ -41,7 +44,7 @@ def family_of(address: str) -> Family:
 class Builder:
     """One build; `problems` and `sliced` are complete after `build`."""
 
-    def __init__(self, cidrs: Sequence[str], previous: World) -> None:
+    def __init__(self, cidrs: Sequence[str], previous: MadeWorld) -> None:
         networks = [ipaddress.ip_network(text) for text in cidrs]
         self._networks = {family_of(str(net)): net for net in networks}
         self._previous = previous
@@ -141,33 +144,14 @@ class Builder:
 
     def _service(self, name: ObjectName, written: users.Service, explicit: list[str]) -> Service:
         spec = written.spec
-        self._unserved(name, spec)
-        headless = "None" in (spec.cluster_ip, *spec.cluster_ips)
+        for field, message in unserved(spec):
+            self._report(name, field, message)
         addresses: tuple[str, ...] = ()
-        if spec.type != "ExternalName" and not headless:
+        if spec.type != "ExternalName" and "None" not in (spec.cluster_ip, *spec.cluster_ips):
             addresses = tuple(
                 self._address(name, family, explicit) for family in _families(spec, explicit)
             )
-        before = self._previous.services.get(name)
-        if before is not None and before.origin is written and before.cluster_ips == addresses:
-            return before
-        made = Service(
-            name=name,
-            type=spec.type,
-            selector=dict(spec.selector) if spec.selector else None,
-            ports=tuple(
-                ServicePort(
-                    port.port,
-                    port.protocol,
-                    port.name,
-                    port.port if port.target_port is None else port.target_port,
-                )
-                for port in spec.ports
-            ),
-            cluster_ips=addresses,
-            origin=written,
-        )
-        return before if before is not None and before == made else made
+        return service(name, written, addresses, self._previous.services.get(name))
 
     def _address(self, name: ObjectName, family: Family, explicit: Sequence[str]) -> str:
         own = next((text for text in explicit if family_of(text) == family), None)
@@ -193,54 +177,93 @@ class Builder:
                 return text
         raise OverflowError(f"every address of {network} is taken")
 
-    def _unserved(self, name: ObjectName, spec: users.ServiceSpec) -> None:
-        """What the Service asks for and does not get yet; the rest of it works."""
-        if spec.type == "ExternalName":
-            self._report(name, "spec.type", "ExternalName is not yet served: DNS answers it")
-        elif spec.type != "ClusterIP":
-            self._report(
-                name, "spec.type", f"{spec.type} is not yet served: only its ClusterIP answers"
+
+# ---- Shared with the cluster's builder ------------------------------------------------
+
+
+def service(
+    name: ObjectName, written: users.Service, addresses: tuple[str, ...], before: Service | None
+) -> Service:
+    """`before` if it means the same."""
+    if before is not None and before.origin is written and before.cluster_ips == addresses:
+        return before
+    spec = written.spec
+    made = Service(
+        name=name,
+        type=spec.type,
+        selector=dict(spec.selector) if spec.selector else None,
+        ports=tuple(
+            ServicePort(
+                port.port,
+                port.protocol,
+                port.name,
+                port.port if port.target_port is None else port.target_port,
             )
-        if spec.session_affinity != "None":
-            self._report(name, "spec.sessionAffinity", "ClientIP is not yet served")
-        if spec.internal_traffic_policy != "Cluster":
-            text = "Local is not yet served: every node's endpoints are used"
-            self._report(name, "spec.internalTrafficPolicy", text)
-        if spec.external_ips:
-            self._report(name, "spec.externalIPs", "are not yet served")
+            for port in spec.ports
+        ),
+        cluster_ips=addresses,
+        origin=written,
+    )
+    return before if before is not None and before == made else made
+
+
+def unserved(spec: users.ServiceSpec) -> list[tuple[str, str]]:
+    """What the Service asks for and does not get yet, (field, message); the rest works."""
+    found = []
+    if spec.type == "ExternalName":
+        found.append(("spec.type", "ExternalName is not yet served: DNS answers it"))
+    elif spec.type != "ClusterIP":
+        text = f"{spec.type} is not yet served: only its ClusterIP answers"
+        found.append(("spec.type", text))
+    if spec.session_affinity != "None":
+        found.append(("spec.sessionAffinity", "ClientIP is not yet served"))
+    if spec.internal_traffic_policy != "Cluster":
+        text = "Local is not yet served: every node's endpoints are used"
+        found.append(("spec.internalTrafficPolicy", text))
+    if spec.external_ips:
+        found.append(("spec.externalIPs", "are not yet served"))
+    return found
+
+
+def endpoints_of(service: Service, slices: Sequence[EndpointList]) -> Endpoints:
+    """Where the Service leads, from its EndpointSlices."""
+    return Endpoints(
+        tuple(
+            EndpointPort(port.port, port.protocol, family, _from_slices(port, family, slices))
+            for family in map(family_of, service.cluster_ips)
+            for port in service.ports
+        )
+    )
 
 
 # ---- Endpoints ---------------------------------------------------------------------
 
 
 def _endpoints(
-    service: Service, written: list[users.EndpointSlice] | None, select: _Select
+    service: Service, written: Sequence[EndpointList] | None, select: _Select
 ) -> Endpoints:
+    if written is not None:
+        return endpoints_of(service, written)
     notes: list[tuple[str, str, str]] = []
-    pods: list[Pod] = []
-    if written is None and service.selector is None:
+    if service.selector is None:
         if service.type != "ExternalName":
             text = "has no selector and no EndpointSlice: it has no endpoints"
             remedy = f"add a selector, or an EndpointSlice labelled {SERVICE_NAME_LABEL}"
             notes.append(("spec.selector", text, remedy))
         return Endpoints((), tuple(notes))
-    if written is None and service.selector is not None:
-        pods = select.pods(service.name.namespace, service.selector)
-        if not pods:
-            remedy = "compare the selector with the pods' labels"
-            notes.append(("spec.selector", "selects no pod now", remedy))
+    pods = select.pods(service.name.namespace, service.selector)
+    if not pods:
+        remedy = "compare the selector with the pods' labels"
+        notes.append(("spec.selector", "selects no pod now", remedy))
     found = []
     for address in service.cluster_ips:
         family = family_of(address)
         for place, port in enumerate(service.ports):
-            if written is not None:
-                backends = _from_slices(port, family, written)
-            else:
-                backends = _from_pods(port, family, pods)
-                if pods and not backends:
-                    field = f"spec.ports[{place}].targetPort"
-                    text = f"no pod it selects has a port named {port.target!r}"
-                    notes.append((field, text, "give a container port that name"))
+            backends = _from_pods(port, family, pods)
+            if pods and not backends:
+                field = f"spec.ports[{place}].targetPort"
+                text = f"no pod it selects has a port named {port.target!r}"
+                notes.append((field, text, "give a container port that name"))
             found.append(EndpointPort(port.port, port.protocol, family, backends))
     return Endpoints(tuple(found), tuple(dict.fromkeys(notes)))
 
@@ -253,15 +276,28 @@ def _families(spec: users.ServiceSpec, explicit: Sequence[str]) -> list[Family]:
     return families
 
 
-def _slices(written: Sequence[Document]) -> dict[ObjectName, list[users.EndpointSlice]]:
-    found: dict[ObjectName, list[users.EndpointSlice]] = {}
+def _slices(written: Sequence[Document]) -> dict[ObjectName, list[EndpointList]]:
+    found: dict[ObjectName, list[EndpointList]] = {}
     for document in written:
         assert isinstance(document.object, users.EndpointSlice)
         owner = document.object.metadata.labels.get(SERVICE_NAME_LABEL)
         if owner:
             name = ObjectName(document.key.namespace, owner)
-            found.setdefault(name, []).append(document.object)
+            found.setdefault(name, []).append(_endpoint_list(document.object))
     return found
+
+
+def _endpoint_list(written: users.EndpointSlice) -> EndpointList:
+    return EndpointList(
+        family=_FAMILY.get(written.address_type),
+        ports=tuple((port.name, port.protocol, port.port) for port in written.ports),
+        # Every address of one endpoint is the same endpoint: one will do.
+        ready=tuple(
+            str(ipaddress.ip_address(endpoint.addresses[0]))
+            for endpoint in written.endpoints
+            if endpoint.conditions.ready and endpoint.addresses and written.address_type in _FAMILY
+        ),
+    )
 
 
 def _from_pods(
@@ -284,22 +320,16 @@ def _named(pod: Pod, port: ServicePort) -> int | None:
 
 
 def _from_slices(
-    port: ServicePort, family: Family, written: Iterable[users.EndpointSlice]
+    port: ServicePort, family: Family, slices: Iterable[EndpointList]
 ) -> tuple[tuple[str, int], ...]:
     found: set[tuple[str, int]] = set()
-    for item in written:
-        if _FAMILY.get(item.address_type) != family:
+    for item in slices:
+        if item.family != family:
             continue
-        for own in item.ports:
-            if own.name != port.name or own.protocol != port.protocol:
-                continue
-            number = own.port if own.port is not None else port.port
-            for endpoint in item.endpoints:
-                if endpoint.conditions.ready:
-                    # Every address of one endpoint is the same endpoint: one will do.
-                    found.update(
-                        (str(ipaddress.ip_address(text)), number) for text in endpoint.addresses[:1]
-                    )
+        for name, protocol, own in item.ports:
+            if name == port.name and protocol == port.protocol:
+                number = own if own is not None else port.port
+                found.update((address, number) for address in item.ready)
     return tuple(sorted(found))
 
 

@@ -17,8 +17,9 @@ from tidegate_operator import identities, publish, world
 from tidegate_operator.compile import Compiler, Desired
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.manifests import Folder, Input
-from tidegate_operator.objects import EMPTY_WORLD, World
 from tidegate_operator.problems import Problem
+from tidegate_operator.store import FileStore
+from tidegate_operator.world import EMPTY_WORLD, MadeWorld
 
 QUIET_MS = 5
 """A save is over when the folder was quiet so long ..."""
@@ -29,7 +30,7 @@ SETTLE_SECONDS = 0.05
 POLL_SECONDS = 0.2
 """How often a folder that vanished, or was replaced, is looked for."""
 
-OnWorld = Callable[[World, World], None]
+OnWorld = Callable[[MadeWorld, MadeWorld], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class StepResult:
     """What one step found and did. `desired` None: the folder was never read, or could
     not be; nothing was written."""
 
-    world: World
+    world: MadeWorld
     ledger: Ledger
     desired: Desired | None
     problems: tuple[Problem, ...]
@@ -61,7 +62,7 @@ class Runner:
     ) -> None:
         self._path = folder
         self._folder = Folder(folder)
-        self._publisher = publish.Publisher(run_dir)
+        self._publisher = publish.Publisher(FileStore(run_dir))
         self._compiler = Compiler()
         self._options = options
         self._on_world = on_world

@@ -16,11 +16,9 @@ from typing import cast
 
 from tidegate_api import users
 
-from tidegate_operator import identities, policies, services
+from tidegate_operator import identities, meanings, services
 from tidegate_operator.manifests import Document, Key
 from tidegate_operator.objects import (
-    EMPTY_WORLD,
-    NAME_LABEL,
     ContainerPort,
     IdentityKey,
     Node,
@@ -57,6 +55,51 @@ class Options:
 DEFAULTS = Options()
 
 
+@dataclass(frozen=True, kw_only=True)
+class MadeNode(Node):
+    index: int
+    """Gives addresses and pod CIDRs, and stays while the node lives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadePod(Pod):
+    command: str
+    """Annotation tidegate.dev/command; "" = the built-in responder."""
+    slot: int
+    """Its place in the node's pod CIDRs, 0 for host network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeWorld(World):
+    """A World with what the next one is made from."""
+
+    nodes: dict[str, MadeNode]
+    pods: dict[ObjectName, MadePod]
+    sliced: frozenset[ObjectName]
+    """Services whose endpoints are written as EndpointSlices, not derived."""
+    expansions: dict[tuple[str, str, str], tuple[object, object]]
+    """(kind, namespace, name) -> what it was made from, what it came to."""
+    cursors: dict[str, int]
+    """node -> the slot given last; addresses rest until the range has gone round."""
+
+
+EMPTY_WORLD = MadeWorld(
+    nodes={},
+    namespaces={},
+    pods={},
+    services={},
+    endpoints={},
+    policies={},
+    identities={},
+    sources={},
+    mentioned=frozenset(),
+    pod_cidrs=(),
+    sliced=frozenset(),
+    expansions={},
+    cursors={},
+)
+
+
 @dataclass(frozen=True)
 class _Wanted:
     """A pod before it has a place. `node` "" = anywhere."""
@@ -72,15 +115,11 @@ class _Wanted:
 
 
 def build(
-    documents: Iterable[Document], options: Options = DEFAULTS, previous: World | None = None
-) -> tuple[World, tuple[Problem, ...]]:
+    documents: Iterable[Document], options: Options = DEFAULTS, previous: MadeWorld | None = None
+) -> tuple[MadeWorld, tuple[Problem, ...]]:
     """One snapshot of `documents`, whose keys are distinct. Never raises for what they say."""
     builder = _Builder(options, previous or EMPTY_WORLD)
     return builder.build({document.key: document for document in documents})
-
-
-def _overlap(one: users.IPNetwork, other: users.IPNetwork) -> bool:
-    return one.version == other.version and one.overlaps(other)
 
 
 def _short(*parts: str) -> str:
@@ -94,12 +133,12 @@ def pod_uid(namespace: str, name: str) -> str:
 @dataclass
 class _Builder:
     options: Options
-    previous: World
+    previous: MadeWorld
     problems: list[Problem] = field(default_factory=list)
     _expansions: dict[tuple[str, str, str], tuple[object, object]] = field(default_factory=dict)
     _sources: dict[Key, Source] = field(default_factory=dict)
 
-    def build(self, documents: Mapping[Key, Document]) -> tuple[World, tuple[Problem, ...]]:
+    def build(self, documents: Mapping[Key, Document]) -> tuple[MadeWorld, tuple[Problem, ...]]:
         by_kind: dict[str, list[Document]] = {}
         self._sources = {key: document.source for key, document in documents.items()}
         for key in sorted(documents):
@@ -107,9 +146,7 @@ class _Builder:
         nodes = self._nodes(by_kind.get("Node", []))
         namespaces = self._namespaces(documents, by_kind.get("Namespace", []))
         found = self._policies(by_kind.get("NetworkPolicy", []))
-        mentioned = frozenset(
-            key for item in found.values() for key in item.label_keys if identities.irrelevant(key)
-        )
+        mentioned = meanings.mentioned(found.values())
         wanted = self._expand(by_kind, sorted(nodes))
         pods, cursors = _Placement(self, nodes, mentioned).place(wanted)
         served = services.Builder(self.options.service_cidrs, self.previous)
@@ -117,7 +154,7 @@ class _Builder:
             by_kind.get("Service", []), by_kind.get("EndpointSlice", []), pods, nodes.values()
         )
         self.problems += served.problems
-        world = World(
+        world = MadeWorld(
             nodes=nodes,
             namespaces=namespaces,
             pods=pods,
@@ -136,7 +173,7 @@ class _Builder:
 
     # ---- nodes, namespaces, policies, identities ----
 
-    def _nodes(self, documents: Sequence[Document]) -> dict[str, Node]:
+    def _nodes(self, documents: Sequence[Document]) -> dict[str, MadeNode]:
         names = [document.key.name for document in documents]
         count = self.options.nodes or len(names) or DEFAULT_NODES
         if count > MAX_NODES:
@@ -164,7 +201,7 @@ class _Builder:
             for name in sorted(names)
         }
 
-    def _node(self, name: str, index: int) -> Node:
+    def _node(self, name: str, index: int) -> MadeNode:
         addresses = [ipaddress.ip_address(first) + index for first in self.options.first_node]
         cidrs = []
         for text in self.options.pod_cidrs:
@@ -172,7 +209,12 @@ class _Builder:
             bits = 24 if whole.version == 4 else 64
             base = whole.network_address + (index << (whole.max_prefixlen - bits))
             cidrs.append(f"{base}/{bits}")
-        return Node(name, index, tuple(str(address) for address in addresses), tuple(cidrs))
+        return MadeNode(
+            name=name,
+            addresses=tuple(str(address) for address in addresses),
+            pod_cidrs=tuple(cidrs),
+            index=index,
+        )
 
     def _namespaces(
         self, documents: Mapping[Key, Document], declared: Sequence[Document]
@@ -185,68 +227,37 @@ class _Builder:
                 labels[document.object.spec.namespace] = {}
         for document in declared:
             labels[document.key.name] = document.object.metadata.labels
-        return {
-            # Last, so that nobody's own label of that name counts (DESIGN invariant 10).
-            name: {**labels[name], NAME_LABEL: name}
-            for name in sorted(labels)
-        }
+        return meanings.namespaces(labels)
 
     def _policies(self, documents: Sequence[Document]) -> dict[ObjectName, Policy]:
-        found = {}
+        written = {}
         for document in documents:
             assert isinstance(document.object, users.NetworkPolicy)
             name = ObjectName(document.key.namespace, document.key.name)
-            before = self.previous.policies.get(name)
-            if before is not None and before.origin is document.object:
-                found[name] = before
-                continue
-            now = policies.policy(name, document.object)
-            found[name] = now if before != now or before is None else before
-        return found
+            written[name] = document.object
+        return meanings.policies(written, self.previous.policies)
 
     def _identities(
         self, documents: Sequence[Document], mentioned: frozenset[str]
     ) -> dict[str, UserIdentity]:
-        found: dict[str, UserIdentity] = {}
-        taken: list[tuple[users.IPNetwork, str]] = []
+        written = {}
         for document in documents:
             assert isinstance(document.object, users.Identity)
-            name, spec = document.key.name, document.object.spec
-            if spec.namespace is not None and spec.labels is not None:
-                key = identities.identity_key(spec.namespace, spec.labels, mentioned)
-                found[name] = UserIdentity(name, key)
-                continue
-            networks = sorted({users.network(text) for text in spec.cidrs or ()}, key=str)
-            clash = self._clash(networks, taken)
-            if clash:
+            written[document.key.name] = document.object.spec
+        found, stalled = meanings.user_identities(written, mentioned, self.options.pod_cidrs)
+        for document in documents:
+            if document.key.name in stalled:
                 self.problems.append(
                     at(
                         document.source,
                         "error",
-                        f"stalled: {clash}",
+                        f"stalled: {stalled[document.key.name]}",
                         object=str(document.key),
                         field="spec.cidrs",
                         remedy="name each outside address once, and no pod's",
                     )
                 )
-                continue
-            taken += [(network, name) for network in networks]
-            key = IdentityKey("", (), tuple(map(str, networks)))
-            found[name] = UserIdentity(name, key)
         return found
-
-    def _clash(
-        self, networks: Sequence[users.IPNetwork], taken: Sequence[tuple[users.IPNetwork, str]]
-    ) -> str:
-        pods = [ipaddress.ip_network(text) for text in self.options.pod_cidrs]
-        for network in networks:
-            for other, owner in taken:
-                if _overlap(network, other):
-                    return f"{network} overlaps {other} of Identity {owner}"
-            for other in pods:
-                if network.prefixlen >= other.prefixlen and _overlap(network, other):
-                    return f"{network} lies among the pods' addresses ({other})"
-        return ""
 
     # ---- pods ----
 
@@ -349,7 +360,7 @@ class _Placement:
     """Gives every wanted pod a node and addresses."""
 
     def __init__(
-        self, builder: _Builder, nodes: dict[str, Node], mentioned: frozenset[str]
+        self, builder: _Builder, nodes: dict[str, MadeNode], mentioned: frozenset[str]
     ) -> None:
         self._builder = builder
         self._nodes = nodes
@@ -369,7 +380,7 @@ class _Placement:
 
     def place(
         self, wanted: Mapping[ObjectName, _Wanted]
-    ) -> tuple[dict[ObjectName, Pod], dict[str, int]]:
+    ) -> tuple[dict[ObjectName, MadePod], dict[str, int]]:
         names = sorted(wanted)
         places: dict[ObjectName, tuple[str, int]] = {}
         for name in names:  # who stays is settled before anybody new is placed
@@ -386,14 +397,16 @@ class _Placement:
             if name not in places and wanted[name].node in self._nodes:
                 places[name] = (wanted[name].node, -1)
                 self._load[wanted[name].node] += 1
-        pods: dict[ObjectName, Pod] = {}
+        pods: dict[ObjectName, MadePod] = {}
         for name in names:
             made = self._make(name, wanted[name], places.get(name))
             if made is not None:
                 pods[name] = made
         return pods, self._cursors
 
-    def _make(self, name: ObjectName, pod: _Wanted, place: tuple[str, int] | None) -> Pod | None:
+    def _make(
+        self, name: ObjectName, pod: _Wanted, place: tuple[str, int] | None
+    ) -> MadePod | None:
         if place is None:
             if pod.node:
                 known = ", ".join(sorted(self._nodes))
@@ -438,13 +451,13 @@ class _Placement:
                 return slot
         return -1
 
-    def _pod(self, pod: _Wanted, node: str, slot: int) -> Pod:
+    def _pod(self, pod: _Wanted, node: str, slot: int) -> MadePod:
         if pod.spec.host_network:
             addresses = self._nodes[node].addresses
         else:
             addresses = tuple(str(net.network_address + slot) for net in self._networks[node])
         key: IdentityKey = identities.identity_key(pod.namespace, pod.labels, self._mentioned)
-        return Pod(
+        return MadePod(
             uid=pod_uid(pod.namespace, pod.name),
             namespace=pod.namespace,
             name=pod.name,
@@ -453,7 +466,6 @@ class _Placement:
             addresses=addresses,
             ports=_ports(pod.spec),
             host_network=pod.spec.host_network,
-            workload=f"{pod.workload.kind} {pod.workload.name}",
             command=pod.annotations.get(COMMAND_ANNOTATION, ""),
             slot=slot,
             identity=key,

@@ -28,7 +28,8 @@ from tidegate_operator import identities, publish, world
 from tidegate_operator.compile import Compiler, Desired
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.manifests import Folder
-from tidegate_operator.objects import EMPTY_WORLD, Pod, World
+from tidegate_operator.objects import Pod, World
+from tidegate_operator.world import EMPTY_WORLD
 
 FIRST_IFINDEX, INTERFACES = 100, 16
 OUTSIDE = 1

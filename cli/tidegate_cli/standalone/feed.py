@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import structlog
-from tidegate_operator import publish, world
-from tidegate_operator.objects import Pod as WorldPod
-from tidegate_operator.objects import World
+from tidegate_operator import world
 from tidegate_operator.problems import Problem
 from tidegate_operator.standalone import Runner, StepResult
+from tidegate_operator.store import PublishError
+from tidegate_operator.world import MadePod, MadeWorld
 
 from tidegate_cli.standalone import supervisor
 from tidegate_cli.standalone.cluster import Layout
@@ -48,7 +48,7 @@ class OperatorFeed:
         runner = Runner(self._folder, self._run_dir.path, self._options, self._on_world)
         try:
             result = runner.step()
-        except publish.PublishError as error:
+        except PublishError as error:
             raise StandaloneError(str(error)) from error
         if result.desired is None:
             raise StandaloneError(
@@ -89,11 +89,11 @@ class OperatorFeed:
         while not self._stop.is_set():
             try:
                 self._runner.watch(self._stop, self._report)
-            except (publish.PublishError, OSError) as error:
+            except (PublishError, OSError) as error:
                 log.error("cannot publish, trying again", error=str(error))
                 self._stop.wait(RETRY_SECONDS)
 
-    def _on_world(self, _before: World, after: World) -> None:
+    def _on_world(self, _before: MadeWorld, after: MadeWorld) -> None:
         if self._changed is not None:
             self._changed(self._layout(after))
 
@@ -105,7 +105,7 @@ class OperatorFeed:
             for problem in result.problems[:MAX_PROBLEMS]:
                 log.warning("problem in the folder", problem=str(problem))
 
-    def _layout(self, snapshot: World) -> Layout:
+    def _layout(self, snapshot: MadeWorld) -> Layout:
         cgroup = cgroup_of(self._run_dir)
         nodes = {
             node.name: place_node(
@@ -125,7 +125,7 @@ class OperatorFeed:
         return Layout(list(nodes.values()), pods)
 
 
-def _pod(pod: WorldPod) -> Pod:
+def _pod(pod: MadePod) -> Pod:
     return Pod(
         uid=pod.uid,
         namespace=pod.namespace,

@@ -50,6 +50,8 @@ class NodeContent:
     endpoints: list[Endpoint]
     rule_sets: list[str]
     peer_sets: list[str]
+    uid: str = ""
+    """Of the Node that the state belongs to; "" where nodes are no objects."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,8 @@ class Compiler:
         endpoints: dict[str, list[Endpoint]] = {name: [] for name in world.nodes}
         used: dict[str, dict[int, Compiled]] = {name: {} for name in world.nodes}
         for pod, _, subject, endpoint, _ in self._pods.values():
+            if pod.node not in endpoints:  # its node is gone, or not there yet
+                continue
             endpoints[pod.node].append(endpoint)
             for part in subject.parts:
                 used[pod.node][id(part)] = part
@@ -267,12 +271,14 @@ class Compiler:
                 endpoints=endpoints[name],
                 rule_sets=sorted({part.name for part in used[name].values()}),
                 peer_sets=sorted({peer for part in used[name].values() for peer in part.peers}),
+                uid=node.uid,
             )
-            for name in world.nodes
+            for name, node in world.nodes.items()
         }
 
     def _ipcache(self, world: World, ledger: Ledger) -> dict[str, IPCacheEntry]:
-        """Later ones win: a user's CIDR never takes a pod's or a node's address."""
+        """Later ones win: a user's CIDR never takes a pod's or a node's address, and a node
+        that serves the API is known as that."""
         found: dict[str, IPCacheEntry] = {}
         for identity in world.identities.values():
             for cidr in identity.key.cidrs:
@@ -283,6 +289,9 @@ class Compiler:
             for address in node.addresses + node.gateways:
                 cidr = _host(address)
                 found[cidr] = IPCacheEntry(cidr=cidr, identity=int(Reserved.REMOTE_NODE))
+        for address in world.apiservers:
+            cidr = _host(address)
+            found[cidr] = IPCacheEntry(cidr=cidr, identity=int(Reserved.KUBE_APISERVER))
         for _, _, _, _, entries in self._pods.values():
             for entry in entries:
                 found[entry.cidr] = entry

@@ -10,7 +10,7 @@ from tidegate_operator import identities, world
 from tidegate_operator.compile import Desired, compile
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.manifests import Document, Folder, Input
-from tidegate_operator.objects import World
+from tidegate_operator.world import MadeWorld
 
 
 def read(**files: str) -> Input:
@@ -33,11 +33,11 @@ def documents(text: str) -> tuple[Document, ...]:
     return found.documents
 
 
-def make(text: str, options: world.Options = world.DEFAULTS) -> World:
+def make(text: str, options: world.Options = world.DEFAULTS) -> MadeWorld:
     return world.build(documents(text), options)[0]
 
 
-def compiled(text: str) -> tuple[World, Ledger, Desired]:
+def compiled(text: str) -> tuple[MadeWorld, Ledger, Desired]:
     now = make(text)
     ledger = identities.allocate(now, EMPTY_LEDGER)
     return now, ledger, compile(now, ledger)

@@ -227,7 +227,7 @@ class Follower:
     """One compiler that lives through every state."""
 
     def __init__(self) -> None:
-        self.world: world.World | None = None
+        self.world: world.MadeWorld | None = None
         self.ledger = EMPTY_LEDGER
         self.compiler = Compiler()
 

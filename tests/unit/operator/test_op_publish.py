@@ -10,12 +10,12 @@ from pathlib import Path
 import msgspec
 import pytest
 import yaml
-from tidegate_api.state import NodeState, StateSlice, encode, slice_name
-from tidegate_operator import identities, publish, world
+from tidegate_api.state import NodeState, StateObject, StateSlice, encode, slice_name
+from tidegate_operator import identities, publish, store, world
 from tidegate_operator.compile import Desired, compile
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
-from tidegate_operator.objects import World
-from tidegate_operator.publish import Publisher, path_of, read_ledger, render
+from tidegate_operator.publish import Publisher, read_ledger, render
+from tidegate_operator.store import FileStore, path_of
 from tidegate_operator.world import Options
 from unit.operator.given import documents, pod, policy, service
 
@@ -32,9 +32,9 @@ class Given:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.world: World | None = None
+        self.world: world.MadeWorld | None = None
         self.ledger: Ledger = read_ledger(run_dir)
-        self.publisher = Publisher(run_dir)
+        self.publisher = Publisher(FileStore(run_dir))
         self.desired: Desired | None = None
 
     def publish(self, text: str) -> list[str]:
@@ -129,7 +129,7 @@ def test_moving_address_bridges_old_and_new_number(
     text = BASE + pod("c", "{app: a, x: one}")
     run.publish(text)
     seen: list[set[int]] = []
-    write = publish._write
+    write = store._write
 
     def spy(path: Path, data: bytes) -> None:
         if path.name.startswith("peers"):
@@ -137,7 +137,7 @@ def test_moving_address_bridges_old_and_new_number(
             seen.append({number for item in found or () for number in item.identities})
         write(path, data)
 
-    monkeypatch.setattr(publish, "_write", spy)
+    monkeypatch.setattr(store, "_write", spy)
     old = set(run.ledger.live.values())
     paths = run.publish(text.replace("x: one", "x: two"))
     new = set(run.ledger.live.values()) - old
@@ -230,7 +230,7 @@ def test_killed_while_resharding(run: Given, monkeypatch: pytest.MonkeyPatch, al
     _grown(monkeypatch)
     text = BASE + "".join(pod(f"more-{n}", "{app: a}") for n in range(40))
     done = 0
-    put, drop = Publisher._put, Publisher._drop
+    put, drop = FileStore._put, FileStore._drop
 
     def counted() -> None:
         nonlocal done
@@ -238,17 +238,17 @@ def test_killed_while_resharding(run: Given, monkeypatch: pytest.MonkeyPatch, al
         if done > allowed:
             raise Killed
 
-    def spy_put(self: Publisher, name: str, data: bytes) -> None:
+    def spy_put(self: FileStore, item: StateObject) -> None:
         counted()
-        put(self, name, data)
+        put(self, item)
 
-    def spy_drop(self: Publisher, name: str) -> None:
+    def spy_drop(self: FileStore, name: str) -> None:
         counted()
         drop(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Publisher, "_put", spy_put)
-        patch.setattr(Publisher, "_drop", spy_drop)
+        patch.setattr(FileStore, "_put", spy_put)
+        patch.setattr(FileStore, "_drop", spy_drop)
         with contextlib.suppress(Killed):
             run.publish(text)
     _assert_nodes_name_what_is_there(run)

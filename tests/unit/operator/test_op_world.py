@@ -7,7 +7,7 @@ from hypothesis import given as hypothesis_given
 from hypothesis import settings
 from hypothesis import strategies as st
 from tidegate_operator import world
-from tidegate_operator.objects import NAME_LABEL, ObjectName, World
+from tidegate_operator.objects import NAME_LABEL, ObjectName
 from tidegate_operator.world import Options, build
 from unit.operator.given import documents, make, pod, policy, service
 
@@ -108,7 +108,7 @@ def test_namespaces_carry_their_name_whatever_users_write() -> None:
 def test_nobody_moves_for_somebody_else(states: list[frozenset[str]]) -> None:
     pods = {name: documents(pod(name) + service(name, "{ports: [{port: 1}]}"))
             for name in "abcdefghij"}  # fmt: skip
-    now: World | None = None
+    now: world.MadeWorld | None = None
     for state in states:
         before = now
         given = [item for name in state for item in pods[name]]

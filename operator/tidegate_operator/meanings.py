@@ -1,0 +1,84 @@
+"""What objects mean, wherever they come from: shared by the folder's builder and the
+cluster's, so that the same manifests give the same rule sets and identities in both.
+No I/O, no clock.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping, Sequence
+
+from tidegate_api import users
+
+from tidegate_operator import identities
+from tidegate_operator import policies as policy_meaning
+from tidegate_operator.objects import NAME_LABEL, IdentityKey, ObjectName, Policy, UserIdentity
+
+
+def namespaces(labels: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """name -> labels; its own name last, so that nobody's label of that key counts (DESIGN
+    invariant 10)."""
+    return {name: {**labels[name], NAME_LABEL: name} for name in sorted(labels)}
+
+
+def policies(
+    written: Mapping[ObjectName, users.NetworkPolicy], previous: Mapping[ObjectName, Policy]
+) -> dict[ObjectName, Policy]:
+    """In the order of `written`; the policy of `previous` where the meaning is the same."""
+    found = {}
+    for name, item in written.items():
+        before = previous.get(name)
+        if before is not None and before.origin is item:
+            found[name] = before
+            continue
+        now = policy_meaning.policy(name, item)
+        found[name] = now if before != now or before is None else before
+    return found
+
+
+def mentioned(found: Iterable[Policy]) -> frozenset[str]:
+    """Label keys that make identities only because some selector mentions them."""
+    return frozenset(key for item in found for key in item.label_keys if identities.irrelevant(key))
+
+
+def user_identities(
+    written: Mapping[str, users.IdentitySpec], mentioned: frozenset[str], pod_cidrs: Sequence[str]
+) -> tuple[dict[str, UserIdentity], dict[str, str]]:
+    """(in force, stalled: name -> why). The first in the order of `written` has a network."""
+    found: dict[str, UserIdentity] = {}
+    stalled: dict[str, str] = {}
+    taken: list[tuple[users.IPNetwork, str]] = []
+    pods = [ipaddress.ip_network(text) for text in pod_cidrs]
+    for name, spec in written.items():
+        if spec.namespace is not None and spec.labels is not None:
+            key = identities.identity_key(spec.namespace, spec.labels, mentioned)
+            found[name] = UserIdentity(name, key)
+            continue
+        networks = sorted({users.network(text) for text in spec.cidrs or ()}, key=str)
+        clash = _clash(networks, taken, pods)
+        if clash:
+            stalled[name] = clash
+            continue
+        taken += [(network, name) for network in networks]
+        key = IdentityKey("", (), tuple(map(str, networks)))
+        found[name] = UserIdentity(name, key)
+    return found, stalled
+
+
+def _clash(
+    networks: Sequence[users.IPNetwork],
+    taken: Sequence[tuple[users.IPNetwork, str]],
+    pods: Sequence[users.IPNetwork],
+) -> str:
+    for network in networks:
+        for other, owner in taken:
+            if _overlap(network, other):
+                return f"{network} overlaps {other} of Identity {owner}"
+        for other in pods:
+            if network.prefixlen >= other.prefixlen and _overlap(network, other):
+                return f"{network} lies among the pods' addresses ({other})"
+    return ""
+
+
+def _overlap(one: users.IPNetwork, other: users.IPNetwork) -> bool:
+    return one.version == other.version and one.overlaps(other)
