@@ -75,6 +75,10 @@ kube-apiserver: ## etcd, kube-apiserver and kubectl, for tests against an API se
 kube-binaries: ## every program of a cluster, kind and helm (needs Go)
 	@$(KIND) kube-binaries
 
+.PHONY: crds
+crds: install ## write crds/*.yaml and docs/api.md anew, of crds/tidegate_api
+	@$(BIN)/python crds/generate.py
+
 # ---- run ------------------------------------------------------------------------------
 
 .PHONY: demo demo-down

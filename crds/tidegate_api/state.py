@@ -59,7 +59,11 @@ Network = Annotated[str, msgspec.Meta(max_length=43)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << IDENTITY_BITS) - 1)]
 """Of an identity."""
-Count = Annotated[int, msgspec.Meta(ge=0)]
+MAX_COUNT = (1 << 53) - 1
+"""As far as every reader of JSON counts exactly."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+Shards = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 Time = Annotated[str, msgspec.Meta(max_length=40)]
 """RFC 3339, UTC."""
 
@@ -218,6 +222,8 @@ class RuleSet(Model, frozen=True):
 
 # ---- StateSlice ---------------------------------------------------------------
 
+TABLES = ("ipcache", "services", "peers")
+
 
 class IPCacheEntry(Model, frozen=True):
     """Who has an address."""
@@ -291,7 +297,7 @@ class StateSliceSpec(Model, frozen=True):
     """Counts resharding; shards of two epochs may be there at once."""
     shard: Count
     """Which shard this is, from 0."""
-    shards: Annotated[int, msgspec.Meta(ge=1)]
+    shards: Shards
     """How many there are in this epoch, a power of two."""
     revision: Count
     """The table's revision when this shard was last written."""
@@ -301,6 +307,11 @@ class StateSliceSpec(Model, frozen=True):
     """Services; only in the table of that name."""
     peers: list[PeerSet] | UnsetType = UNSET
     """Peer sets; only in the table of that name."""
+
+    def __post_init__(self) -> None:
+        present = [table for table in TABLES if getattr(self, table) is not UNSET]
+        if present != [self.table]:
+            raise ValueError(f"a slice of {self.table} has {', '.join(present) or 'no list'}")
 
 
 class StateSlice(Model, frozen=True):
@@ -342,7 +353,7 @@ class TableRef(Model, frozen=True):
 
     epoch: Count
     """The epoch to read."""
-    shards: Annotated[int, msgspec.Meta(ge=1)]
+    shards: Shards
     """How many shards make the table whole."""
     min_revision: Count
     """A revision that has to be seen before this state may be applied."""
@@ -377,7 +388,7 @@ class NodeStateStatus(Model, frozen=True):
     """Endpoints in force."""
     drift: Count = 0
     """Entries found changed behind the loader's back and repaired, in all."""
-    formats: list[int] = []
+    formats: list[Count] = []
     """The formats of specs that this loader reads."""
     conditions: list[Condition] = []
     """`Ready`: the newest spec is in force. `Stalled`: something that has to be mended."""
@@ -404,12 +415,17 @@ class NodeState(Model, frozen=True):
 class IdentitySpec(Model, frozen=True):
     """What a number stands for. Exactly (namespace, labels) or cidrs."""
 
-    namespace: str | UnsetType = UNSET
+    namespace: Name | UnsetType = UNSET
     """The pods' namespace."""
     labels: dict[str, str] | UnsetType = UNSET
     """The pods' identity-relevant labels, all of them."""
-    cidrs: list[str] | UnsetType = UNSET
+    cidrs: list[Network] | UnsetType = UNSET
     """Networks outside the cluster, without host bits."""
+
+    def __post_init__(self) -> None:
+        pods = (self.namespace is not UNSET, self.labels is not UNSET)
+        if pods != ((self.cidrs is UNSET),) * 2:
+            raise ValueError("an Identity is either namespace with labels, or cidrs")
 
 
 class IdentityStatus(Model, frozen=True):
@@ -507,9 +523,6 @@ class ClusterPolicyStatus(Model, frozen=True):
 
 StateObject = RuleSet | StateSlice | NodeState | Identity
 """What makes up the desired state; the policy statuses tell of it and are no part of it."""
-
-TABLES = ("ipcache", "services", "peers")
-
 
 # ---- Bytes and names ---------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic.alias_generators import to_camel
@@ -32,6 +33,10 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 MAX_NAME = 63
 MAX_SUBDOMAIN = 253
+MAX_LABELS = 128
+"""Labels of one user-made Identity."""
+MAX_CIDRS = 1024
+"""CIDRs of one user-made Identity."""
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
@@ -87,6 +92,11 @@ def check_label_key(key: str) -> None:
             f"use at most {MAX_NAME} letters, digits, '-', '_' and '.', "
             "beginning and ending with a letter or digit",
         )
+
+
+def _matching(pattern: re.Pattern[str], most: int) -> WithJsonSchema:
+    """What an API server checks of a text that a validator here checks too."""
+    return WithJsonSchema({"type": "string", "maxLength": most, "pattern": f"^{pattern.pattern}$"})
 
 
 def check_label_value(key: str, value: str) -> None:
@@ -171,7 +181,9 @@ def _cluster_ip(value: str) -> str:
     return value if value in ("", "None") else _ip(value)
 
 
-DNSLabel = Annotated[str, AfterValidator(_dns_label)]
+DNSLabel = Annotated[str, AfterValidator(_dns_label), _matching(_LABEL, MAX_NAME)]
+LabelValue = Annotated[str, _matching(re.compile(f"({_QUALIFIED.pattern})?"), MAX_NAME)]
+"""Checked with its key, which an error names."""
 Subdomain = Annotated[str, AfterValidator(_subdomain)]
 Labels = Annotated[dict[str, str], BeforeValidator(_null_values), AfterValidator(_labels)]
 Annotations = Annotated[dict[str, str], BeforeValidator(_null_values)]
@@ -576,13 +588,69 @@ class NetworkPolicy(Object):
 # ---- Identity ----------------------------------------------------------------------------------
 
 
+def _external(value: str) -> str:
+    """A CIDR as an API server's CEL library reads it too."""
+    whole = network(value)
+    bits = value.partition("/")[2]
+    if bits != str(whole.prefixlen):
+        raise invalid(f"{value!r} has zeros before its bits", f"write {whole}")
+    if isinstance(whole, ipaddress.IPv6Network) and whole.network_address.ipv4_mapped is not None:
+        raise invalid(f"{value!r} is an IPv4 network in IPv6 form", "write it as IPv4")
+    return value
+
+
+ExternalCIDR = Annotated[
+    str,
+    AfterValidator(_external),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "maxLength": 43,
+            "x-kubernetes-validations": [
+                {
+                    "rule": "isCIDR(self) && cidr(self).masked() == cidr(self)",
+                    "message": "must be a CIDR without bits to the right of its mask",
+                }
+            ],
+        }
+    ),
+]
+
+
 class IdentitySpec(Own):
     """Either `namespace` and the complete `labels` of pods to come (pre-warming),
     or `cidrs` of external hosts."""
 
     namespace: DNSLabel | None = None
-    labels: Annotated[dict[str, str], AfterValidator(_labels)] | None = None
-    cidrs: list[CIDR] | None = None
+    """The pods' namespace."""
+    labels: (
+        Annotated[
+            dict[str, LabelValue],
+            AfterValidator(_labels),
+            Field(
+                json_schema_extra={
+                    "maxProperties": MAX_LABELS,
+                    "x-kubernetes-validations": [
+                        {
+                            "rule": "self.all(key, "
+                            "!format.qualifiedName().validate(key).hasValue())",
+                            "message": "every key must be a label key: [prefix/]name",
+                        }
+                    ],
+                }
+            ),
+        ]
+        | None
+    ) = None
+    """The pods' identity-relevant labels, all of them: the pods that have exactly these."""
+    cidrs: (
+        Annotated[
+            list[ExternalCIDR], Field(json_schema_extra={"minItems": 1, "maxItems": MAX_CIDRS})
+        ]
+        | None
+    ) = None
+    """Networks outside the cluster, without host bits. They never match a podSelector or a
+    namespaceSelector, and never override the address of a pod or a node."""
 
     @model_validator(mode="before")
     @classmethod
@@ -602,12 +670,23 @@ class IdentitySpec(Own):
                 "an Identity is either namespace with labels, or cidrs",
                 "give both namespace and labels, or only cidrs",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_size(self) -> Self:
         if self.cidrs is not None and not self.cidrs:
             raise invalid("cidrs is empty", "list at least one CIDR or delete the Identity")
+        if self.cidrs is not None and len(self.cidrs) > MAX_CIDRS:
+            raise invalid(f"{len(self.cidrs)} cidrs", f"list at most {MAX_CIDRS} in one Identity")
+        if self.labels is not None and len(self.labels) > MAX_LABELS:
+            raise invalid(f"{len(self.labels)} labels", f"give at most {MAX_LABELS}")
         return self
 
 
 class Identity(Own):
+    """One number for pods that are alike, or for networks outside. User-made ones have a name
+    that begins with a letter; those with a decimal name are the operator's own."""
+
     namespaced: ClassVar[bool] = False
 
     api_version: str
