@@ -13,6 +13,8 @@ EXAMPLE ?= examples/shop
 # Installed only where missing; `apt-get` is not called otherwise.
 BUILD_PACKAGES := python3-venv $(CLANG) libbpf1 libbpf-dev linux-libc-dev libc6-dev
 TEST_PACKAGES := iproute2 qemu-system-x86 busybox-static cpio
+# A machine that has Docker keeps its own.
+E2E_PACKAGES := debootstrap iptables iproute2 gcc libc6-dev $(if $(shell command -v dockerd),,docker.io)
 SOURCES := $(wildcard datapath/*.bpf.c)
 OBJECTS := $(SOURCES:datapath/%.bpf.c=datapath/build/%.o)
 HEADERS := $(wildcard datapath/include/tidegate/*.h)
@@ -48,6 +50,10 @@ endef
 	@$(call install-packages,$(TEST_PACKAGES))
 	@touch $@
 
+.cache/e2e-packages: Makefile | .cache
+	@$(call install-packages,$(E2E_PACKAGES))
+	@touch $@
+
 $(BIN)/.installed: pyproject.toml .cache/build-packages
 	$(say) "installing Python packages into $(VENV)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
@@ -64,6 +70,10 @@ objects: $(OBJECTS) ## compile the eBPF objects
 
 install: $(BIN)/.installed $(OBJECTS) ## packages, .venv and objects
 
+.PHONY: crds
+crds: install ## write crds/*.yaml and docs/api.md anew, of crds/tidegate_api
+	@$(BIN)/python crds/generate.py
+
 # ---- Kubernetes: built from Go modules, kept in $TIDEGATE_CACHE (default ~/.cache/tidegate) -----
 
 KIND := PYTHONPATH=e2e $(PYTHON) -m kind
@@ -75,9 +85,12 @@ kube-apiserver: ## etcd, kube-apiserver and kubectl, for tests against an API se
 kube-binaries: ## every program of a cluster, kind and helm (needs Go)
 	@$(KIND) kube-binaries
 
-.PHONY: crds
-crds: install ## write crds/*.yaml and docs/api.md anew, of crds/tidegate_api
-	@$(BIN)/python crds/generate.py
+.PHONY: docker docker-down
+docker: .cache/e2e-packages ## a Docker daemon: the running one, else one of our own
+	@$(KIND) docker
+
+docker-down: ## stop our own Docker daemon; settings and firewall become what they were
+	@$(KIND) docker-down
 
 # ---- run ------------------------------------------------------------------------------
 

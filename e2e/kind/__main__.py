@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from kind import golang
+from kind import daemon, golang
 from kind.run import Failed
 from kind.settings import binaries
 
@@ -20,6 +20,14 @@ def kube_binaries() -> None:
     print(binaries())
 
 
+def docker() -> None:
+    daemon.ensure()
+
+
+def docker_down() -> None:
+    daemon.stop()
+
+
 COMMANDS = {
     "kube-apiserver": (
         kube_apiserver,
@@ -29,6 +37,8 @@ COMMANDS = {
         kube_binaries,
         "build every program of a cluster, kind and helm where they are missing",
     ),
+    "docker": (docker, "start a Docker daemon where none answers"),
+    "docker-down": (docker_down, "stop that daemon and put the machine back as it was"),
 }
 
 
