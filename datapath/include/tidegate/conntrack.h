@@ -203,21 +203,30 @@ enum tg_rank {
 	TG_RANK_EXPIRED = TG_RANK_OWN - 2,
 };
 
-/* How gladly a way is given up: a free one, then one that has expired, then the
- * one least recently seen, any of those equally old. */
-tg_inline __u32 tg_rank(const struct tg_half_open *way, __u64 word, __u32 tie, __u32 now)
+/* How gladly a way is given up for a flow: the flow's own, then a free one, one
+ * that has expired, the one least recently seen; any of those equally old, so
+ * low bits of `now_tie` (time << 2 | tie) decide. `word`: as it was read. */
+tg_global __u32 tg_rank(const struct tg_half_open *way, const struct tg_ct_key *key,
+			__u64 proof, __u64 now_tie, __u64 *word)
 {
-	__s32 age = now - way->ct.seen;
+	__u32 now = now_tie >> 2;
+	__s32 age;
 
-	if (word == TG_CT_FREE)
-		return TG_RANK_FREE;
-	if (word == TG_CT_BUSY)
+	if (!way || !key || !word)
 		return TG_RANK_BUSY;
+	*word = tg_read_word(&way->ct);
+	if (*word == TG_CT_FREE)
+		return TG_RANK_FREE;
+	if (*word == TG_CT_BUSY)
+		return TG_RANK_BUSY;
+	if (tg_holds(way, *word, key, proof))
+		return TG_RANK_OWN;
+	age = now - way->ct.seen;
 	if (age <= 0)
-		return (tie & 3) + 1;
-	if (tg_expired(&way->ct, way->key.protocol, now))
+		age = 0;
+	else if (tg_expired(&way->ct, way->key.protocol, now))
 		return TG_RANK_EXPIRED;
-	return ((__u32)age << 2 | (tie & 3)) + 1;
+	return ((__u32)age << 2 | (now_tie & 3)) + 1;
 }
 
 #define TG_CLAIMS 4
@@ -236,9 +245,8 @@ tg_global int tg_claim_way(struct tg_half_open_set *set, const struct tg_ct_key 
 		__u32 rank, highest = 0, best = 0;
 
 		for (i = 0; i < TG_HALF_OPEN_WAYS; i++) {
-			word = tg_read_word(&set->way[i].ct);
-			rank = tg_holds(&set->way[i], word, key, proof) ?
-			       TG_RANK_OWN : tg_rank(&set->way[i], word, proof + i, now);
+			rank = tg_rank(&set->way[i], key, proof,
+				       (__u64)now << 2 | ((proof + i) & 3), &word);
 			if (rank > highest) {
 				highest = rank;
 				best = i;
