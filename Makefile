@@ -12,7 +12,7 @@ RUN_DIR ?= /run/tidegate
 EXAMPLE ?= examples/shop
 # Installed only where missing; `apt-get` is not called otherwise.
 BUILD_PACKAGES := python3-venv $(CLANG) libbpf1 libbpf-dev linux-libc-dev libc6-dev
-TEST_PACKAGES := iproute2 qemu-system-x86 busybox-static cpio
+TEST_PACKAGES := iproute2 openssl qemu-system-x86 busybox-static cpio
 # A machine that has Docker keeps its own.
 E2E_PACKAGES := debootstrap iptables iproute2 gcc libc6-dev $(if $(shell command -v dockerd),,docker.io)
 SOURCES := $(wildcard datapath/*.bpf.c)
@@ -115,7 +115,7 @@ lint: install
 
 check: lint ## the inner loop: lint, types, import contracts, fast tests
 	$(say) "fast tests"
-	@$(PYTEST) -q -n 2 -m 'not kernel and not cluster and not slow'
+	@$(PYTEST) -q -n 2 -m 'not kernel and not cluster and not apiserver and not slow'
 
 test: lint .cache/test-packages kube-apiserver ## every test, on the real kernel with real packets
 	$(say) "all tests (eBPF programs, network namespaces, real packets)"
