@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= /run/tidegate
 EXAMPLE ?= examples/shop
 # Installed only where missing; `apt-get` is not called otherwise.
-BUILD_PACKAGES := python3-venv $(CLANG) libbpf1 libbpf-dev linux-libc-dev libc6-dev
+BUILD_PACKAGES := python3-venv $(CLANG) libbpf1 libbpf-dev linux-libc-dev libc6-dev gcc libjansson-dev
 TEST_PACKAGES := iproute2 openssl qemu-system-x86 busybox-static cpio
 # A machine that has Docker keeps its own.
 E2E_PACKAGES := debootstrap iptables iproute2 gcc libc6-dev $(if $(shell command -v dockerd),,docker.io)
@@ -65,10 +65,19 @@ datapath/build/%.o: datapath/%.bpf.c $(HEADERS) | .cache/build-packages
 	@mkdir -p datapath/build
 	@$(CLANG) $(BPF_CFLAGS) -c $< -o $@
 
-.PHONY: objects install
+CNI := node-loader/cni/build/tidegate-cni
+
+$(CNI): $(wildcard node-loader/cni/*.c) node-loader/cni/cni.h | .cache/build-packages
+	$(say) "compiling the CNI step"
+	@mkdir -p $(@D)
+	@gcc -O2 -Wall -Wextra -Werror -static -s -o $@ $(filter %.c,$^) -ljansson
+
+.PHONY: objects cni install
 objects: $(OBJECTS) ## compile the eBPF objects
 
-install: $(BIN)/.installed $(OBJECTS) ## packages, .venv and objects
+cni: $(CNI) ## compile the CNI step, static
+
+install: $(BIN)/.installed $(OBJECTS) $(CNI) ## packages, .venv, objects and the CNI step
 
 .PHONY: crds
 crds: install ## write crds/*.yaml and docs/api.md anew, of crds/tidegate_api

@@ -16,6 +16,8 @@ class Mount:
     path: str
     fstype: str
     device: tuple[int, int]
+    root: str
+    """What of the filesystem is mounted; "/../.." is above the reader's own cgroup."""
 
 
 def parse(text: str) -> list[Mount]:
@@ -25,8 +27,8 @@ def parse(text: str) -> list[Mount]:
         left, _, right = line.partition(" - ")
         parts = left.split(" ")
         major, _, minor = parts[2].partition(":")
-        path = _ESCAPE.sub(lambda match: chr(int(match[1], 8)), parts[4])
-        found.append(Mount(path, right.split(" ")[0], (int(major), int(minor))))
+        root, path = (_ESCAPE.sub(lambda match: chr(int(match[1], 8)), p) for p in parts[3:5])
+        found.append(Mount(path, right.split(" ")[0], (int(major), int(minor)), root))
     return found
 
 
@@ -37,8 +39,21 @@ def mounts() -> list[Mount]:
 
 
 def cgroup2() -> str | None:
-    """Where the v2 hierarchy is mounted (`/sys/fs/cgroup`, or `…/unified` on hybrid machines)."""
-    return next((m.path for m in mounts() if m.fstype == "cgroup2"), None)
+    """Where the v2 hierarchy is mounted (`/sys/fs/cgroup`, or `…/unified` on hybrid machines);
+    of several mounts, as in a container, the one that shows most of it."""
+    return highest([m for m in mounts() if m.fstype == "cgroup2"])
+
+
+def highest(found: list[Mount]) -> str | None:
+    """The path of the mount whose root is highest in its hierarchy, the first of equals."""
+    best = min(found, key=lambda m: _depth(m.root), default=None)
+    return best.path if best is not None else None
+
+
+def _depth(root: str) -> int:
+    """Of a mount's root below the reader's own cgroup; above it is negative."""
+    parts = [part for part in root.split("/") if part]
+    return sum(-1 if part == ".." else 1 for part in parts)
 
 
 def fstype(path: str | os.PathLike[str]) -> str | None:

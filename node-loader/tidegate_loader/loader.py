@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import socket
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from msgspec import UNSET, structs
 from tidegate_api.state import Condition, NodeStateStatus, encode
-from tidegate_bpf import BpfError
+from tidegate_bpf import BpfError, mounts
 
-from tidegate_loader import addresses, attach, kernel, plan
+from tidegate_loader import addresses, attach, cni, kernel, plan
 from tidegate_loader.apply import apply
 from tidegate_loader.local import (
     READS_FORMATS,
@@ -34,11 +36,23 @@ from tidegate_loader.plan import Actual, NodeEntry
 from tidegate_loader.rules import RuleSetError
 from tidegate_loader.source import Source, Stalled
 
+AUTO = Path("auto")
+"""`--cgroup auto`."""
+
 
 class Loader:
     """BpfError, OSError at start when programs cannot be loaded or pins not used."""
 
-    def __init__(self, paths: NodePaths, options: argparse.Namespace, logger: Any) -> None:
+    def __init__(
+        self,
+        paths: NodePaths,
+        options: argparse.Namespace,
+        logger: Any,
+        arrivals: cni.Server | None = None,
+    ) -> None:
+        """`arrivals`: where pods come from on a cluster; None: who writes interface files
+        removes them, too."""
+        self._arrivals = arrivals
         self._paths = paths
         self._options = options
         self._log = logger
@@ -53,8 +67,12 @@ class Loader:
         self._built_from: State | None = None
         self._asked: dict[str, LocalInterface] | None = None
         self._gated: dict[str, LocalInterface] = {}
+        self._standing: list[str] = []
+        """Problems of the machine, found at the start."""
         self.waiting = False
         """An interface is named that is not there (yet), or could not be attached to."""
+        self.leaving = False
+        """A pod is being taken down, and its interface is still there."""
         self.dirty = False
         """Something could not be applied; try again."""
         self.realised_now = False
@@ -79,8 +97,7 @@ class Loader:
         self._attacher = attach.Attacher(
             self._options.pin_dir, programs.programs, self._options.force_clsact
         )
-        if self._options.cgroup is not None:
-            self._attacher.cgroup(self._options.cgroup)
+        self._attach_sockets(self._options.cgroup)
         if self._realised.instance != self._kernel.instance:
             self._realised = Realised(
                 node=self._options.node,
@@ -92,6 +109,18 @@ class Loader:
         self._actual = self._kernel.actual(self._realised, names, foresight.ipcache)
         # Without a word of how it ended, the last apply may have missed its bump.
         self._actual.interrupted = self._paths.applying.exists()
+
+    def _attach_sockets(self, cgroup: Path | None) -> None:
+        if cgroup == AUTO:
+            found = mounts.cgroup2()
+            if found is None:
+                # Packets from pods are still translated one by one.
+                self._standing = ["no cgroup2 is mounted: connections of the node's own processes "
+                                  "to Services are not balanced"]  # fmt: skip
+                return
+            cgroup = Path(found)
+        if cgroup is not None:
+            self._attacher.cgroup(cgroup)
 
     def close(self) -> None:
         """Close descriptors; everything stays in force."""
@@ -114,7 +143,7 @@ class Loader:
             return
         if self._kernel is None:
             self._start()
-        problems = self._gate(look_again)
+        problems = [*self._standing, *self._gate(look_again)]
         if self._state is not None:
             try:
                 self._desired = self._builder.build(self._state, self._gated)
@@ -130,6 +159,8 @@ class Loader:
         self._report(stalled, problems)
         if self.realised_now:
             self._keep()
+            if self._arrivals is not None and not self._paths.enforcing.exists():
+                self._paths.enforcing.touch()
 
     def _read(self) -> None:
         """Take over the newest complete state; at the start of all, the last good one.
@@ -146,14 +177,33 @@ class Loader:
     def _gate(self, look_again: bool) -> list[str]:
         """Attach to the interfaces; `self._gated` are those that endpoints may use."""
         interfaces, problems = self._source.interfaces()
-        if look_again or self.waiting or interfaces is not self._asked:
+        if look_again or self.waiting or self.leaving or interfaces is not self._asked:
             gated, unattached = self._attacher.interfaces(interfaces)
             problems = [*problems, *unattached]
             if gated != self._gated:
                 self._gated = gated
             self._asked = interfaces
             self.waiting = len(gated) < len(interfaces)
+            if self._arrivals is not None:
+                self._forget_gone(self._arrivals, interfaces)
         return problems
+
+    def _forget_gone(self, arrivals: cni.Server, interfaces: Mapping[str, LocalInterface]) -> None:
+        """Remove the files of pods that are gone: taken down through the CNI step, or in
+        nobody's mind any more (they went while no loader was there to be told)."""
+        left = arrivals.left()
+        wanted = self._published()
+        for uid, interface in interfaces.items():
+            known = self._state is None or uid in wanted
+            if uid not in self._gated and (uid in left or not known) and _is_gone(interface):
+                arrivals.forget(interface)
+        arrivals.keep_left(frozenset(interfaces))
+        self.leaving = bool(arrivals.left())
+
+    def _published(self) -> frozenset[str]:
+        if self._state is None:
+            return frozenset()
+        return frozenset(endpoint.uid for endpoint in self._state.node.spec.endpoints)
 
     def _apply(self, desired: DesiredMaps) -> list[str]:
         """What went wrong. `self.dirty`: the kernel is not equal to `desired`."""
@@ -227,6 +277,7 @@ class Loader:
             self.close()
             self._kernel = None
             interfaces, _ = self._source.interfaces()
+            self._paths.enforcing.unlink(missing_ok=True)
             attach.detach(self._options.pin_dir, [i.ifindex for i in interfaces.values()])
             self._log.warning("detached: nothing of this node is enforced")
         self._desired, self._built_from = None, None
@@ -274,6 +325,22 @@ class Loader:
             status=status,
         )
         self._write()
+        self._tell(status)
+
+    def _tell(self, status: NodeStateStatus) -> None:
+        """Pods that wait for their policy learn whether it is in force."""
+        if self._arrivals is None:
+            return
+        wrong = [
+            c.message for c in status.conditions if (c.type == "Ready") != (c.status == "True")
+        ]
+        in_force = cni.InForce(
+            endpoints={uid: e.ifindex for uid, e in self._realised.endpoints.items()},
+            published=self._published(),
+            message="; ".join(filter(None, wrong)),
+            detached=self._kernel is None,
+        )
+        self._arrivals.tell(in_force)
 
     def _write(self) -> None:
         data = encode(self._realised)
@@ -293,13 +360,15 @@ class Loader:
             reason, message = "Pending", "the desired state is not in force yet"
         elif self._desired is not None and self._desired.pending:
             message += f"; {len(self._desired.pending)} endpoints wait for their interface"
-        stall = (stalled.reason, str(stalled)) if stalled else ("Complete", "")
+        said = [("Ready", ready, reason, message)]
+        # Of these two people and tools expect to be there only while they are true.
+        if stalled is not None:
+            said.append(("Stalled", True, stalled.reason, str(stalled)))
+        elif not self.realised_now:
+            said.append(("Reconciling", True, reason, message))
         generation = UNSET if self._state is None else self._state.node.metadata.generation
         found = []
-        for kind, on, why, text in (
-            ("Ready", ready, reason, message),
-            ("Stalled", stalled is not None, *stall),
-        ):
+        for kind, on, why, text in said:
             status: Literal["True", "False"] = "True" if on else "False"
             old = before.get(kind)
             since = old.last_transition_time if old and old.status == status else _timestamp()
@@ -335,6 +404,13 @@ class _Foresight(threading.Thread):
             for part in self._builder.build(self._source.state(), interfaces).ipcache:
                 merged.update(part)
             self.ipcache = merged
+
+
+def _is_gone(interface: LocalInterface) -> bool:
+    try:
+        return socket.if_nametoindex(interface.ifname) != interface.ifindex
+    except OSError:
+        return True
 
 
 def _timestamp() -> str:

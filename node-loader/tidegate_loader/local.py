@@ -99,6 +99,9 @@ class NodePaths:
         self.realised = self.node / "realised.json"
         self.applying = self.node / "applying"
         """Exists while an apply is under way: its epoch may not be bumped yet."""
+        self.enforcing = self.node / "enforcing"
+        """Exists from the first state in force until the node is detached, reboots included:
+        while it does, and no programs are loaded, the CNI step lets no pod start."""
 
 
 def write_atomic(path: Path, data: bytes) -> None:

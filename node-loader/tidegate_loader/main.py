@@ -17,10 +17,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from tidegate_bpf import BpfError, netns
 
-from tidegate_loader import attach, log
+from tidegate_loader import attach, cni, log
 from tidegate_loader.loader import Loader
 from tidegate_loader.local import NodePaths
 from tidegate_loader.source import Source, Watch
@@ -36,17 +37,29 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="tidegate-loader",
         description="Make this node's eBPF maps equal to its desired state, and keep them so.",
     )
-    parser.add_argument("--node", required=True, help="name of this node's NodeState")
+    parser.add_argument(
+        "--node",
+        default=os.environ.get("NODE_NAME") or None,
+        help="name of this node's NodeState (default: $NODE_NAME)",
+    )
     parser.add_argument("--run-dir", required=True, type=Path, help="where objects/ and nodes/ are")
     parser.add_argument("--pin-dir", required=True, type=Path, help="directory on a bpffs")
     parser.add_argument("--objects", required=True, type=Path, help="where pod.o and sock.o are")
     parser.add_argument("--netns", type=Path, help="the node's network namespace")
-    parser.add_argument("--cgroup", type=Path, help="cgroup2 directory of the node's pods")
+    parser.add_argument(
+        "--cgroup",
+        type=Path,
+        help="cgroup2 directory of the node's pods; auto: the top of the cgroup2 mount",
+    )
+    parser.add_argument("--cni-socket", type=Path, help="where the CNI step says what pods come")
     parser.add_argument("--force-clsact", action="store_true", help="do not use tcx links")
     parser.add_argument("--once", action="store_true", help="apply once; exit 1 if not realised")
     parser.add_argument("--detach", action="store_true", help="remove everything of this node")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning"))
-    return parser.parse_args(argv)
+    found = parser.parse_args(argv)
+    if not found.node:
+        parser.error("name the node: --node, or NODE_NAME in the environment")
+    return found
 
 
 class _Signals:
@@ -55,10 +68,15 @@ class _Signals:
     def __init__(self) -> None:
         self.stop = False
         self.verify = False
-        self.wake_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        self.wake_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
+
+    def poke(self) -> None:
+        """Wake the loop, from any thread."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write_fd, b"\0")
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
@@ -67,14 +85,16 @@ class _Signals:
             self.stop = True
 
 
-def _run(loader: Loader, paths: NodePaths, signals: _Signals) -> None:
+def _run(loader: Loader, paths: NodePaths, signals: _Signals, arrivals: cni.Server | None) -> None:
     watch = Watch(paths, signals.wake_fd)
     retry = RETRY_FIRST
     loader.cycle()
     verified = time.monotonic()
     while not signals.stop:
+        if arrivals is not None:
+            arrivals.turned()
         due = verified + VERIFY_SECONDS - time.monotonic()
-        unsettled = loader.dirty or loader.waiting
+        unsettled = loader.dirty or loader.waiting or loader.leaving
         changed = watch.wait(max(0.0, min(due, retry) if unsettled else due))
         if signals.stop:
             break
@@ -85,6 +105,21 @@ def _run(loader: Loader, paths: NodePaths, signals: _Signals) -> None:
             loader.cycle()
         retry = RETRY_FIRST if changed else min(retry * 2, RETRY_LAST)
     watch.close()
+
+
+def _serve(
+    options: argparse.Namespace, paths: NodePaths, logger: Any, stack: contextlib.ExitStack
+) -> None:
+    signals = _Signals()
+    arrivals = None
+    if options.cni_socket is not None:
+        # Before the programs are there: pods may ask and wait.
+        arrivals = cni.Server(options.cni_socket, paths.interfaces, signals.poke)
+        arrivals.start()
+        stack.callback(arrivals.close)
+    loader = Loader(paths, options, logger, arrivals)
+    stack.callback(loader.close)
+    _run(loader, paths, signals, arrivals)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,12 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 interfaces, _ = Source(paths, options.node).interfaces()
                 attach.detach(options.pin_dir, [i.ifindex for i in interfaces.values()])
                 return 0
-            loader = Loader(paths, options, logger)
-            stack.callback(loader.close)
             if options.once:
+                loader = Loader(paths, options, logger)
+                stack.callback(loader.close)
                 loader.cycle()
                 return 0 if loader.realised_now else 1
-            _run(loader, paths, _Signals())
+            _serve(options, paths, logger, stack)
         except (BpfError, OSError) as error:
             print(f"tidegate-loader: {error}", file=sys.stderr)
             return 1

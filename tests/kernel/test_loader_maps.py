@@ -248,10 +248,7 @@ def test_realised_says_what_is_in_force(paths: NodePaths, objects: Path, pin_dir
     assert found.digest == wanted.state().digest
     assert found.services == {"10.96.0.1:80/TCP": "ns/a", "10.96.0.2:53/TCP": "ns/b"}
     assert found.endpoints == {}
-    assert [(c.type, c.status) for c in found.status.conditions] == [
-        ("Ready", "True"),
-        ("Stalled", "False"),
-    ]
+    assert [(c.type, c.status) for c in found.status.conditions] == [("Ready", "True")]
     assert not paths.applying.exists()
     loader.close()
 

@@ -7,7 +7,7 @@ import errno
 import pytest
 from tidegate_bpf import BpfError, NotSupported, PermissionDenied
 from tidegate_bpf.errors import ENOTSUPP, error, last_useful_line
-from tidegate_bpf.mounts import Mount, parse
+from tidegate_bpf.mounts import Mount, highest, parse
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,22 @@ def test_mountinfo() -> None:
         "31 1 0:40 / /run/with\\040space\\134x rw shared:5 master:2 - bpf bpf rw,mode=700\n"
     )
     assert parse(text) == [
-        Mount("/sys/fs/cgroup/unified", "cgroup2", (0, 23)),
-        Mount("/run/with space\\x", "bpf", (0, 40)),
+        Mount("/sys/fs/cgroup/unified", "cgroup2", (0, 23), "/"),
+        Mount("/run/with space\\x", "bpf", (0, 40), "/"),
     ]
+
+
+TOPS = [
+    ("a machine", {"/sys/fs/cgroup": "/"}, "/sys/fs/cgroup"),
+    ("none", {}, None),
+    ("own namespace, the node's beside it", {"/sys/fs/cgroup": "/", "/n": "/../../.."}, "/n"),
+    ("no namespace of its own", {"/sys/fs/cgroup": "/kubepods/pod1/c1", "/n": "/"}, "/n"),
+    ("a sibling's and its own", {"/a": "/../x", "/b": "/"}, "/a"),
+    ("deeper names are no higher", {"/a": "/../a/b/c", "/b": "/"}, "/b"),
+]
+
+
+@pytest.mark.parametrize(("reason", "roots", "expected"), TOPS, ids=lambda v: str(v)[:24])
+def test_the_highest_mount(reason: str, roots: dict[str, str], expected: str | None) -> None:
+    found = [Mount(path, "cgroup2", (0, 23), root) for path, root in roots.items()]
+    assert expected == highest(found), reason
