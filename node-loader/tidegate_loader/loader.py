@@ -71,8 +71,6 @@ class Loader:
         """Problems of the machine, found at the start."""
         self.waiting = False
         """An interface is named that is not there (yet), or could not be attached to."""
-        self.leaving = False
-        """A pod is being taken down, and its interface is still there."""
         self.dirty = False
         """Something could not be applied; try again."""
         self.realised_now = False
@@ -109,6 +107,11 @@ class Loader:
         self._actual = self._kernel.actual(self._realised, names, foresight.ipcache)
         # Without a word of how it ended, the last apply may have missed its bump.
         self._actual.interrupted = self._paths.applying.exists()
+
+    @property
+    def leaving(self) -> bool:
+        """A pod is being taken down, and its interface was still there when last looked at."""
+        return self._arrivals is not None and bool(self._arrivals.left())
 
     def _attach_sockets(self, cgroup: Path | None) -> None:
         if cgroup == AUTO:
@@ -198,7 +201,6 @@ class Loader:
             if uid not in self._gated and (uid in left or not known) and _is_gone(interface):
                 arrivals.forget(interface)
         arrivals.keep_left(frozenset(interfaces))
-        self.leaving = bool(arrivals.left())
 
     def _published(self) -> frozenset[str]:
         if self._state is None:

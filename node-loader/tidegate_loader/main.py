@@ -101,7 +101,7 @@ def _run(loader: Loader, paths: NodePaths, signals: _Signals, arrivals: cni.Serv
         if signals.verify or time.monotonic() >= verified + VERIFY_SECONDS:
             signals.verify, verified = False, time.monotonic()
             loader.verify()
-        elif changed or unsettled:
+        elif changed or unsettled or loader.leaving:
             loader.cycle()
         retry = RETRY_FIRST if changed else min(retry * 2, RETRY_LAST)
     watch.close()

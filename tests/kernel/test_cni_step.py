@@ -172,7 +172,7 @@ def test_what_is_no_pair_with_the_node_is_refused(node: Node) -> None:
         assert "is not in the node's network namespace" in inside.message
 
 
-# ---- with the real loader -------------------------------------------------------------------------
+# ---- with the real loader -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -220,9 +220,10 @@ def test_add_returns_when_the_pod_is_in_force_and_del_cleans_up(real: Node) -> N
 
 
 def test_add_times_out_with_the_reason(real: Node) -> None:
-    node = real
-    node.write(world.World(shards=1))
+    node, wanted = real, world.World(shards=1)
+    node.write(wanted)
     _start(node)
+    node.wait_for(wanted, 0)
     with pod(node, 1) as found:
         answer = call("ADD", _add(node, found, timeoutSeconds=2), found)
         assert (answer.code, answer.output["code"]) == (1, 102)
@@ -270,7 +271,7 @@ def test_a_detached_node_lets_pods_through(real: Node) -> None:
     node.write(wanted)
     _start(node)
     node.wait_for(wanted, 0)
-    assert node.paths.enforcing.exists()
+    poll("the marker", node.paths.enforcing.exists)
     marker = {"enforcingFile": str(node.paths.enforcing)}
     with pod(node, 1) as found:
         adding = start("ADD", _add(node, found, timeoutSeconds=20, **marker), found)
@@ -353,6 +354,9 @@ def test_the_first_packet_meets_the_pods_policy(real: Node, gate: bool) -> None:
             if gate:
                 pin = node.pin_dir / "links" / f"{client.ifindex}-egress"
                 poll("the gate", pin.exists)
+            # A flood that waits for ARP is none.
+            gateway = ("neigh", "add", cni_step.GATEWAY, "dev", "eth0", "nud", "permanent")
+            ip("-n", client.netns, *gateway, "lladdr", client.mac(node.namespace, client.host))
             flood = client.run("python3", "-c", SEND, server.address, "60")
             try:
                 if not gate:
