@@ -83,6 +83,15 @@ install: $(BIN)/.installed $(OBJECTS) $(CNI) ## packages, .venv, objects and the
 crds: install ## write crds/*.yaml and docs/api.md anew, of crds/tidegate_api
 	@$(BIN)/python crds/generate.py
 
+# ---- the image: Debian packages and wheels, layers kept in $TIDEGATE_CACHE ---------------------
+
+.PHONY: image image-pins
+image: install $(CNI) ## build tidegate:dev, without a registry; to Docker where one answers
+	@$(BIN)/python image/build.py
+
+image-pins: install ## write image/constraints.txt anew: the newest of what the image needs
+	@$(BIN)/python image/build.py --pin
+
 # ---- Kubernetes: built from Go modules, kept in $TIDEGATE_CACHE (default ~/.cache/tidegate) -----
 
 KIND := PYTHONPATH=e2e $(PYTHON) -m kind
