@@ -83,6 +83,10 @@ install: $(BIN)/.installed $(OBJECTS) $(CNI) ## packages, .venv, objects and the
 crds: install ## write crds/*.yaml and docs/api.md anew, of crds/tidegate_api
 	@$(BIN)/python crds/generate.py
 
+.PHONY: manifests
+manifests: crds kube-binaries ## write manifests/base anew, of the chart
+	@PYTHONPATH=e2e $(BIN)/python manifests/render.py
+
 # ---- the image: Debian packages and wheels, layers kept in $TIDEGATE_CACHE ---------------------
 
 .PHONY: image image-pins
@@ -135,7 +139,7 @@ check: lint ## the inner loop: lint, types, import contracts, fast tests
 	$(say) "fast tests"
 	@$(PYTEST) -q -n 2 -m 'not kernel and not cluster and not apiserver and not slow'
 
-test: lint .cache/test-packages kube-apiserver ## every test, on the real kernel with real packets
+test: lint .cache/test-packages kube-binaries ## every test, on the real kernel with real packets
 	$(say) "all tests (eBPF programs, network namespaces, real packets)"
 	@$(PYTEST) -q -m 'not cluster' -n 2
 	@$(PYTEST) -q -m cluster

@@ -16,6 +16,8 @@ from tidegate_api.state import MAX_COUNT
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "api.md"
+CHART = HERE.parent / "manifests" / "chart" / "tidegate" / "files" / "crds"
+"""The chart has them too: Helm reads nothing outside a chart, and warns at symbolic links."""
 HEADER = "# Made by `make crds` from crds/tidegate_api. Do not edit.\n"
 
 INTRODUCTION = """\
@@ -49,7 +51,8 @@ class _Dumper(yaml.SafeDumper):
 
 def files() -> dict[Path, str]:
     """Path -> text of everything that is generated."""
-    found = {HERE / file_name(kind): HEADER + _dump(definition(kind)) for kind in KINDS}
+    crds = {file_name(kind): HEADER + _dump(definition(kind)) for kind in KINDS}
+    found = {place / name: text for place in (HERE, CHART) for name, text in crds.items()}
     names = "".join(f"  - {file_name(kind)}\n" for kind in KINDS)
     found[HERE / "kustomization.yaml"] = (
         f"{HEADER}apiVersion: kustomize.config.k8s.io/v1beta1\n"
