@@ -107,12 +107,15 @@ kube-apiserver: ## etcd, kube-apiserver and kubectl, for tests against an API se
 kube-binaries: ## every program of a cluster, kind and helm (needs Go)
 	@$(KIND) kube-binaries
 
-.PHONY: docker docker-down
+.PHONY: docker cluster cluster-down
 docker: .cache/e2e-packages ## a Docker daemon: the running one, else one of our own
 	@$(KIND) docker
 
-docker-down: ## stop our own Docker daemon; settings and firewall become what they were
-	@$(KIND) docker-down
+cluster: .cache/e2e-packages ## a cluster of kind without kube-proxy, as the e2e tests use it
+	@$(KIND) up
+
+cluster-down: ## remove the cluster of the e2e tests, stop our Docker daemon, undo what they changed
+	@$(KIND) down
 
 # ---- run ------------------------------------------------------------------------------
 

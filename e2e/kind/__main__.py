@@ -5,40 +5,32 @@ from __future__ import annotations
 import argparse
 import sys
 
-from kind import daemon, golang
+from kind import cluster, daemon, golang, settings
 from kind.run import Failed
-from kind.settings import binaries
 
 
 def kube_apiserver() -> None:
     golang.ensure(golang.APISERVER)
-    print(binaries())
+    print(settings.binaries())
 
 
 def kube_binaries() -> None:
     golang.ensure(golang.EVERYTHING)
-    print(binaries())
+    print(settings.binaries())
 
 
-def docker() -> None:
-    daemon.ensure()
-
-
-def docker_down() -> None:
-    daemon.stop()
+def up() -> None:
+    cluster.up()
+    print(f"export KUBECONFIG={cluster.kubeconfig()} PATH={settings.binaries()}:$PATH")
 
 
 COMMANDS = {
-    "kube-apiserver": (
-        kube_apiserver,
-        "build etcd, kube-apiserver and kubectl where they are missing",
-    ),
-    "kube-binaries": (
-        kube_binaries,
-        "build every program of a cluster, kind and helm where they are missing",
-    ),
-    "docker": (docker, "start a Docker daemon where none answers"),
-    "docker-down": (docker_down, "stop that daemon and put the machine back as it was"),
+    "kube-apiserver": (kube_apiserver, "build etcd, kube-apiserver and kubectl if missing"),
+    "kube-binaries": (kube_binaries, "build every program of a cluster, kind and helm if missing"),
+    "docker": (daemon.ensure, "start a Docker daemon where none answers"),
+    "up": (up, "make the cluster unless it is up"),
+    "delete": (cluster.delete, "remove the cluster; the Docker daemon stays"),
+    "down": (cluster.down, "remove the cluster, stop our Docker daemon, undo its changes"),
 }
 
 

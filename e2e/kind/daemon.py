@@ -66,7 +66,9 @@ def stop() -> None:
     left = machine.differences(before, machine.observe())
     _before().unlink()
     if left:
-        raise Failed("not as it was before dockerd started:\n" + "\n".join(left))
+        raise Failed(
+            "not as it was before dockerd started (unless others changed it):\n" + "\n".join(left)
+        )
     say("dockerd is stopped; settings and firewall rules are as they were")
 
 
@@ -82,13 +84,13 @@ def _command() -> list[str]:
         "dockerd",
         "--data-root", str(directory() / "data"),
         "--pidfile", str(directory() / "pid"),
-        "--mtu", str(_uplink_mtu()),
+        "--mtu", str(uplink_mtu()),
         "--add-runtime", f"{RUNTIME_NAME}={script}",
         "--default-runtime", RUNTIME_NAME,
     ]  # fmt: skip
 
 
-def _uplink_mtu() -> int:
+def uplink_mtu() -> int:
     """Containers must not send what the machine's own uplink cannot carry."""
     words = run("ip", "-o", "route", "show", "default").split()
     device = words[words.index("dev") + 1] if "dev" in words else "lo"

@@ -8,24 +8,20 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kind.run import attempt, run
 
 PROC_SYS = Path("/proc/sys")
-# Set by dockerd (forwarding), by kubelets (the others), or by ourselves (inotify).
-CHANGED_SETTINGS = (
-    "fs/inotify/max_user_instances",
-    "fs/inotify/max_user_watches",
-    "kernel/keys/root_maxbytes",
-    "kernel/keys/root_maxkeys",
-    "kernel/panic",
-    "kernel/panic_on_oops",
-    "net/ipv4/ip_forward",
-    "vm/overcommit_memory",
-    "vm/panic_on_oom",
+# Set by dockerd (forwarding), by kubelets (kernel, vm), by systemd in the nodes (fs, kernel), or by
+# ourselves (inotify). Others keep what somebody may have set in the meantime.
+CHANGED_SETTINGS = re.compile(
+    r"^(fs/(file-max|nr_open|protected_\w+|inotify/\w+)|user/max_inotify_\w+"
+    r"|kernel/(panic|panic_on_oops|sysrq|core_\w+|pid_max|keys/\w+)"
+    r"|vm/(overcommit_memory|panic_on_oom|max_map_count)"
+    r"|net/ipv4/ip_forward|net/ipv[46]/conf/[^/]+/\w+)$"
 )
 # Counters and clocks: no setting of anybody's.
 VOLATILE = re.compile(
@@ -37,6 +33,7 @@ VOLATILE = re.compile(
 BRIDGE = r"(docker0|br-[0-9a-f]{12})"
 # dockerd's chains, whatever names its bridges, and the hairpin of a published port.
 DOCKER_RULE = re.compile(rf"DOCKER|\b{BRIDGE}\b|-s (\S+)/32 -d \2/32 .*-j MASQUERADE")
+COUNTERS = re.compile(r" *\[[0-9:]+\]")
 FIREWALLS = ("iptables", "ip6tables")
 
 
@@ -80,12 +77,19 @@ def restore(before: State) -> None:
     for firewall in FIREWALLS:
         wanted = without_docker(_rules(firewall), before.rules[firewall])
         run(f"{firewall}-restore", stdin="\n".join(wanted) + "\n")
-    now = dict(_settings())
-    for name in CHANGED_SETTINGS:
-        if name in before.settings and now.get(name) != before.settings[name]:
-            (PROC_SYS / name).write_text(before.settings[name])
+    _restore_settings(before.settings)
     for directory in Path("/sys/fs/cgroup").glob("*/docker"):
         _remove_cgroups(directory)
+
+
+def _restore_settings(before: Mapping[str, str]) -> None:
+    # In order of name: `conf/all` sets every interface's value, so it comes before them.
+    for name, value in sorted(before.items()):
+        path = PROC_SYS / name
+        # What cannot be put back is found by `differences`.
+        with contextlib.suppress(OSError):
+            if CHANGED_SETTINGS.match(name) and path.read_text().strip() != value:
+                path.write_text(value)
 
 
 def differences(before: State, after: State) -> list[str]:
@@ -124,7 +128,7 @@ def without_docker(now: Iterable[str], before: Iterable[str]) -> list[str]:
 def meaningful(rules: Iterable[str]) -> list[str]:
     """Rules with the table before each; without counters, comments, and chains that do nothing."""
     return sorted(
-        f"{table} {re.sub(r' *[[][0-9:]+[]]', '', rule)}"
+        f"{table} {COUNTERS.sub('', rule)}"
         for table, rule in _by_table(rules)
         if rule[0] in ":-" and not re.match(r":[A-Z]+ ACCEPT", rule)
     )

@@ -1,0 +1,185 @@
+"""A cluster of kind: one control plane, two workers, no kube-proxy, and the plainest of networks.
+
+The network is the CNI project's ptp with host-local, a range for each node, and static routes. No
+DaemonSet is part of it: what runs in the cluster is Kubernetes, CoreDNS, and what a test brings."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from kind import daemon, golang, node, settings
+from kind.run import Failed, attempt, run, say
+
+NAME = "tidegate-e2e"
+WORKERS = 2
+POD_RANGE = "10.244.0.0/16"
+READY_SECONDS = 120
+POLL_SECONDS = 0.2
+CNI_FILE = "/etc/cni/net.d/10-ptp.conflist"
+HERE = Path(__file__).parent
+# Restarted with the node, before the kubelet starts pods.
+ROUTES_UNIT = """[Unit]
+Description=Routes to the pods of other nodes
+Before=kubelet.service
+[Service]
+Type=oneshot
+ExecStart=/kind/cni-routes.sh /kind/pod-ranges {node} {pods}
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def kubeconfig() -> Path:
+    return settings.cache() / f"{NAME}.kubeconfig"
+
+
+def kind(*arguments: str | Path) -> str:
+    return run(settings.binaries() / "kind", *arguments)
+
+
+def kubectl(*arguments: str | Path, stdin: str = "") -> str:
+    """What kubectl prints. Raises Failed with what it says of an error."""
+    return run(
+        settings.binaries() / "kubectl", "--kubeconfig", kubeconfig(), *arguments, stdin=stdin
+    )
+
+
+def nodes() -> list[str]:
+    """The nodes' names, which are those of their containers; [] where there is no cluster."""
+    listed = run("docker", "ps", "-a", "--filter", f"label=io.x-k8s.kind.cluster={NAME}",
+                 "--format", "{{.Names}}")  # fmt: skip
+    return sorted(listed.split())
+
+
+def is_up() -> bool:
+    """Whether the cluster is there and its API server answers."""
+    return bool(nodes()) and attempt(
+        settings.binaries() / "kubectl", "--kubeconfig", kubeconfig(),
+        "--request-timeout=5s", "get", "--raw", "/readyz",
+    ).returncode == 0  # fmt: skip
+
+
+def up() -> None:
+    """Makes the cluster unless it is up. Raises Failed; what was begun is then removed."""
+    daemon.ensure()
+    golang.ensure(golang.EVERYTHING)
+    if is_up():
+        return
+    delete()
+    image = node.ensure()
+    try:
+        _create(image)
+        _network()
+    except BaseException:
+        delete()
+        raise
+
+
+def delete() -> None:
+    """Removes the cluster, if there is one."""
+    if nodes():
+        kind("delete", "cluster", "--name", NAME, "--kubeconfig", kubeconfig())
+    kubeconfig().unlink(missing_ok=True)
+
+
+def down() -> None:
+    """Removes the cluster, then stops our Docker daemon. Raises Failed where a trace is left."""
+    if daemon.answers():
+        delete()
+    daemon.stop()
+
+
+def load(*images: str) -> None:
+    """Brings images of the Docker daemon into every node."""
+    kind("load", "docker-image", "--name", NAME, *images)
+
+
+def inside(name: str, *command: str, stdin: str = "") -> str:
+    """What a command prints that runs on the node."""
+    return run("docker", "exec", *(["-i"] if stdin else []), name, *command, stdin=stdin)
+
+
+def configuration() -> dict[str, Any]:
+    """What kind is asked for."""
+    kubelet: dict[str, Any] = {"kind": "KubeletConfiguration"}
+    if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
+        # Kubernetes refuses cgroup v1 unless asked.
+        kubelet["failCgroupV1"] = False
+    return {
+        "kind": "Cluster",
+        "apiVersion": "kind.x-k8s.io/v1alpha4",
+        "name": NAME,
+        "networking": {
+            "disableDefaultCNI": True,
+            "kubeProxyMode": "none",
+            "podSubnet": POD_RANGE,
+        },
+        "nodes": [{"role": "control-plane"}, *({"role": "worker"} for _ in range(WORKERS))],
+        "kubeadmConfigPatches": [json.dumps(kubelet)],
+    }
+
+
+def _create(image: str) -> None:
+    say(f"creating the cluster {NAME}: 1 control plane, {WORKERS} workers, no kube-proxy")
+    run(
+        settings.binaries() / "kind", "create", "cluster", "--image", image,
+        "--kubeconfig", kubeconfig(), "--config", "-",
+        stdin=json.dumps(configuration()), env={"KIND_EXPERIMENTAL_PROVIDER": "docker"},
+    )  # fmt: skip
+    os.chmod(kubeconfig(), 0o600)
+
+
+def _network() -> None:
+    """Gives every node its part of the network, and waits until all are Ready."""
+    ranges = _pod_ranges()
+    lines = "".join(f"{name} {pods}\n" for name, pods in ranges.items())
+    script = (HERE / "cni-routes.sh").read_text()
+    for name, pods in ranges.items():
+        _write(name, "/kind/pod-ranges", lines)
+        _write(name, "/kind/cni-routes.sh", script)
+        inside(name, "chmod", "755", "/kind/cni-routes.sh")
+        unit = ROUTES_UNIT.format(node=name, pods=POD_RANGE)
+        _write(name, "/etc/systemd/system/cni-routes.service", unit)
+        inside(name, "systemctl", "-q", "enable", "--now", "cni-routes.service")
+        _write(name, CNI_FILE, json.dumps(_conflist(pods), indent=2))
+    kubectl("wait", "--for=condition=Ready", "node", "--all", f"--timeout={READY_SECONDS}s")
+    say("all nodes are Ready")
+
+
+def _pod_ranges() -> dict[str, str]:
+    """Node → the range of its pods, once every node has one."""
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        items = json.loads(kubectl("get", "nodes", "-o", "json"))["items"]
+        found = {i["metadata"]["name"]: i["spec"].get("podCIDR", "") for i in items}
+        if len(found) == 1 + WORKERS and all(found.values()):
+            return found
+        if time.monotonic() > deadline:
+            raise Failed(f"not every node has a range for its pods: {found}")
+        time.sleep(POLL_SECONDS)
+
+
+def _conflist(pods: str) -> dict[str, Any]:
+    ipam = {
+        "type": "host-local",
+        # Gone with a restart, as the pods are.
+        "dataDir": "/run/cni-ipam-state",
+        "ranges": [[{"subnet": pods}]],
+        "routes": [{"dst": "0.0.0.0/0"}],
+    }
+    return {
+        "cniVersion": "1.0.0",
+        "name": "ptp",
+        "plugins": [
+            {"type": "ptp", "ipMasq": False, "mtu": daemon.uplink_mtu(), "ipam": ipam},
+            {"type": "portmap", "capabilities": {"portMappings": True}},
+        ],
+    }
+
+
+def _write(name: str, path: str, text: str) -> None:
+    inside(name, "sh", "-c", 'mkdir -p "${1%/*}" && cat > "$1"', "sh", path, stdin=text)
