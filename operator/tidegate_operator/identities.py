@@ -78,17 +78,25 @@ def wanted(world: World) -> dict[IdentityKey, None]:
     return keys
 
 
-def allocate(world: World, ledger: Ledger) -> Ledger:
+def allocate(
+    world: World, ledger: Ledger, moment: int | None = None, rest: int | None = None
+) -> Ledger:
     """Give every wanted key a number; release those that nothing wants. Returns the
-    same ledger if nothing changed. A released key that returns gets its number back."""
+    same ledger if nothing changed. A released key that returns gets its number back.
+
+    `moment`: seconds, then the ledger counts by it, and a number that has rested for longer
+    than `rest` is forgotten."""
     keys = wanted(world)
-    if keys.keys() == ledger.live.keys():
+    since = None if moment is None or rest is None else moment - rest
+    oldest = next(iter(ledger.released.values()), None)
+    over = since is not None and oldest is not None and oldest[1] < since
+    if keys.keys() == ledger.live.keys() and not over:
         return ledger
     live = {key: number for key, number in ledger.live.items() if key in keys}
-    released, count = dict(ledger.released), ledger.count
+    released, count = dict(ledger.released), max(ledger.count, moment or 0)
     for key, number in sorted(ledger.live.items()):
         if key not in keys:
-            count += 1
+            count += moment is None
             released[number] = (key, count)
     resting = {key: number for number, (key, _) in released.items()}
     taken = set(live.values())
@@ -100,7 +108,21 @@ def allocate(world: World, ledger: Ledger) -> Ledger:
         taken.add(number)
     for number in list(released)[: max(len(released) - MAX_RELEASED, 0)]:
         del released[number]
+    if since is not None:
+        released = {number: item for number, item in released.items() if item[1] >= since}
     return Ledger(live, released, count)
+
+
+def give_way(ledger: Ledger, number: int, key: IdentityKey) -> Ledger:
+    """`number` turned out to stand for `key`: what we gave it to needs another, and it rests
+    unless `key` has none yet."""
+    live = {held: own for held, own in ledger.live.items() if own != number}
+    released = dict(ledger.released)
+    released.pop(number, None)
+    if key in ledger.live and ledger.live[key] == number:
+        return ledger
+    released[number] = (key, ledger.count)
+    return Ledger(live, released, ledger.count)
 
 
 def _free(key: IdentityKey, taken: set[int], released: Mapping[int, object]) -> int:

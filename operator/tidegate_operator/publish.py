@@ -43,7 +43,17 @@ from tidegate_operator.compile import Desired, NodeContent
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.objects import IdentityKey
 from tidegate_operator.problems import Problem
-from tidegate_operator.store import ObjectStore, PublishError, T, failed, path_of, path_to, read_all
+from tidegate_operator.store import (
+    RELEASED_LABEL,
+    ObjectStore,
+    PublishError,
+    T,
+    alike,
+    failed,
+    path_of,
+    path_to,
+    read_all,
+)
 
 Table = Literal["ipcache", "services", "peers"]
 
@@ -53,8 +63,6 @@ SHARD_ENTRIES = 2048
 no more keys than this: what one change makes every loader read again."""
 FIRST_EPOCH = 1
 TABLE_LABEL = "tidegate.dev/table"
-RELEASED_LABEL = "tidegate.dev/released"
-"""On an Identity that nothing uses: when it was released, on the ledger's own count."""
 
 # ---- Objects ------------------------------------------------------------------------
 
@@ -82,6 +90,15 @@ def ledger_objects(ledger: Ledger) -> dict[int, Identity]:
     return dict(sorted(found.items()))
 
 
+def key_of(identity: Identity) -> IdentityKey:
+    spec = identity.spec
+    return IdentityKey(
+        spec.namespace or "",
+        tuple(sorted((spec.labels or {}).items())),
+        tuple(spec.cidrs or ()),
+    )
+
+
 def ledger_of(identities: Iterable[Identity]) -> Ledger:
     """The ledger that `ledger_objects` wrote. Names that are no number are left out."""
     live: dict[IdentityKey, int] = {}
@@ -89,12 +106,7 @@ def ledger_of(identities: Iterable[Identity]) -> Ledger:
     for identity in identities:
         if not identity.metadata.name.isdigit():
             continue
-        spec, number = identity.spec, int(identity.metadata.name)
-        key = IdentityKey(
-            spec.namespace or "",
-            tuple(sorted((spec.labels or {}).items())),
-            tuple(spec.cidrs or ()),
-        )
+        key, number = key_of(identity), int(identity.metadata.name)
         count = (identity.metadata.labels or {}).get(RELEASED_LABEL)
         if count is None:
             live[key] = number
@@ -366,10 +378,17 @@ class Publisher:
                 now = held.get(item.metadata.name)
                 if now is item:
                     continue
-                if now is not None and _alike(now, item):
+                if now is not None and alike(now, item):
                     state.items[shard] = now
                 else:
                     state.forget(shard)
+
+    def strangers(self) -> dict[int, IdentityKey]:
+        """Numbers in the store that the ledger last published does not know, and what they
+        stand for: those of a leader before us, that came late."""
+        held = self._store.held(Identity)
+        names = held.keys() - self._identities.keys() if self._ledger is not None else set()
+        return {int(name): key_of(held[name]) for name in sorted(names) if name.isdigit()}
 
     def disturbed(self) -> bool:
         """Has somebody else changed what we wrote? True also before the first publish."""
@@ -382,7 +401,7 @@ class Publisher:
         return (
             len(slices) != len(items)
             or any(item is None or not _held(slices, item) for item in items)
-            or len(identities) < len(self._identities)
+            or identities.keys() != self._identities.keys()
             or not all(_held(identities, item) for item in self._identities.values())
             or nodes.keys() != self._digests.keys()
             or any(not _as_written(nodes[name], held) for name, held in self._digests.items())
@@ -578,16 +597,7 @@ class Publisher:
 
 def _held(held: Mapping[str, T], item: T) -> bool:
     now = held.get(item.metadata.name)
-    return now is item or (now is not None and _alike(now, item))
-
-
-def _alike(held: T, wanted: T) -> bool:
-    """Equal as far as it is ours: other people's labels and annotations do not count."""
-    if held.spec != wanted.spec:
-        return False
-    labels = held.metadata.labels or {}
-    ours = wanted.metadata.labels or {}
-    return labels.get(RELEASED_LABEL) == ours.get(RELEASED_LABEL) and ours.items() <= labels.items()
+    return now is item or (now is not None and alike(now, item))
 
 
 def _digest_of(item: NodeState) -> str:

@@ -41,6 +41,10 @@ def family_of(address: str) -> Family:
     return 6 if ":" in address else 4
 
 
+def canonical(address: str) -> str:
+    return str(ipaddress.ip_address(address))
+
+
 class Builder:
     """One build; `problems` and `sliced` are complete after `build`."""
 

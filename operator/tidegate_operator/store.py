@@ -22,6 +22,8 @@ KIND_DIRECTORIES = {
     "StateSlice": "stateslices",
     "NodeState": "nodestates",
 }
+RELEASED_LABEL = "tidegate.dev/released"
+"""On an Identity that nothing uses: when it was released, on the ledger's own count."""
 MAX_FAILURES = 10
 """Failed writes that one error names."""
 
@@ -48,6 +50,21 @@ def path_of(item: StateObject) -> str:
 
 def path_to(kind: str, name: str) -> str:
     return f"{KIND_DIRECTORIES[kind]}/{name}.json"
+
+
+def alike(held: T, wanted: T) -> bool:
+    """Equal as far as it is ours: other people's labels and annotations do not count, nor
+    does a status."""
+    if held.spec != wanted.spec:
+        return False
+    there, ours = held.metadata, wanted.metadata
+    labels = there.labels or {}
+    return (
+        labels.get(RELEASED_LABEL) == (ours.labels or {}).get(RELEASED_LABEL)
+        and (ours.labels or {}).items() <= labels.items()
+        and (ours.annotations or {}).items() <= (there.annotations or {}).items()
+        and (there.owner_references or []) == (ours.owner_references or [])
+    )
 
 
 class ObjectStore(Protocol):

@@ -1,0 +1,427 @@
+"""Objects as an API server sends them -> what of them matters to a network.
+
+Every decoder takes the JSON of one object and raises DecodeError if it is not one. What it
+returns is small, frozen and comparable: an object whose other parts changed (a heartbeat, a
+container's state) is equal to what it was before. Many strings occur often, so they are kept
+once. No I/O.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping
+from sys import intern
+from typing import Any, Generic, Literal, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+from tidegate_api import API_VERSION, state, users
+
+from tidegate_operator.objects import EndpointList, ObjectName, Protocol
+from tidegate_operator.services import SERVICE_NAME_LABEL, family_of
+
+NOT_READY_TAINT = "tidegate.dev/agent-not-ready"
+MAX_ERRORS = 5
+"""Errors named for one object."""
+
+
+class DecodeError(Exception):
+    """The object is not one of its kind, or not one that we understand."""
+
+
+# ---- What is left of them ----------------------------------------------------------------
+
+
+class PodFacts(msgspec.Struct, frozen=True):
+    """`addresses`: canonical, IPv4 first. `ended`: every container has, for good; such a pod
+    keeps its addresses in the API, and somebody else may have them. `since`: RFC 3339, when it
+    started, or was made; orders the claims to one address."""
+
+    key: ObjectName
+    uid: str
+    labels: dict[str, str]
+    node: str
+    host_network: bool
+    addresses: tuple[str, ...]
+    running: bool
+    ended: bool
+    since: str
+
+
+class NodeFacts(msgspec.Struct, frozen=True):
+    """`pod_cidrs` and `addresses` (internal and external): canonical."""
+
+    name: str
+    uid: str
+    addresses: tuple[str, ...]
+    pod_cidrs: tuple[str, ...]
+    tainted: bool
+    """Has our taint."""
+
+
+class NamespaceFacts(msgspec.Struct, frozen=True):
+    name: str
+    labels: dict[str, str]
+
+
+class SliceFacts(msgspec.Struct, frozen=True):
+    """`service` "": of none."""
+
+    service: str
+    endpoints: EndpointList
+
+
+class ServiceFacts(msgspec.Struct, frozen=True):
+    """`ignored`: fields that we do not know; the rest of the Service works."""
+
+    written: users.Service
+    ignored: tuple[str, ...]
+
+
+class Target(msgspec.Struct, frozen=True):
+    """An object to say something about."""
+
+    uid: str
+    generation: int
+
+
+class PolicyFacts(msgspec.Struct, frozen=True):
+    written: users.NetworkPolicy
+    target: Target
+
+
+class UserIdentityFacts(msgspec.Struct, frozen=True):
+    """An Identity that a user made."""
+
+    spec: users.IdentitySpec
+    target: Target
+    status: Any
+
+
+_O = TypeVar("_O", state.RuleSet, state.StateSlice, state.NodeState, state.Identity)
+
+
+class Held(msgspec.Struct, Generic[_O], frozen=True):
+    """An object of our own kinds, and which version of it."""
+
+    item: _O
+    version: str
+    uid: str
+
+
+class Broken(msgspec.Struct, frozen=True):
+    """An object of our own kinds that is not as we write it: there is nothing to learn from
+    it, and it is replaced."""
+
+    version: str
+    uid: str
+    reason: str
+
+
+IdentityFacts = UserIdentityFacts | Held[state.Identity] | Broken
+
+
+# ---- Upstream kinds, as far as we read them ------------------------------------------------
+
+
+class _Camel(msgspec.Struct, frozen=True, rename="camel"):
+    pass
+
+
+class _Meta(_Camel, frozen=True):
+    name: str
+    namespace: str = ""
+    uid: str = ""
+    generation: int = 0
+    labels: dict[str, str] | None = None
+    creation_timestamp: str | None = None
+
+
+class _Version(_Camel, frozen=True):
+    uid: str = ""
+    resource_version: str = ""
+
+
+class _Head(_Camel, frozen=True):
+    metadata: _Version
+
+
+class _PodSpec(_Camel, frozen=True):
+    node_name: str | None = None
+    host_network: bool | None = None
+
+
+class _PodIP(_Camel, frozen=True):
+    ip: str | None = None
+
+
+class _PodStatus(_Camel, frozen=True):
+    phase: str | None = None
+    pod_ip: str | None = msgspec.field(default=None, name="podIP")
+    pod_ips: list[_PodIP] | None = msgspec.field(default=None, name="podIPs")
+    start_time: str | None = None
+
+
+class _Pod(_Camel, frozen=True):
+    metadata: _Meta
+    spec: _PodSpec = _PodSpec()
+    status: _PodStatus | None = None
+
+
+class _Taint(_Camel, frozen=True):
+    key: str = ""
+
+
+class _NodeSpec(_Camel, frozen=True):
+    pod_cidr: str | None = msgspec.field(default=None, name="podCIDR")
+    pod_cidrs: list[str] | None = msgspec.field(default=None, name="podCIDRs")
+    taints: list[_Taint] | None = None
+
+
+class _NodeAddress(_Camel, frozen=True):
+    type: str = ""
+    address: str = ""
+
+
+class _NodeStatus(_Camel, frozen=True):
+    addresses: list[_NodeAddress] | None = None
+
+
+class _Node(_Camel, frozen=True):
+    metadata: _Meta
+    spec: _NodeSpec | None = None
+    status: _NodeStatus | None = None
+
+
+class _Namespace(_Camel, frozen=True):
+    metadata: _Meta
+
+
+class _Conditions(_Camel, frozen=True):
+    ready: bool | None = None
+
+
+class _Endpoint(_Camel, frozen=True):
+    addresses: list[str] | None = None
+    conditions: _Conditions | None = None
+
+
+class _Port(_Camel, frozen=True):
+    name: str | None = None
+    protocol: Protocol | None = None
+    port: int | None = None
+
+
+class _EndpointSlice(_Camel, frozen=True):
+    metadata: _Meta
+    address_type: str = ""
+    endpoints: list[_Endpoint] | None = None
+    ports: list[_Port] | None = None
+
+
+_FAMILIES: dict[str, Literal[4, 6]] = {"IPv4": 4, "IPv6": 6}
+
+_A = TypeVar("_A")
+
+
+def _decoder(kind: type[_A]) -> Callable[[bytes], _A]:
+    made = msgspec.json.Decoder(kind)
+
+    def decode(data: bytes) -> _A:
+        try:
+            return made.decode(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise DecodeError(str(error)) from error
+
+    return decode
+
+
+_head = _decoder(_Head)
+_pod = _decoder(_Pod)
+_node = _decoder(_Node)
+_namespace = _decoder(_Namespace)
+_slice = _decoder(_EndpointSlice)
+_tree = _decoder(dict[str, Any])
+
+
+def pod(data: bytes) -> PodFacts:
+    found = _pod(data)
+    meta, spec, status = found.metadata, found.spec, found.status or _PodStatus()
+    texts = [item.ip for item in status.pod_ips or () if item.ip] or [status.pod_ip or ""]
+    return PodFacts(
+        key=ObjectName(intern(meta.namespace), meta.name),
+        uid=meta.uid,
+        labels=_labels(meta),
+        node=intern(spec.node_name or ""),
+        host_network=bool(spec.host_network),
+        addresses=_addresses(texts),
+        running=status.phase == "Running",
+        ended=status.phase in ("Succeeded", "Failed"),
+        since=status.start_time or meta.creation_timestamp or "",
+    )
+
+
+def node(data: bytes) -> NodeFacts:
+    found = _node(data)
+    spec, status = found.spec or _NodeSpec(), found.status or _NodeStatus()
+    addresses = [
+        item.address for item in status.addresses or () if item.type in ("InternalIP", "ExternalIP")
+    ]
+    cidrs = spec.pod_cidrs or ([spec.pod_cidr] if spec.pod_cidr else [])
+    return NodeFacts(
+        name=intern(found.metadata.name),
+        uid=found.metadata.uid,
+        addresses=_addresses(addresses),
+        pod_cidrs=tuple(dict.fromkeys(_network(text) for text in cidrs)),
+        tainted=any(item.key == NOT_READY_TAINT for item in spec.taints or ()),
+    )
+
+
+def namespace(data: bytes) -> NamespaceFacts:
+    found = _namespace(data)
+    return NamespaceFacts(intern(found.metadata.name), _labels(found.metadata))
+
+
+def endpoint_slice(data: bytes) -> SliceFacts:
+    found = _slice(data)
+    owner = (found.metadata.labels or {}).get(SERVICE_NAME_LABEL, "")
+    family = _FAMILIES.get(found.address_type)
+    ready = [
+        item.addresses[0]
+        for item in found.endpoints or ()
+        if item.addresses and (item.conditions is None or item.conditions.ready is not False)
+    ]
+    ports = tuple(
+        (port.name or "", port.protocol or "TCP", port.port) for port in found.ports or ()
+    )
+    # Names (addressType FQDN) lead nowhere.
+    addresses = tuple(_address(text) for text in ready if family is not None)
+    return SliceFacts(intern(owner), EndpointList(family, ports, addresses))
+
+
+def service(data: bytes) -> ServiceFacts:
+    """A Service that the API server took is served as far as we understand it: fields that
+    a newer server knows and we do not are left out, and named."""
+    tree = _bare(data, "v1", "Service")
+    try:
+        return ServiceFacts(users.Service.model_validate(tree), ())
+    except ValidationError as error:
+        unknown = [
+            item["loc"]
+            for item in error.errors(include_url=False)
+            if item["type"] == "extra_forbidden"
+        ]
+        if not unknown:
+            raise DecodeError(_words(error)) from error
+    for path in unknown:
+        _remove(tree, path)
+    names = tuple(".".join(map(str, path)) for path in unknown)
+    return ServiceFacts(_validate(users.Service, tree), names)
+
+
+def network_policy(data: bytes) -> PolicyFacts:
+    tree = _bare(data, "networking.k8s.io/v1", "NetworkPolicy")
+    written = _validate(users.NetworkPolicy, tree)
+    return PolicyFacts(written, _target(written))
+
+
+# ---- Our own kinds -----------------------------------------------------------------------
+
+
+def identity(data: bytes) -> IdentityFacts:
+    """Decimal names are the operator's own, all others a user's."""
+    found = _namespace(data)
+    if found.metadata.name.isdigit():
+        return allocated(data)
+    tree = _bare(data, API_VERSION, "Identity", keep=("status",))
+    status = tree.pop("status", None)
+    written = _validate(users.Identity, tree)
+    return UserIdentityFacts(written.spec, _target(written), status)
+
+
+def _ours(kind: type[_O]) -> Callable[[bytes], Held[_O] | Broken]:
+    made = _decoder(kind)
+
+    def decode(data: bytes) -> Held[_O] | Broken:
+        meta = _head(data).metadata
+        try:
+            return Held(made(data), meta.resource_version, meta.uid)
+        except DecodeError as error:
+            return Broken(meta.resource_version, meta.uid, str(error))
+
+    return decode
+
+
+allocated = _ours(state.Identity)
+rule_set = _ours(state.RuleSet)
+state_slice = _ours(state.StateSlice)
+node_state = _ours(state.NodeState)
+
+
+# ---- Parts -------------------------------------------------------------------------------
+
+
+def _labels(meta: _Meta) -> dict[str, str]:
+    return {intern(key): intern(value) for key, value in (meta.labels or {}).items()}
+
+
+def _address(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise DecodeError(str(error)) from error
+
+
+def _addresses(texts: list[str]) -> tuple[str, ...]:
+    found = dict.fromkeys(_address(text) for text in texts if text)
+    return tuple(sorted(found, key=family_of))
+
+
+def _network(text: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text, strict=False))
+    except ValueError as error:
+        raise DecodeError(str(error)) from error
+
+
+def _bare(data: bytes, version: str, kind: str, keep: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Without what changes without meaning anything; items of a list do not say their kind."""
+    tree = _tree(data)
+    tree.update(apiVersion=version, kind=kind)
+    if "status" not in keep:
+        tree.pop("status", None)
+    metadata = tree.get("metadata")
+    if isinstance(metadata, Mapping):
+        kept = ("name", "namespace", "labels", "uid", "generation")
+        tree["metadata"] = {key: metadata[key] for key in kept if key in metadata}
+    return tree
+
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+def _validate(model: type[_M], tree: dict[str, Any]) -> _M:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise DecodeError(_words(error)) from error
+
+
+def _words(error: ValidationError) -> str:
+    found = [
+        f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
+        for item in error.errors(include_url=False)
+    ]
+    more = f"; and {len(found) - MAX_ERRORS} more" if len(found) > MAX_ERRORS else ""
+    return "; ".join(found[:MAX_ERRORS]) + more
+
+
+def _remove(tree: Any, path: tuple[int | str, ...]) -> None:
+    for step in path[:-1]:
+        tree = tree[step]
+    del tree[path[-1]]
+
+
+def _target(written: users.NetworkPolicy | users.Identity) -> Target:
+    meta = written.metadata
+    return Target(str(meta.uid or ""), int(meta.generation or 0))

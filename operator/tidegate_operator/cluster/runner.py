@@ -1,0 +1,306 @@
+"""When to compile and publish: at once after quiet, then in bursts; again after errors.
+
+Reflectors only poke. One thread works: it takes the snapshot, compiles, publishes. Nothing
+is written before every kind has been read whole, nor by a replica that does not lead. What
+an error interrupts stays as it is in force and is tried again.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+from tidegate_api.state import Identity
+from tidegate_kube import Client, KubeError
+
+from tidegate_operator import identities, publish
+from tidegate_operator.cluster import world
+from tidegate_operator.cluster.lead import Lead, NotLeader
+from tidegate_operator.cluster.metrics import Metrics
+from tidegate_operator.cluster.store import KubeStore, NumberTaken
+from tidegate_operator.cluster.watches import Watches
+from tidegate_operator.cluster.world import ClusterWorld, Snapshot
+from tidegate_operator.compile import Compiler, Desired
+from tidegate_operator.identities import EMPTY_LEDGER, Ledger
+from tidegate_operator.problems import Problem
+from tidegate_operator.store import PublishError
+
+QUIET_SECONDS = 0.1
+"""After so long without a step, the next change is acted on at once ..."""
+DEBOUNCE_SECONDS = 0.02
+"""... else changes are gathered for so long."""
+IDLE_SECONDS = 5.0
+"""The longest time without looking around: for grace periods, resting numbers, leadership."""
+STUCK_SECONDS = 60.0
+"""Without a sign of life for so long, the runner's thread is taken for stuck."""
+FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.2, 15.0
+GRACE_SECONDS = 60.0
+"""How long a rule set stays that no NodeState names: a node may lag behind."""
+STOP_SECONDS = 1.0
+REST_SECONDS = 3600
+"""How long a number is not reused."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was last published whole."""
+
+    world: ClusterWorld
+    desired: Desired
+    ledger: Ledger
+    problems: tuple[Problem, ...]
+    arrived: float
+    """When the oldest change in it had arrived (time.monotonic)."""
+    at: float
+
+
+class Runner:
+    """`start` and `stop` once. `on_published` is called in the runner's thread after each
+    publish that changed anything or came to its end for the first time."""
+
+    def __init__(
+        self,
+        client: Client,
+        lead: Lead,
+        metrics: Metrics,
+        on_published: Callable[[Published], None] | None = None,
+    ) -> None:
+        self.watches = Watches(client, self.poke)
+        self._client = client
+        self._lead = lead
+        self._metrics = metrics
+        self._on_published = on_published
+        self._thread = threading.Thread(target=self._run, name="runner", daemon=True)
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._arrived: float | None = None
+        self._alive = time.monotonic()
+        self._term: int | None = None
+        self._store: KubeStore | None = None
+        self._publisher: publish.Publisher | None = None
+        self._compiler = Compiler()
+        self._world: ClusterWorld | None = None
+        self._ledger = EMPTY_LEDGER
+        self._done: Snapshot | None = None
+        self._failures = 0
+        self._said: tuple[object, ...] = ()
+        self.published: Published | None = None
+        self.error = ""
+        """Of the last step; "" if it came to its end."""
+
+    # ---- for others ----
+
+    def start(self) -> None:
+        self.watches.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the work, at the next request if one is under way."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(STOP_SECONDS)
+        self.watches.stop()
+        if self._store is not None:
+            self._store.close()
+
+    def poke(self) -> None:
+        """Something changed."""
+        with self._lock:
+            if self._arrived is None:
+                self._arrived = time.monotonic()
+        self._wake.set()
+
+    def faults(self) -> list[str]:
+        """Why this process cannot do its work any more and has to be replaced. An API server
+        that is away is no such reason."""
+        found = []
+        if not self._stopping.is_set():
+            found = [
+                f"the thread that watches {item.resource.plural} has ended"
+                for item in self.watches.all
+                if not item.health().alive
+            ]
+            if not self._thread.is_alive():
+                found.append("the runner has ended")
+        silent = time.monotonic() - self._alive
+        if silent > STUCK_SECONDS:
+            found.append(f"the runner is stuck for {silent:.0f} s")
+        return found
+
+    def unready(self) -> list[str]:
+        """What keeps this replica from doing its part now."""
+        found = [f"{name} not read yet, forbidden or gone" for name in self.watches.unsynced()]
+        if self._lead.term is not None and self.published is None:
+            found.append("nothing published yet")
+        return found
+
+    def restarts(self) -> dict[str, int]:
+        return {item.resource.plural: item.health().restarts for item in self.watches.all}
+
+    def unsynced(self) -> list[str]:
+        return self.watches.unsynced()
+
+    def queue_age(self) -> float:
+        arrived = self._arrived
+        return 0.0 if arrived is None else time.monotonic() - arrived
+
+    def leading(self) -> bool:
+        return self._lead.term is not None
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        last = 0.0
+        while not self._stopping.is_set():
+            self._alive = time.monotonic()
+            # After an error nobody's poke makes it try again sooner.
+            woken = (self._stopping if self._failures else self._wake).wait(self._pause())
+            if self._stopping.is_set():
+                return
+            if woken and time.monotonic() - last < QUIET_SECONDS:
+                self._stopping.wait(DEBOUNCE_SECONDS)
+            self._wake.clear()
+            try:
+                self._turn()
+            except NotLeader as error:
+                self._say("no longer the leader", error=str(error))
+            except (PublishError, KubeError) as error:
+                self._failed(error)
+            except Exception as error:  # a fault of ours: said, tried again, seen in metrics
+                log.exception("step failed")
+                self._failed(error)
+            last = time.monotonic()
+
+    def _pause(self) -> float:
+        if not self._failures:
+            return IDLE_SECONDS
+        whole = min(FIRST_RETRY_SECONDS * 2.0 ** (self._failures - 1), LONGEST_RETRY_SECONDS)
+        return whole * random.uniform(0.5, 1.0)
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self.error = str(error)
+        self._metrics.publish_errors.inc()
+        log.warning("cannot publish, trying again", error=str(error), failures=self._failures)
+
+    def _turn(self) -> None:
+        """One look around, and a step if there is reason for one."""
+        unsynced = self.watches.unsynced()
+        if unsynced:
+            self._say("waiting for complete lists", resources=unsynced)
+            return
+        term = self._lead.term
+        if term is None:
+            self._say("another replica leads")
+            self._arrived = None
+            return
+        if term != self._term or self._publisher is None:
+            self._begin(term)
+        arrived, self._arrived = self._arrived or time.monotonic(), None
+        snapshot = self.watches.snapshot()
+        if self._idle(snapshot):
+            return
+        try:
+            self._step(snapshot, arrived)
+        except BaseException:
+            self._arrived = arrived if self._arrived is None else min(arrived, self._arrived)
+            raise
+
+    def _begin(self, term: int) -> None:
+        """Lead, from what is there: another replica may have written since we looked."""
+        if self._store is not None:
+            self._store.close()
+        self._store = KubeStore(self._client, self.watches.ours, self._lead.check, self._counted)
+        self._publisher = publish.Publisher(self._store, GRACE_SECONDS, term)
+        self._ledger = publish.ledger_of(self._store.held(Identity).values())
+        self._term, self._done = term, None
+        self._say("leading", term=term)
+
+    def _idle(self, snapshot: Snapshot) -> bool:
+        done, publisher = self._done, self._publisher
+        assert publisher is not None
+        return (
+            done is not None
+            and not self._failures
+            and _same(done, snapshot)
+            and not publisher.waiting
+            and not publisher.disturbed()
+            and not self._rested()
+        )
+
+    def _rested(self) -> bool:
+        oldest = next(iter(self._ledger.released.values()), None)
+        return oldest is not None and oldest[1] < int(time.time()) - REST_SECONDS
+
+    def _step(self, snapshot: Snapshot, arrived: float) -> None:
+        assert self._publisher is not None
+        began = time.monotonic()
+        now, problems = world.build(snapshot, self._world)
+        self._world = now
+        built = time.monotonic()
+        ledger = self._ledger
+        for number, key in self._publisher.strangers().items():
+            ledger = identities.give_way(ledger, number, key)
+        ledger = identities.allocate(now, ledger, int(time.time()), REST_SECONDS)
+        desired = self._compiler.compile(now, ledger)
+        compiled = time.monotonic()
+        self._ledger = ledger
+        found = (*problems, *desired.problems)
+        try:
+            written = self._publisher.publish(desired, ledger, found, compiled)
+        except NumberTaken as error:
+            for name, item in error.taken.items():
+                self._ledger = identities.give_way(self._ledger, int(name), publish.key_of(item))
+            raise
+        ended = time.monotonic()
+        for part, seconds in (
+            ("world", built - began),
+            ("compile", compiled - built),
+            ("publish", ended - compiled),
+        ):
+            self._metrics.step_seconds.labels(part).observe(seconds)
+        self._finished(Published(now, desired, ledger, found, arrived, ended), written)
+        self._done, self._failures, self.error = snapshot, 0, ""
+
+    def _finished(self, published: Published, written: tuple[str, ...]) -> None:
+        first, self.published = self.published is None, published
+        ledger = published.ledger
+        self._metrics.identities.labels("live").set(len(ledger.live))
+        self._metrics.identities.labels("resting").set(len(ledger.released))
+        for severity in ("error", "warning", "info"):
+            count = sum(problem.severity == severity for problem in published.problems)
+            self._metrics.problems.labels(severity).set(count)
+        if written or first:
+            self._metrics.published_seconds.observe(published.at - published.arrived)
+            log.info(
+                "published",
+                objects=len(written),
+                milliseconds=round((published.at - published.arrived) * 1000),
+                pods=len(published.world.pods),
+                nodes=len(published.world.nodes),
+            )
+        if self._on_published is not None:
+            self._on_published(published)
+
+    def _counted(self, verb: str, kind: str, size: int) -> None:
+        self._alive = time.monotonic()  # a long publish is no stuck one
+        self._metrics.written(verb, kind, size)
+
+    def _say(self, event: str, **about: object) -> None:
+        """Log what did not change only once."""
+        said = (event, repr(about))
+        if said != self._said:
+            self._said = said
+            log.info(event, **about)
+
+
+def _same(one: Snapshot, other: Snapshot) -> bool:
+    return all(getattr(one, name) is getattr(other, name) for name in Snapshot.__dataclass_fields__)

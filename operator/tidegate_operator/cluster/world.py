@@ -1,0 +1,292 @@
+"""Snapshot -> World: the cluster as it is. Pure; given the previous world, what did not
+change is the same object.
+
+An endpoint is published when its pod is bound to a node, whether or not its addresses are
+known. A pod that has ended gives its addresses up; of two pods that claim one address the
+running, newer one has it. Host-network pods are kept only to say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from tidegate_operator import identities, meanings, services
+from tidegate_operator.cluster.kinds import (
+    NamespaceFacts,
+    NodeFacts,
+    PodFacts,
+    PolicyFacts,
+    ServiceFacts,
+    SliceFacts,
+    UserIdentityFacts,
+)
+from tidegate_operator.objects import (
+    EndpointList,
+    Endpoints,
+    Node,
+    ObjectName,
+    Pod,
+    Service,
+    UserIdentity,
+    World,
+)
+from tidegate_operator.problems import Problem, Severity
+
+Key = tuple[str, str]
+API_SERVICE = ObjectName("default", "kubernetes")
+"""Its endpoints serve the API."""
+STAYS = "the last valid version stays in force"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the API server holds, by (namespace, name). A mapping that did not change is the
+    same object as before."""
+
+    nodes: Mapping[Key, NodeFacts] = field(default_factory=dict)
+    namespaces: Mapping[Key, NamespaceFacts] = field(default_factory=dict)
+    pods: Mapping[Key, PodFacts] = field(default_factory=dict)
+    services: Mapping[Key, ServiceFacts] = field(default_factory=dict)
+    slices: Mapping[Key, SliceFacts] = field(default_factory=dict)
+    policies: Mapping[Key, PolicyFacts] = field(default_factory=dict)
+    identities: Mapping[Key, UserIdentityFacts] = field(default_factory=dict)
+    invalid: Mapping[str, Mapping[Key, str]] = field(default_factory=dict)
+    """kind -> objects that cannot be decoded, and why; they keep their last valid meaning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterWorld(World):
+    """A World with what the next one is made from."""
+
+    snapshot: Snapshot = field(compare=False, repr=False)
+    by_service: dict[ObjectName, tuple[EndpointList, ...]] = field(compare=False, repr=False)
+    stalled: dict[str, str] = field(compare=False, repr=False)
+    """User-made Identities that are not in force, and why."""
+
+
+def build(
+    snapshot: Snapshot, previous: ClusterWorld | None = None
+) -> tuple[ClusterWorld, tuple[Problem, ...]]:
+    """Never raises for what the snapshot says."""
+    before = previous or EMPTY_WORLD
+    written = {
+        ObjectName(*key): snapshot.policies[key].written for key in sorted(snapshot.policies)
+    }
+    policies = meanings.policies(written, before.policies)
+    mentioned = meanings.mentioned(policies.values())
+    nodes = _nodes(snapshot.nodes.values(), before.nodes)
+    pod_cidrs = tuple(sorted({cidr for node in nodes.values() for cidr in node.pod_cidrs}))
+    pods = _pods(snapshot, mentioned, before)
+    specs = {name: item.spec for (_, name), item in sorted(snapshot.identities.items())}
+    found, stalled = meanings.user_identities(specs, mentioned, pod_cidrs)
+    by_service = _by_service(snapshot, before)
+    served = _services(snapshot, before)
+    world = ClusterWorld(
+        nodes=nodes,
+        namespaces=_namespaces(snapshot, pods, found),
+        pods=pods,
+        services=served,
+        endpoints=_endpoints(served, by_service, before),
+        policies=policies,
+        identities=found,
+        sources={},
+        mentioned=mentioned,
+        pod_cidrs=pod_cidrs,
+        apiservers=tuple(
+            sorted({text for item in by_service.get(API_SERVICE, ()) for text in item.ready})
+        ),
+        snapshot=snapshot,
+        by_service=by_service,
+        stalled=stalled,
+    )
+    return world, tuple(_problems(world))
+
+
+# ---- nodes and namespaces ------------------------------------------------------------------
+
+
+def _nodes(facts: Iterable[NodeFacts], before: Mapping[str, Node]) -> dict[str, Node]:
+    found = {}
+    for item in sorted(facts, key=lambda item: item.name):
+        made = Node(item.name, item.addresses, item.pod_cidrs, item.uid)
+        held = before.get(item.name)
+        found[item.name] = held if held is not None and held == made else made
+    return found
+
+
+def _namespaces(
+    snapshot: Snapshot, pods: Mapping[ObjectName, Pod], made: Mapping[str, UserIdentity]
+) -> dict[str, dict[str, str]]:
+    """Also those that something lies in and that have not been read yet, or no more."""
+    labels: dict[str, Mapping[str, str]] = {
+        item.name: item.labels for item in snapshot.namespaces.values()
+    }
+    for name in {key.namespace for key in pods}:
+        labels.setdefault(name, {})
+    for identity in made.values():
+        if not identity.key.cidrs:
+            labels.setdefault(identity.key.namespace, {})
+    return meanings.namespaces(labels)
+
+
+# ---- pods ----------------------------------------------------------------------------------
+
+
+def _pods(
+    snapshot: Snapshot, mentioned: frozenset[str], before: ClusterWorld
+) -> dict[ObjectName, Pod]:
+    same = mentioned == before.mentioned
+    if same and snapshot.pods is before.snapshot.pods:
+        return dict(before.pods)
+    live = [item for item in snapshot.pods.values() if item.node and not item.ended]
+    live.sort(key=lambda item: item.key)
+    lost = _lost(live)
+    found: dict[ObjectName, Pod] = {}
+    for item in live:
+        addresses = item.addresses
+        if item.uid in lost:
+            addresses = tuple(text for text in addresses if text not in lost[item.uid])
+        held = before.pods.get(item.key)
+        if held is None or not same or held.origin is not item or held.addresses != addresses:
+            made = _pod(item, addresses, mentioned)
+            held = held if held is not None and held == made and held.origin is item else made
+        found[item.key] = held
+    return found
+
+
+def _lost(live: Iterable[PodFacts]) -> dict[str, set[str]]:
+    """UID -> addresses that another pod has the better claim to."""
+    owners: dict[str, PodFacts] = {}
+    lost: dict[str, set[str]] = {}
+    for item in live:
+        if item.host_network:
+            continue
+        for text in item.addresses:
+            owner = owners.setdefault(text, item)
+            if owner is item:
+                continue
+            better, other = (item, owner) if _claim(item) > _claim(owner) else (owner, item)
+            owners[text] = better
+            lost.setdefault(other.uid, set()).add(text)
+    return lost
+
+
+def _claim(item: PodFacts) -> tuple[bool, str, str]:
+    return item.running, item.since, item.uid
+
+
+def _pod(item: PodFacts, addresses: tuple[str, ...], mentioned: frozenset[str]) -> Pod:
+    return Pod(
+        uid=item.uid,
+        namespace=item.key.namespace,
+        name=item.key.name,
+        labels=item.labels,
+        node=item.node,
+        addresses=addresses,
+        ports=(),
+        host_network=item.host_network,
+        identity=identities.identity_key(item.key.namespace, item.labels, mentioned),
+        origin=item,
+    )
+
+
+# ---- services ------------------------------------------------------------------------------
+
+
+def _services(snapshot: Snapshot, before: ClusterWorld) -> dict[ObjectName, Service]:
+    if snapshot.services is before.snapshot.services:
+        return before.services
+    found = {}
+    for key in sorted(snapshot.services):
+        name, written = ObjectName(*key), snapshot.services[key].written
+        addresses = _cluster_ips(written.spec.cluster_ip, written.spec.cluster_ips)
+        if written.spec.type == "ExternalName":
+            addresses = ()
+        found[name] = services.service(name, written, addresses, before.services.get(name))
+    return found
+
+
+def _cluster_ips(one: str, several: Iterable[str]) -> tuple[str, ...]:
+    """As the API server gave them; none for a headless Service."""
+    texts = [text for text in dict.fromkeys((one, *several)) if text]
+    return () if "None" in texts else tuple(services.canonical(text) for text in texts)
+
+
+def _by_service(
+    snapshot: Snapshot, before: ClusterWorld
+) -> dict[ObjectName, tuple[EndpointList, ...]]:
+    if snapshot.slices is before.snapshot.slices:
+        return before.by_service
+    lists: dict[ObjectName, list[EndpointList]] = {}
+    for key in sorted(snapshot.slices):
+        item = snapshot.slices[key]
+        if item.service:
+            lists.setdefault(ObjectName(key[0], item.service), []).append(item.endpoints)
+    return {name: tuple(found) for name, found in lists.items()}
+
+
+def _endpoints(
+    served: Mapping[ObjectName, Service],
+    by_service: Mapping[ObjectName, tuple[EndpointList, ...]],
+    before: ClusterWorld,
+) -> dict[ObjectName, Endpoints]:
+    if served is before.services and by_service is before.by_service:
+        return before.endpoints
+    found = {}
+    for name, service in served.items():
+        slices = by_service.get(name, ())
+        held = before.endpoints.get(name)
+        if (
+            held is None
+            or before.services.get(name) is not service
+            or before.by_service.get(name, ()) != slices
+        ):
+            made = services.endpoints_of(service, slices)
+            held = held if held is not None and held == made else made
+        found[name] = held
+    return found
+
+
+# ---- what people should know ---------------------------------------------------------------
+
+
+def _problems(world: ClusterWorld) -> Iterable[Problem]:
+    snapshot = world.snapshot
+    for kind, objects in sorted(snapshot.invalid.items()):
+        for key, reason in sorted(objects.items()):
+            yield _problem("error", kind, key, "", f"{reason}; {STAYS}", "repair the object")
+    for key, facts in sorted(snapshot.services.items()):
+        for name, text in services.unserved(facts.written.spec):
+            yield _problem("warning", "Service", key, name, text)
+        for name in facts.ignored:
+            yield _problem("warning", "Service", key, name, "is not known here, and not served")
+    for name, reason in sorted(world.stalled.items()):
+        remedy = "name each outside address once, and no pod's"
+        yield _problem("error", "Identity", ("", name), "spec.cidrs", f"stalled: {reason}", remedy)
+
+
+def _problem(
+    severity: Severity, kind: str, key: Key, where: str, message: str, remedy: str = ""
+) -> Problem:
+    name = "/".join(part for part in key if part)
+    return Problem(
+        severity=severity, object=f"{kind} {name}", field=where, message=message, remedy=remedy
+    )
+
+
+EMPTY_WORLD = ClusterWorld(
+    nodes={},
+    namespaces={},
+    pods={},
+    services={},
+    endpoints={},
+    policies={},
+    identities={},
+    sources={},
+    mentioned=frozenset(),
+    pod_cidrs=(),
+    snapshot=Snapshot(),
+    by_service={},
+    stalled={},
+)

@@ -1,0 +1,376 @@
+"""The operator against a real API server: what it publishes, when, and what it repairs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from support import apiserver as servers
+from support import town_api
+from support.apiserver import ApiServer
+from support.town_api import apply, node, objects, pod
+from support.waiting import until
+from tidegate_api.state import Identity, NodeState, RuleSet, StateSlice, digest
+from tidegate_kube import Client, NotFound, resources
+from tidegate_operator.cluster.lead import NotLeader
+from tidegate_operator.cluster.metrics import Metrics
+from tidegate_operator.cluster.runner import Runner
+
+pytestmark = pytest.mark.apiserver
+
+SECONDS = 30.0
+
+
+class Leading:
+    """A lead that the test gives and takes."""
+
+    def __init__(self) -> None:
+        self.term: int | None = 1
+
+    def check(self) -> None:
+        if self.term is None:
+            raise NotLeader("taken by the test")
+
+
+class Town:
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.lead = Leading()
+        self.metrics = Metrics()
+        self.runner = Runner(client, self.lead, self.metrics)
+
+    def restart(self) -> None:
+        """Another operator, that starts from what the API server holds."""
+        self.runner.stop()
+        self.metrics = Metrics()
+        self.runner = Runner(self.client, self.lead, self.metrics)
+        self.runner.start()
+
+    def settled(self) -> None:
+        """Until everything that was applied before is published."""
+        mark = f"mark-{threading.get_ident()}"
+        body = {
+            "apiVersion": "v1",
+            "kind": "Namespace",
+            "metadata": {"name": mark, "labels": {"at": str(id(object()))}},
+        }
+        found = apply(self.client, body)
+        at = found["metadata"]["labels"]["at"]
+
+        def done() -> bool:
+            published = self.runner.published
+            return (
+                published is not None
+                and published.world.namespaces.get(mark, {}).get("at") == at
+                and not self.runner.error
+            )
+
+        until(done, "settled", SECONDS)
+
+    def writes(self) -> dict[tuple[str, str], int]:
+        """(kind, verb) -> objects written since the operator started."""
+        return {
+            (sample.labels["kind"], sample.labels["verb"]): int(sample.value)
+            for metric in self.metrics.objects_written.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total")
+        }
+
+    def writes_since(self, before: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+        found = {key: count - before.get(key, 0) for key, count in self.writes().items()}
+        return {key: count for key, count in found.items() if count}
+
+    def nodes(self) -> dict[str, NodeState]:
+        return objects(self.client, NodeState)
+
+    def ipcache(self) -> dict[str, int]:
+        return {
+            entry.cidr: entry.identity
+            for item in objects(self.client, StateSlice).values()
+            for entry in item.spec.ipcache or ()
+        }
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """An own one: every test leaves objects of all kinds."""
+    with servers.running(tmp_path_factory.mktemp("operator")) as made:
+        with contextlib.closing(made.client()) as client:
+            town_api.install(client)
+        yield made
+
+
+@pytest.fixture
+def town(server: ApiServer) -> Iterator[Town]:
+    client = server.client()
+    clean(client)
+    made = Town(client)
+    made.runner.start()
+    try:
+        yield made
+    finally:
+        made.runner.stop()
+        client.close()
+
+
+def clean(client: Client) -> None:
+    kinds = [resources.PODS, resources.NODES, resources.NETWORK_POLICIES, resources.SERVICES]
+    kinds += [resources.ENDPOINT_SLICES, *town_api.OURS.values()]
+    for resource in kinds:
+        for page in client.pages(resource):
+            for raw in page.items:
+                meta = msgspec.json.decode(raw)["metadata"]
+                if meta["name"] == "kubernetes":  # the server's own
+                    continue
+                with contextlib.suppress(NotFound):
+                    town_api.remove(client, resource, meta["name"], meta.get("namespace", ""))
+
+
+def policy(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": spec,
+    }
+
+
+ALLOW = {"podSelector": {}, "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "a"}}}]}]}
+
+
+def populate(town: Town) -> None:
+    for number, name in enumerate(("n1", "n2")):
+        apply(town.client, node(name, number))
+    apply(town.client, pod("a", "n1", "10.244.0.5", app="a"))
+    apply(town.client, pod("b", "n2", "10.244.1.5", app="b"))
+    apply(town.client, policy("p", ALLOW))
+
+
+def test_publishes_what_the_cluster_says(town: Town) -> None:
+    populate(town)
+    town.settled()
+    nodes = town.nodes()
+    assert sorted(nodes) == ["n1", "n2"]
+    assert {e.name for item in nodes.values() for e in item.spec.endpoints} == {"a", "b"}
+    for name, item in nodes.items():
+        held = json.loads(town.client.get(resources.NODES, name))
+        (owner,) = item.metadata.owner_references or ()
+        assert (owner.kind, owner.uid) == ("Node", held["metadata"]["uid"])
+        assert (item.metadata.annotations or {})["tidegate.dev/digest"] == digest(item.spec)
+        assert item.spec.term == 1
+        assert set(item.spec.rule_sets) <= objects(town.client, RuleSet).keys()
+    identities = objects(town.client, Identity)
+    ipcache = town.ipcache()
+    assert identities[str(ipcache["10.244.0.5/32"])].spec.labels == {"app": "a"}
+    assert ipcache["10.244.0.0/24"] == 0
+    assert ipcache["172.18.0.2/32"] == ipcache["10.244.1.1/32"] == 4
+
+
+def test_restart_with_nothing_changed_writes_nothing(town: Town) -> None:
+    populate(town)
+    town.settled()
+    assert town.writes()
+    town.restart()
+    until(lambda: town.runner.published is not None, "published", SECONDS)
+    assert town.writes() == {}
+
+
+def test_a_pod_writes_its_node_and_one_shard(town: Town) -> None:
+    populate(town)
+    town.settled()
+    before = town.writes()
+    apply(town.client, pod("c", "n1", app="a"))
+    town.settled()
+    bound = town.writes()
+    assert {
+        key: bound[key] - before.get(key, 0) for key in bound if bound[key] != before.get(key)
+    } == {("NodeState", "update"): 1}
+    apply(town.client, pod("c", "n1", "10.244.0.6", app="a"))
+    town.settled()
+    assert town.writes_since(bound) == {("NodeState", "update"): 1, ("StateSlice", "update"): 1}
+
+
+def _edit(client: Client, kind: type, name: str, change: Callable[[Any], None]) -> None:
+    resource = town_api.OURS[kind]
+    tree = json.loads(client.get(resource, name))
+    change(tree)
+    client.update(resource, name, msgspec.json.encode(tree))
+
+
+def _content(client: Client) -> dict[str, dict[str, Any]]:
+    """Everything published, without revisions and versions."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in (Identity, RuleSet, StateSlice, NodeState):
+        for name, item in objects(client, kind).items():
+            spec = msgspec.to_builtins(item.spec)
+            spec.pop("revision", None)
+            for ref in spec.get("tables", {}).values():
+                ref.pop("minRevision")
+            found.setdefault(kind.__name__, {})[name] = spec
+    return found
+
+
+def _break_slice(client: Client) -> None:
+    name = next(name for name, item in objects(client, StateSlice).items() if item.spec.ipcache)
+
+    def change(tree: Any) -> None:
+        tree["spec"]["ipcache"][0]["identity"] = 77777
+
+    _edit(client, StateSlice, name, change)
+
+
+def _break_node(client: Client) -> None:
+    def change(tree: Any) -> None:
+        tree["spec"]["endpoints"] = []
+
+    _edit(client, NodeState, "n1", change)
+
+
+def _break_digest(client: Client) -> None:
+    def change(tree: Any) -> None:
+        tree["metadata"]["annotations"] = {"tidegate.dev/digest": "0"}
+        tree["metadata"].pop("ownerReferences")
+
+    _edit(client, NodeState, "n1", change)
+
+
+def _delete_each(kind: type) -> Callable[[Client], None]:
+    def run(client: Client) -> None:
+        for name in objects(client, kind):
+            town_api.remove(client, town_api.OURS[kind], name)
+
+    return run
+
+
+HANDS = [
+    ("a shard edited", _break_slice),
+    ("a node state emptied", _break_node),
+    ("a digest and an owner taken away", _break_digest),
+    *((f"every {kind.__name__} deleted", _delete_each(kind))
+      for kind in (Identity, RuleSet, StateSlice, NodeState)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "harm"), HANDS)
+def test_hand_edits_are_repaired(town: Town, reason: str, harm: Callable[[Client], None]) -> None:
+    populate(town)
+    town.settled()
+    want = _content(town.client)
+    harm(town.client)
+    until(lambda: _content(town.client) == want, f"repaired: {reason}", SECONDS)
+    until(
+        lambda: all(
+            (item.metadata.annotations or {}).get("tidegate.dev/digest") == digest(item.spec)
+            and item.metadata.owner_references
+            for item in town.nodes().values()
+        ),
+        "digests and owners",
+        SECONDS,
+    )
+
+
+@pytest.mark.parametrize(("reason", "harm"), HANDS)
+def test_hand_edits_while_the_operator_is_down(
+    town: Town, reason: str, harm: Callable[[Client], None]
+) -> None:
+    populate(town)
+    town.settled()
+    want = _content(town.client)
+    town.runner.stop()
+    harm(town.client)
+    town.restart()
+    town.settled()
+    assert _content(town.client) == want
+
+
+def test_node_recreated_under_its_name_owns_its_state(town: Town) -> None:
+    populate(town)
+    town.settled()
+    town_api.remove(town.client, resources.NODES, "n1")
+    held = apply(town.client, node("n1", 0))
+    town.settled()
+
+    def owned() -> bool:
+        (owner,) = town.nodes()["n1"].metadata.owner_references or ()
+        return bool(owner.uid == held["metadata"]["uid"])
+
+    until(owned, "owned by the new node", SECONDS)
+
+
+def test_node_gone_takes_its_state(town: Town) -> None:
+    populate(town)
+    town.settled()
+    town_api.remove(town.client, resources.NODES, "n2")
+    until(lambda: sorted(town.nodes()) == ["n1"], "state removed", SECONDS)
+
+
+def test_who_does_not_lead_writes_nothing(town: Town) -> None:
+    town.lead.term = None
+    populate(town)
+    until(lambda: not town.runner.unsynced(), "synced", SECONDS)
+    until(lambda: town.runner._said[:1] == ("another replica leads",), "looked", SECONDS)
+    assert (town.writes(), _content(town.client)) == ({}, {})
+    town.lead.term = 2
+    town.settled()
+    assert {item.spec.term for item in town.nodes().values()} == {2}
+
+
+def test_numbers_taken_by_somebody_else_are_left_to_them(town: Town) -> None:
+    populate(town)
+    town.settled()
+    (number,) = (
+        name
+        for name, item in objects(town.client, Identity).items()
+        if item.spec.labels == {"app": "a"}
+    )
+    town.runner.stop()
+    clean(town.client)
+    other = {
+        "apiVersion": "tidegate.dev/v1alpha1",
+        "kind": "Identity",
+        "metadata": {"name": number},
+        "spec": {"namespace": "default", "labels": {"app": "other"}},
+    }
+    apply(town.client, other)
+    town.restart()
+    populate(town)
+    town.settled()
+    held = objects(town.client, Identity)
+    assert held[number].spec.labels == {"app": "other"}
+    mine = [name for name, item in held.items() if item.spec.labels == {"app": "a"}]
+    assert [town.ipcache()["10.244.0.5/32"]] == [int(name) for name in mine]
+    assert mine != [number]
+
+
+def test_kinds_that_vanish_are_not_empty(town: Town, server: ApiServer) -> None:
+    """The CRD of rule sets goes, with its objects: nothing else is touched, and all comes back."""
+    populate(town)
+    town.settled()
+    want = _content(town.client)
+    town_api.remove(town.client, resources.CRDS, "rulesets.tidegate.dev")
+    until(lambda: "rulesets" in town.runner.unsynced(), "unsynced", SECONDS)
+    town_api.remove(town.client, resources.PODS, "a", "default")
+    left = {kind: objects(town.client, kind) for kind in (Identity, StateSlice, NodeState)}
+    assert [e.name for e in left[NodeState]["n1"].spec.endpoints] == ["a"]
+    apply(town.client, pod("a", "n1", "10.244.0.5", app="a"))
+    town_api.install(town.client)
+    until(lambda: _content(town.client).keys() == want.keys(), "all kinds again", SECONDS)
+    town.settled()
+    names = objects(town.client, RuleSet)
+    assert all(name in names for item in town.nodes().values() for name in item.spec.rule_sets)
+
+
+def test_api_server_killed_and_back(town: Town, server: ApiServer) -> None:
+    populate(town)
+    town.settled()
+    server.kill()
+    server.start()
+    apply(town.client, pod("c", "n1", "10.244.0.7", app="a"))
+    town.settled()
+    assert "10.244.0.7/32" in town.ipcache()
+    assert town.runner.faults() == []
