@@ -195,7 +195,7 @@ def test_the_loader_sees_four_places_of_the_node() -> None:
         "/sys/fs/cgroup",
         "/var/lib/tidegate",
     ]
-    assert seen["cni"] == ["/etc/cni/net.d", "/opt/cni/bin"]
+    assert seen["cni"] == ["/etc/cni/net.d", "/opt/cni/bin", "/var/lib/cni", "/var/lib/tidegate"]
     assert seen["server-address"] == ["/etc/kubernetes/kubelet.conf"]
 
 

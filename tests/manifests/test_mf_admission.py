@@ -1,0 +1,212 @@
+"""What a real API server makes of the manifests: they apply, and each may do its own alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from manifests.installed import Installed, identity, node_state
+from manifests.rendered import overlay
+from tidegate_kube import Client, Forbidden, Invalid, KubeError, Resource, resources
+
+pytestmark = [pytest.mark.apiserver, pytest.mark.slow]
+
+IDENTITIES, NODE_STATES = resources.IDENTITIES, resources.NODE_STATES
+
+
+def _create(client: Client, resource: Resource, item: dict[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = msgspec.json.decode(client.create(resource, msgspec.json.encode(item)))
+    return made
+
+
+def _set_status(client: Client, resource: Resource, name: str, status: object) -> dict[str, Any]:
+    item = msgspec.json.decode(client.get(resource, name))
+    body = msgspec.json.encode({**item, "status": status})
+    made: dict[str, Any] = msgspec.json.decode(
+        client.update(resource, name, body, subresource="status")
+    )
+    return made
+
+
+def test_one_apply_is_enough(installed: Installed) -> None:
+    lines = [line for line in installed.applied.splitlines() if line]
+    assert len(lines) == len(overlay("base")), installed.applied
+    assert {line.rpartition(" ")[2] for line in lines} == {"serverside-applied"}
+
+
+def test_applying_again_changes_nothing(installed: Installed) -> None:
+    before = installed.kubectl("get", "crd,ds,deploy,validatingadmissionpolicy", "-A", "-o", "json")
+    installed.kubectl("apply", "--server-side", "--validate=strict", "-k", "manifests/base")
+    after = installed.kubectl("get", "crd,ds,deploy,validatingadmissionpolicy", "-A", "-o", "json")
+    versions = [
+        [item["metadata"]["resourceVersion"] for item in msgspec.json.decode(text)["items"]]
+        for text in (before.stdout, after.stdout)
+    ]
+    assert versions[0] == versions[1]
+
+
+@pytest.mark.parametrize("name", ["overlays/kind", "overlays/ha"])
+def test_overlays_apply(installed: Installed, name: str) -> None:
+    installed.kubectl(
+        *("apply", "--server-side", "--validate=strict", "--dry-run=server"),
+        *("-k", f"manifests/{name}"),
+    )
+
+
+def test_no_policy_has_an_expression_of_wrong_type(installed: Installed) -> None:
+    # Typed where the kind is known; the controller that says so in the status does not run here,
+    # so a policy that could not be compiled would deny everything and fail the tests below.
+    found = installed.kubectl("get", "validatingadmissionpolicy", "-o", "name").stdout.split()
+    assert len(found) == 2
+
+
+# ---- decimal names -------------------------------------------------------------------
+
+
+def test_numbers_are_the_operators(installed: Installed) -> None:
+    operator, admin = installed.account("tidegate-operator"), installed.client()
+    made = _create(operator, IDENTITIES, identity("70001", namespace="a", labels={}))
+    assert made["metadata"]["name"] == "70001"
+    with pytest.raises(Forbidden, match="operator's alone"):
+        _create(admin, IDENTITIES, identity("70002"))
+    made["metadata"]["labels"] = {"tidegate.dev/released": "1"}
+    with pytest.raises(Forbidden, match="operator's alone"):
+        admin.update(IDENTITIES, "70001", msgspec.json.encode(made))
+    operator.update(IDENTITIES, "70001", msgspec.json.encode(made))
+
+
+def test_people_make_identities_with_names(installed: Installed) -> None:
+    made = _create(installed.client(), IDENTITIES, identity("partner", cidrs=["192.0.2.0/24"]))
+    assert made["spec"] == {"cidrs": ["192.0.2.0/24"]}
+
+
+def test_the_status_of_an_identity_is_the_operators(installed: Installed) -> None:
+    admin, operator = installed.client(), installed.account("tidegate-operator")
+    _create(admin, IDENTITIES, identity("watched"))
+    status = {"id": 70010, "endpoints": 2, "summary": "app=watched", "conditions": []}
+    with pytest.raises(Forbidden, match="operator alone"):
+        _set_status(admin, IDENTITIES, "watched", status)
+    assert _set_status(operator, IDENTITIES, "watched", status)["status"] == status
+
+
+@pytest.mark.parametrize("name", ["255", "007", "16777216", "1a", "99999999999999999999"])
+def test_not_every_number_is_a_name_for_anybody(installed: Installed, name: str) -> None:
+    with pytest.raises((Invalid, Forbidden)):
+        _create(installed.account("tidegate-operator"), IDENTITIES, identity(name))
+
+
+# ---- a node's own state ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_nodes(installed: Installed) -> tuple[Client, Client]:
+    operator = installed.account("tidegate-operator")
+    for name in ("node-a", "node-b"):
+        _create(operator, NODE_STATES, node_state(name))
+    return installed.loader("node-a"), installed.loader("node-b")
+
+
+STATUS = {"realised": "0" * 40, "endpoints": 1, "drift": 0, "formats": [1], "conditions": []}
+
+
+def _raw_status(name: str, of: Client) -> bytes:
+    item = msgspec.json.decode(
+        next(iter(of.pages(NODE_STATES, field_selector=f"metadata.name={name}"))).items[0]
+    )
+    return msgspec.json.encode({**item, "status": STATUS})
+
+
+def test_a_loader_writes_its_own_status(two_nodes: tuple[Client, Client]) -> None:
+    for name, loader in zip(("node-a", "node-b"), two_nodes, strict=True):
+        body = loader.update(NODE_STATES, name, _raw_status(name, loader), subresource="status")
+        assert msgspec.json.decode(body)["status"] == STATUS
+
+
+def test_a_loader_writes_no_other_status(two_nodes: tuple[Client, Client]) -> None:
+    loader = two_nodes[0]
+    with pytest.raises(Forbidden, match="NodeState node-b is written by the loader on that node"):
+        loader.update(NODE_STATES, "node-b", _raw_status("node-b", loader), subresource="status")
+
+
+def test_a_token_bound_to_no_pod_writes_no_status(
+    installed: Installed, two_nodes: tuple[Client, Client]
+) -> None:
+    loader = installed.account("tidegate-loader")
+    with pytest.raises(Forbidden, match="written by the loader on that node"):
+        loader.update(NODE_STATES, "node-a", _raw_status("node-a", loader), subresource="status")
+
+
+def _loader_may_not(client: Client) -> list[str]:
+    """What succeeded of all that a loader has no business with."""
+    state = msgspec.json.encode(node_state("node-a", mode="Detached"))
+    attempts = {
+        "create a NodeState": lambda: client.create(NODE_STATES, state),
+        "update a NodeState": lambda: client.update(NODE_STATES, "node-a", state),
+        "delete a NodeState": lambda: client.delete(NODE_STATES, "node-a"),
+        "create an Identity": lambda: client.create(
+            IDENTITIES, msgspec.json.encode(identity("stolen"))
+        ),
+        "list Identities": lambda: list(client.pages(IDENTITIES)),
+        "list Pods": lambda: list(client.pages(resources.PODS)),
+        "get a Node": lambda: client.get(resources.NODES, "node-a"),
+        "list Leases": lambda: list(client.pages(resources.LEASES)),
+        "list ConfigMaps": lambda: list(client.pages(resources.CONFIG_MAPS)),
+    }
+    done = []
+    for what, attempt in attempts.items():
+        try:
+            attempt()
+        except Forbidden:
+            continue
+        except KubeError as error:
+            what = f"{what}: {error}"
+        done.append(what)
+    return done
+
+
+def test_a_loaders_token_opens_nothing_else(two_nodes: tuple[Client, Client]) -> None:
+    assert _loader_may_not(two_nodes[0]) == []
+
+
+def test_a_loader_with_too_many_rights_is_still_held(installed: Installed) -> None:
+    # The policy stands by itself: whatever RBAC is widened to by mistake.
+    installed.kubectl(
+        *("create", "clusterrolebinding", "too-wide", "--clusterrole=cluster-admin"),
+        "--serviceaccount=tidegate-system:tidegate-loader",
+    )
+    try:
+        loader = installed.loader("node-c")
+        state = msgspec.json.encode(node_state("node-c"))
+        with pytest.raises(Forbidden, match="nothing but the status"):
+            loader.create(NODE_STATES, state)
+    finally:
+        installed.kubectl("delete", "clusterrolebinding", "too-wide")
+
+
+# ---- what a spec may become ---------------------------------------------------------------
+
+
+def test_term_never_falls(installed: Installed) -> None:
+    operator = installed.account("tidegate-operator")
+    _create(operator, NODE_STATES, node_state("terms"))
+
+    def write(**spec: Any) -> None:
+        held = msgspec.json.decode(operator.get(NODE_STATES, "terms"))
+        item = {**node_state("terms", **spec), "metadata": held["metadata"]}
+        operator.update(NODE_STATES, "terms", msgspec.json.encode(item))
+
+    for term in (3, 3, 4):
+        write(term=term)
+    for spec in ({"term": 3}, {}):
+        with pytest.raises(Invalid, match="term never falls"):
+            write(**spec)
+    write(term=5)
+
+
+def test_the_spec_of_an_identity_stays(installed: Installed) -> None:
+    admin = installed.client()
+    held = _create(admin, IDENTITIES, identity("stays"))
+    held["spec"]["labels"]["more"] = "x"
+    with pytest.raises(Invalid, match="immutable"):
+        admin.update(IDENTITIES, "stays", msgspec.json.encode(held))
