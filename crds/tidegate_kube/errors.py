@@ -100,6 +100,7 @@ class _Status(msgspec.Struct):
     """metav1.Status, as far as it is used."""
 
     kind: str = ""
+    status: str = ""
     reason: str = ""
     message: str = ""
     code: int = 0
@@ -148,7 +149,8 @@ def _status(body: bytes) -> _Status:
         status = _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return _Status()
-    return status if status.kind == "Status" else _Status()
+    # The Status of a time-out names no kind.
+    return status if status.kind == "Status" or status.status == "Failure" else _Status()
 
 
 def _kind(code: int, reason: str) -> type[KubeError]:

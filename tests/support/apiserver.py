@@ -19,13 +19,16 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import yaml
 from support import certificates
-from tidegate_kube import Access, Client, KubeError, resources
+from support.waiting import until
+from tidegate_kube import Access, Client, KubeError, Resource, resources
 
 KUBERNETES = "v1.36.3"
 _CACHE = Path(os.environ.get("TIDEGATE_CACHE") or Path.home() / ".cache" / "tidegate")
 BINARIES = _CACHE / f"k8s-{KUBERNETES}" / "bin"
 READY_SECONDS = 60.0
+CRDS = Path(__file__).parents[2] / "crds"
 
 
 def binary(name: str) -> Path:
@@ -211,9 +214,7 @@ class ApiServer:
         return path
 
 
-def create(
-    client: Client, resource: resources.Resource, body: object, namespace: str = ""
-) -> bytes:
+def create(client: Client, resource: Resource, body: object, namespace: str = "") -> bytes:
     """Creates it, or returns what is there under its name."""
     data = msgspec.json.encode(body)
     try:
@@ -223,6 +224,32 @@ def create(
             raise
     name = msgspec.json.decode(data)["metadata"]["name"]
     return client.get(resource, name, namespace)
+
+
+def install_crds(client: Client, names: str = "*") -> None:
+    """Those of crds/ whose file names match, again if they are there; returns once served."""
+    for path in sorted(CRDS.glob(f"tidegate.dev_{names}.yaml")):
+        crd = yaml.safe_load(path.read_bytes())
+        name = crd["metadata"]["name"]
+        client.patch(
+            resources.CRDS,
+            name,
+            msgspec.json.encode(crd),
+            kind="apply",
+            field_manager="test",
+            force=True,
+        )
+        spec = crd["spec"]
+        served = Resource(spec["group"], "v1alpha1", spec["names"]["plural"], "", False)
+        until(lambda served=served: _served(client, served), f"{name} is served", READY_SECONDS)
+
+
+def _served(client: Client, resource: Resource) -> bool:
+    try:
+        list(client.pages(resource))
+    except KubeError:
+        return False
+    return True
 
 
 def _ready(client: Client) -> bool:
