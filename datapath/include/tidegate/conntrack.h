@@ -21,21 +21,19 @@ const volatile __u32 other_opening_life = 60;
 #define TG_PROOF_MASK ((1ull << TG_CT_PROOF_BITS) - 1)
 #define TG_CT_CLOSED_BOTH (TG_CT_FIN_ORIG | TG_CT_FIN_REPLY)
 
+/* The tick << 32 | what `seen` was at it, in one word, so that CPUs may share it. */
+__u64 tg_clock;
+
 /* Coarse time moves once a tick; the tick is read without a call. */
-struct tg_clock {
-	__u64 tick;
-	__u32 now;
-};
-
-tg_inline __u32 tg_now(struct tg_clock *clock)
+tg_inline __u32 tg_now(void)
 {
-	__u64 tick = bpf_jiffies64();
+	__u64 tick = bpf_jiffies64() << 32, held = *(volatile __u64 *)&tg_clock;
 
-	if (clock->tick != tick) {
-		clock->tick = tick;
-		clock->now = bpf_ktime_get_coarse_ns() >> 30;
+	if ((held ^ tick) >> 32 || !(__u32)held) {
+		held = tick | (__u32)(bpf_ktime_get_coarse_ns() >> 30);
+		*(volatile __u64 *)&tg_clock = held;
 	}
-	return clock->now;
+	return held;
 }
 
 /* Fills the key; returns whether the tuple's source is its end a. */

@@ -3,6 +3,7 @@
 #ifndef TIDEGATE_FLOW_H
 #define TIDEGATE_FLOW_H
 
+#include <tidegate/l2.h>
 #include <tidegate/run.h>
 #include <tidegate/service.h>
 
@@ -36,7 +37,9 @@ static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struc
 	}
 	if (dst) {
 		made->dst_endpoint = dst->id;
-		tg_set_forward(&made->to_dst, dst);
+		/* Later packets show by this that they are sent by who has the address. */
+		if (tg_owns(dst, &t->dst))
+			tg_set_forward(&made->to_dst, dst);
 	}
 	/* What a node makes itself may reach its pods: kubelet probes. */
 	if (r->s->host) {

@@ -9,6 +9,7 @@
 #define TIDEGATE_POD_H
 
 #include <tidegate/error.h>
+#include <tidegate/fast.h>
 #include <tidegate/l2.h>
 
 /* The epoch is read first: a flow judged by tables of a later policy state
@@ -35,7 +36,7 @@ tg_inline int tg_begin(struct tg_run *r)
 	r->ep = bpf_map_lookup_elem(r->node, &key);
 	if (!r->ep)
 		return TG_DROP_PENDING;
-	r->s->now = tg_now(&r->s->clock);
+	r->s->now = tg_now();
 	return 0;
 }
 
@@ -55,7 +56,7 @@ tg_inline int tg_check_packet(struct tg_run *r)
 	return r->s->p.kind == TG_KIND_ICMP_ERROR ? tg_icmp_error(r) : tg_flow(r);
 }
 
-tg_inline int tg_pod(struct __sk_buff *skb, int from_pod)
+tg_inline int tg_long_way(struct __sk_buff *skb, int from_pod)
 {
 	struct tg_run r = { .skb = skb, .from_pod = from_pod };
 	int reason = tg_begin(&r);
@@ -74,6 +75,13 @@ tg_inline int tg_pod(struct __sk_buff *skb, int from_pod)
 	}
 	reason = tg_check_packet(&r);
 	return reason ? tg_drop(&r, reason) : tg_forward_packet(&r);
+}
+
+tg_inline int tg_pod(struct __sk_buff *skb, int from_pod)
+{
+	int done = tg_fast(skb, from_pod);
+
+	return done == TG_LONG_WAY ? tg_long_way(skb, from_pod) : done;
 }
 
 #endif

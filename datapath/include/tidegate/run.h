@@ -48,7 +48,6 @@ struct tg_scratch {
 	struct tg_tuple client;
 	struct tg_target inner; /* in errors */
 	struct tg_target outer;
-	struct tg_clock clock; /* this CPU's, from packet to packet */
 };
 
 struct {
@@ -160,20 +159,25 @@ tg_inline int tg_pass(struct tg_run *r)
 }
 
 /* Into the pod at `forward`, or on to the stack. */
-tg_inline int tg_forward_packet(struct tg_run *r)
+tg_inline int tg_deliver(struct __sk_buff *skb, int from_pod, const struct tg_forward *forward)
 {
 	struct ethhdr *eth;
 
-	if (!r->from_pod || !r->s->forward.ifindex)
-		return tg_pass(r);
-	eth = tg_at(r->skb, 0, sizeof(*eth));
-	if (!eth)
-		return tg_drop(r, TG_DROP_TRUNCATED);
-	__builtin_memcpy(eth->h_dest, r->s->forward.pod_mac, ETH_ALEN);
-	__builtin_memcpy(eth->h_source, r->s->forward.host_mac, ETH_ALEN);
+	tg_count(skb, TG_FORWARDED, from_pod);
+	if (!from_pod || !forward->ifindex)
+		return TG_PASS;
+	eth = tg_at(skb, 0, sizeof(*eth));
+	if (!eth) /* never: every header before it was parsed */
+		return TC_ACT_SHOT;
+	__builtin_memcpy(eth->h_dest, forward->pod_mac, ETH_ALEN);
+	__builtin_memcpy(eth->h_source, forward->host_mac, ETH_ALEN);
+	return bpf_redirect_peer(forward->ifindex, 0);
+}
+
+tg_inline int tg_forward_packet(struct tg_run *r)
+{
 	tg_answer(r, TG_FORWARDED);
-	tg_count(r->skb, TG_FORWARDED, r->from_pod);
-	return bpf_redirect_peer(r->s->forward.ifindex, 0);
+	return tg_deliver(r->skb, r->from_pod, &r->s->forward);
 }
 
 tg_inline void tg_set_forward(struct tg_forward *forward, const struct tg_endpoint *ep)
