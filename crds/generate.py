@@ -29,7 +29,8 @@ same. All kinds are in category `tidegate`: `kubectl get tidegate -A` lists ever
 An Identity is the one kind here that people write too. The others are written by the operator and
 the nodes' loaders alone: read them and wait on them; what is edited in them is written anew.
 
-- `[]` and absent differ, and null is never written.
+- `[]` and absent differ, and null is never written. `tidegate compile` refuses null; an API server
+  takes it for absence, but refuses it as the value of a label.
 - Lists are atomic and sorted by their writer; conditions are a map by `type`.
 - `Ready` is always there once the writer has looked. `Reconciling` and `Stalled` are there only
   while true. With `observedGeneration` in the status and in each condition, `kubectl wait`, Flux

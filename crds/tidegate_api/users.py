@@ -150,7 +150,7 @@ def _port_or_name(value: object) -> object:
 def network(text: str) -> IPNetwork:
     """Parse a CIDR. Raises `invalid` for host bits, naming the masked CIDR."""
     address, slash, bits = text.partition("/")
-    if not slash or not bits.isascii() or not bits.isdigit():
+    if not slash or not bits.isascii() or not bits.isdigit() or "%" in address:
         raise invalid(f"{_short(text)!r} is not a CIDR", "write address/bits, as in 10.0.0.0/8")
     try:
         whole = ipaddress.ip_network(text, strict=False)
@@ -182,7 +182,19 @@ def _cluster_ip(value: str) -> str:
 
 
 DNSLabel = Annotated[str, AfterValidator(_dns_label), _matching(_LABEL, MAX_NAME)]
-LabelValue = Annotated[str, _matching(re.compile(f"({_QUALIFIED.pattern})?"), MAX_NAME)]
+LabelValue = Annotated[
+    str,
+    WithJsonSchema(
+        {
+            "type": "string",
+            "maxLength": MAX_NAME,
+            "pattern": f"^({_QUALIFIED.pattern})?$",
+            # An API server drops a null it does not expect, and the label with it. Where null
+            # may be, a rule of the map can refuse it.
+            "nullable": True,
+        }
+    ),
+]
 """Checked with its key, which an error names."""
 Subdomain = Annotated[str, AfterValidator(_subdomain)]
 Labels = Annotated[dict[str, str], BeforeValidator(_null_values), AfterValidator(_labels)]
@@ -635,7 +647,11 @@ class IdentitySpec(Own):
                             "rule": "self.all(key, "
                             "!format.qualifiedName().validate(key).hasValue())",
                             "message": "every key must be a label key: [prefix/]name",
-                        }
+                        },
+                        {
+                            "rule": "self.all(key, dyn(self[key]) != null)",
+                            "message": 'null is no value of a label: write ""',
+                        },
                     ],
                 }
             ),
