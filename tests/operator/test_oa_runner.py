@@ -17,9 +17,10 @@ from support.town_api import apply, node, objects, pod
 from support.waiting import until
 from tidegate_api.state import Identity, NodeState, RuleSet, StateSlice, digest
 from tidegate_kube import Client, NotFound, resources
-from tidegate_operator.cluster.lead import NotLeader
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.runner import Runner
+from tidegate_operator.cluster.watches import Watches
+from tidegate_operator.leader import NotLeader
 
 pytestmark = pytest.mark.apiserver
 
@@ -30,11 +31,25 @@ class Leading:
     """A lead that the test gives and takes."""
 
     def __init__(self) -> None:
-        self.term: int | None = 1
+        self.given: int | None = 1
+        self.alive = True
 
-    def check(self) -> None:
-        if self.term is None:
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def check(self) -> float:
+        if self.given is None:
             raise NotLeader("taken by the test")
+        return 10.0
+
+    @property
+    def term(self) -> int:
+        if self.given is None:
+            raise NotLeader("taken by the test")
+        return self.given
 
 
 class Town:
@@ -42,13 +57,13 @@ class Town:
         self.client = client
         self.lead = Leading()
         self.metrics = Metrics()
-        self.runner = Runner(client, self.lead, self.metrics)
+        self.runner = Runner(client, Watches(client), self.lead, self.metrics)
 
     def restart(self) -> None:
         """Another operator, that starts from what the API server holds."""
         self.runner.stop()
         self.metrics = Metrics()
-        self.runner = Runner(self.client, self.lead, self.metrics)
+        self.runner = Runner(self.client, Watches(self.client), self.lead, self.metrics)
         self.runner.start()
 
     def settled(self) -> None:
@@ -310,12 +325,12 @@ def test_node_gone_takes_its_state(town: Town) -> None:
 
 
 def test_who_does_not_lead_writes_nothing(town: Town) -> None:
-    town.lead.term = None
+    town.lead.given = None
     populate(town)
     until(lambda: not town.runner.unsynced(), "synced", SECONDS)
-    until(lambda: town.runner._said[:1] == ("another replica leads",), "looked", SECONDS)
+    until(lambda: town.runner._said[:1] == ("not the leader",), "looked", SECONDS)
     assert (town.writes(), _content(town.client)) == ({}, {})
-    town.lead.term = 2
+    town.lead.given = 2
     town.settled()
     assert {item.spec.term for item in town.nodes().values()} == {2}
 

@@ -28,10 +28,13 @@ from tidegate_kube.kubeconfig import from_kubeconfig
 from tidegate_operator.cluster.lead import Alone, Lead
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.runner import Runner
+from tidegate_operator.cluster.watches import Watches
 from tidegate_operator.cluster.web import Web, verdict
+from tidegate_operator.leader import Leader
 
 DEFAULT_LISTEN = "127.0.0.1:9180"
 DEFAULT_NAMESPACE = "tidegate-system"
+LEASE = "tidegate-operator"
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 30.0
 """Without a beat for so long kopf's event loop hangs."""
@@ -122,8 +125,9 @@ class Operator:
         """OSError: the address to listen on cannot be had."""
         self.metrics = Metrics()
         self.client = Client(access, user_agent="tidegate-operator")
-        self.lead: Lead = Alone()
-        self.runner = Runner(self.client, self.lead, self.metrics)
+        self.watches = Watches(self.client)
+        self.lead = self._lead(options)
+        self.runner = Runner(self.client, self.watches, self.lead, self.metrics)
         self.metrics.watch(self.runner)
         self.web = Web(
             options.listen,
@@ -134,6 +138,19 @@ class Operator:
             },
         )
         self._beat: float | None = None
+
+    def _lead(self, options: Options) -> Lead:
+        if not options.elect:
+            return Alone()
+        return Leader(
+            self.client,
+            options.identity,
+            namespace=options.namespace,
+            name=LEASE,
+            gained=lambda _: self.watches.changed(),
+            lost=lambda reason: log.warning("lost the lease", reason=reason),
+            floor=self.watches.highest_term,
+        )
 
     def beat(self) -> None:
         """Called by the event loop while it turns."""

@@ -19,13 +19,14 @@ from tidegate_kube import Client, KubeError
 
 from tidegate_operator import identities, publish
 from tidegate_operator.cluster import world
-from tidegate_operator.cluster.lead import Lead, NotLeader
+from tidegate_operator.cluster.lead import Lead, term_of
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.store import KubeStore, NumberTaken
 from tidegate_operator.cluster.watches import Watches
 from tidegate_operator.cluster.world import ClusterWorld, Snapshot
 from tidegate_operator.compile import Compiler, Desired
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
+from tidegate_operator.leader import NotLeader
 from tidegate_operator.problems import Problem
 from tidegate_operator.store import PublishError
 
@@ -67,11 +68,13 @@ class Runner:
     def __init__(
         self,
         client: Client,
+        watches: Watches,
         lead: Lead,
         metrics: Metrics,
         on_published: Callable[[Published], None] | None = None,
     ) -> None:
-        self.watches = Watches(client, self.poke)
+        self.watches = watches
+        watches.changed = self.poke
         self._client = client
         self._lead = lead
         self._metrics = metrics
@@ -82,6 +85,7 @@ class Runner:
         self._lock = threading.Lock()
         self._arrived: float | None = None
         self._alive = time.monotonic()
+        self._candidate = False
         self._term: int | None = None
         self._store: KubeStore | None = None
         self._publisher: publish.Publisher | None = None
@@ -102,11 +106,12 @@ class Runner:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the work, at the next request if one is under way."""
+        """Ends the work, at the next request if one is under way, and hands over."""
         self._stopping.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(STOP_SECONDS)
+        self._lead.stop()
         self.watches.stop()
         if self._store is not None:
             self._store.close()
@@ -130,6 +135,8 @@ class Runner:
             ]
             if not self._thread.is_alive():
                 found.append("the runner has ended")
+            if self._candidate and not self._lead.alive:
+                found.append("the thread that holds the lease has ended")
         silent = time.monotonic() - self._alive
         if silent > STUCK_SECONDS:
             found.append(f"the runner is stuck for {silent:.0f} s")
@@ -138,7 +145,7 @@ class Runner:
     def unready(self) -> list[str]:
         """What keeps this replica from doing its part now."""
         found = [f"{name} not read yet, forbidden or gone" for name in self.watches.unsynced()]
-        if self._lead.term is not None and self.published is None:
+        if self.leading() and self.published is None:
             found.append("nothing published yet")
         return found
 
@@ -153,7 +160,7 @@ class Runner:
         return 0.0 if arrived is None else time.monotonic() - arrived
 
     def leading(self) -> bool:
-        return self._lead.term is not None
+        return term_of(self._lead) is not None
 
     # ---- the thread ----
 
@@ -197,9 +204,13 @@ class Runner:
         if unsynced:
             self._say("waiting for complete lists", resources=unsynced)
             return
-        term = self._lead.term
+        if not self._candidate:
+            # Who has not read everything could do nothing with a lease; and terms are known now.
+            self._candidate = True
+            self._lead.start()
+        term = term_of(self._lead)
         if term is None:
-            self._say("another replica leads")
+            self._say("not the leader")
             self._arrived = None
             return
         if term != self._term or self._publisher is None:
@@ -289,6 +300,11 @@ class Runner:
             )
         if self._on_published is not None:
             self._on_published(published)
+
+    def _check(self) -> float:
+        if self._stopping.is_set():
+            raise NotLeader("stopping")
+        return self._lead.check()
 
     def _counted(self, verb: str, kind: str, size: int) -> None:
         self._alive = time.monotonic()  # a long publish is no stuck one

@@ -61,13 +61,14 @@ Ours = Reflector[Any]
 
 
 class KubeStore:
-    """Used by one thread. `check` raises when we may not write (any more)."""
+    """Used by one thread. `check` raises when we may not write (any more), and else says how
+    long each wait of the next request may take."""
 
     def __init__(
         self,
         client: Client,
         reflectors: Mapping[type[StateObject], Ours],
-        check: Callable[[], None],
+        check: Callable[[], float],
         counted: Callable[[str, str, int], None] | None = None,
     ) -> None:
         """`counted(verb, kind, bytes)` is called for every write that succeeded."""
@@ -146,9 +147,7 @@ class KubeStore:
             return
         body = encode(item)
         try:
-            answer = self._send(
-                lambda: self._client.create(resource, body, timeout=REQUEST_SECONDS)
-            )
+            answer = self._send(lambda left: self._client.create(resource, body, timeout=left))
         except AlreadyExists:
             found = self._look(item)
             if found is None:
@@ -164,7 +163,7 @@ class KubeStore:
         body = encode(msgspec.structs.replace(item, metadata=meta))
         try:
             answer = self._send(
-                lambda: self._client.update(resource, name, body, timeout=REQUEST_SECONDS)
+                lambda left: self._client.update(resource, name, body, timeout=left)
             )
         except NotFound:
             self._reflectors[type(item)].forget("", name, uid)
@@ -177,7 +176,9 @@ class KubeStore:
                 raise
             # Its content may not be changed, and is not ours: in its place comes ours.
             self._delete(type(item), name, uid)
-            answer = self._send(lambda: self._client.create(resource, encode(item)))
+            answer = self._send(
+                lambda left: self._client.create(resource, encode(item), timeout=left)
+            )
         self._done("update", item, body, answer)
 
     def _take(self, item: StateObject, there: Held[Any] | Broken) -> None:
@@ -198,9 +199,7 @@ class KubeStore:
         """Take over what the server holds now; None if it is not there."""
         kind, name = type(item), item.metadata.name
         try:
-            data = self._send(
-                lambda: self._client.get(RESOURCES[kind], name, timeout=REQUEST_SECONDS)
-            )
+            data = self._send(lambda left: self._client.get(RESOURCES[kind], name, timeout=left))
         except NotFound:
             return None
         self._reflectors[kind].remember(data)
@@ -214,9 +213,7 @@ class KubeStore:
     def _delete(self, kind: type[StateObject], name: str, uid: str) -> None:
         resource = RESOURCES[kind]
         try:
-            self._send(
-                lambda: self._client.delete(resource, name, uid=uid, timeout=REQUEST_SECONDS)
-            )
+            self._send(lambda left: self._client.delete(resource, name, uid=uid, timeout=left))
         except (NotFound, Conflict):  # it is gone, and maybe another has its name
             pass
         else:
@@ -227,12 +224,12 @@ class KubeStore:
         self._reflectors[type(item)].remember(answer)
         self._counted(verb, item.kind, len(body))
 
-    def _send(self, request: Callable[[], bytes]) -> bytes:
+    def _send(self, request: Callable[[float], bytes]) -> bytes:
         """Again, if the server was too busy; every time only if we still lead."""
         for attempt in range(1, TRIES + 1):
-            self._check()
+            left = min(self._check(), REQUEST_SECONDS)
             try:
-                return request()
+                return request(left)
             except TooManyRequests as error:
                 if attempt == TRIES:
                     raise

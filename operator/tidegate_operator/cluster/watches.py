@@ -16,11 +16,14 @@ T = TypeVar("T")
 
 
 class Watches:
-    """One reflector a kind. `changed` is called from their threads, and must not block."""
+    """One reflector a kind."""
 
-    def __init__(self, client: Client, changed: Callable[[], None]) -> None:
+    def __init__(self, client: Client) -> None:
+        self.changed: Callable[[], None] = lambda: None
+        """Called from their threads; must not block. Set it before `start`."""
+
         def watch(resource: Resource, decode: Callable[[bytes], T]) -> Reflector[T]:
-            return Reflector(client, resource, decode, changed)
+            return Reflector(client, resource, decode, lambda: self.changed())
 
         self.nodes = watch(resources.NODES, kinds.node)
         self.namespaces = watch(resources.NAMESPACES, kinds.namespace)
@@ -71,6 +74,12 @@ class Watches:
     def unsynced(self) -> list[str]:
         """Kinds of which there is no complete list: not read yet, forbidden, or gone."""
         return [item.resource.plural for item in self.all if not item.synced]
+
+    def highest_term(self) -> int:
+        """Of all leaders that have written a NodeState."""
+        held = self.node_states.snapshot().values()
+        terms = [item.item.spec.term or 0 for item in held if isinstance(item, kinds.Held)]
+        return max(terms, default=0)
 
     def snapshot(self) -> Snapshot:
         """Every mapping is the same object as last time while nothing in it has changed."""
