@@ -93,6 +93,7 @@ static json_t *ask_once(const char *path, json_t *question, int64_t deadline)
 	int fd = connect_to(path);
 	json_t *answer = NULL;
 	const char *line = NULL;
+	size_t size;
 	char *text;
 
 	if (fd < 0)
@@ -100,7 +101,11 @@ static json_t *ask_once(const char *path, json_t *question, int64_t deadline)
 	/* The loader, which knows why, shall be the one to give up first. */
 	json_object_set_new(question, "waitMs", json_integer((deadline - now_ms()) * 9 / 10));
 	text = json_dumps(question, JSON_COMPACT);
-	if (text && !send_all(fd, text, strlen(text), deadline) && !send_all(fd, "\n", 1, deadline))
+	/* In one piece: who has read the object may answer and hang up before a late newline. */
+	size = text ? strlen(text) : 0;
+	if (text)
+		text[size++] = '\n';
+	if (text && !send_all(fd, text, size, deadline))
 		line = receive_line(fd, deadline);
 	if (line)
 		answer = json_loads(line, 0, NULL);
