@@ -130,7 +130,7 @@ demo-down: install ## remove everything that `make demo` made
 
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: lint check test soak bench
+.PHONY: lint check test e2e soak bench
 lint: install
 	$(say) "ruff, mypy, import contracts"
 	@$(BIN)/ruff check .
@@ -146,6 +146,11 @@ test: lint .cache/test-packages kube-binaries ## every test, on the real kernel 
 	$(say) "all tests (eBPF programs, network namespaces, real packets)"
 	@$(PYTEST) -q -m 'not cluster' -n 2
 	@$(PYTEST) -q -m cluster
+	@$(MAKE) e2e
+
+e2e: install .cache/e2e-packages kube-binaries ## Tidegate on a cluster of kind; KEEP=1 leaves it up and takes one that is
+	$(say) "tests on a cluster of kind"
+	@$(PYTEST) -q e2e
 
 soak: install .cache/test-packages ## the long campaigns in full; writes soak/results.json
 	$(say) "campaigns in full; this takes long"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,17 @@ from kind.run import Failed, attempt, run, say
 NAME = "tidegate-e2e"
 WORKERS = 2
 POD_RANGE = "10.244.0.0/16"
+SERVICE_RANGE = "10.96.0.0/16"
 READY_SECONDS = 120
 POLL_SECONDS = 0.2
 CNI_FILE = "/etc/cni/net.d/10-ptp.conflist"
-HERE = Path(__file__).parent
 # Restarted with the node, before the kubelet starts pods.
 ROUTES_UNIT = """[Unit]
 Description=Routes to the pods of other nodes
 Before=kubelet.service
 [Service]
 Type=oneshot
-ExecStart=/kind/cni-routes.sh /kind/pod-ranges {node} {pods}
+ExecStart=/kind/cni-routes.sh /kind/pod-ranges {node} {pods} {services}
 [Install]
 WantedBy=multi-user.target
 """
@@ -48,6 +49,11 @@ def kubectl(*arguments: str | Path, stdin: str = "") -> str:
     )
 
 
+def attempt_kubectl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """kubectl, ended with whatever status."""
+    return attempt(settings.binaries() / "kubectl", "--kubeconfig", kubeconfig(), *arguments)
+
+
 def nodes() -> list[str]:
     """The nodes' names, which are those of their containers; [] where there is no cluster."""
     listed = run("docker", "ps", "-a", "--filter", f"label=io.x-k8s.kind.cluster={NAME}",
@@ -57,10 +63,8 @@ def nodes() -> list[str]:
 
 def is_up() -> bool:
     """Whether the cluster is there and its API server answers."""
-    return bool(nodes()) and attempt(
-        settings.binaries() / "kubectl", "--kubeconfig", kubeconfig(),
-        "--request-timeout=5s", "get", "--raw", "/readyz",
-    ).returncode == 0  # fmt: skip
+    ready = ("--request-timeout=5s", "get", "--raw", "/readyz")
+    return bool(nodes()) and attempt_kubectl(*ready).returncode == 0
 
 
 def up() -> None:
@@ -117,6 +121,7 @@ def configuration() -> dict[str, Any]:
             "disableDefaultCNI": True,
             "kubeProxyMode": "none",
             "podSubnet": POD_RANGE,
+            "serviceSubnet": SERVICE_RANGE,
         },
         "nodes": [{"role": "control-plane"}, *({"role": "worker"} for _ in range(WORKERS))],
         "kubeadmConfigPatches": [json.dumps(kubelet)],
@@ -137,12 +142,12 @@ def _network() -> None:
     """Gives every node its part of the network, and waits until all are Ready."""
     ranges = _pod_ranges()
     lines = "".join(f"{name} {pods}\n" for name, pods in ranges.items())
-    script = (HERE / "cni-routes.sh").read_text()
+    script = (settings.HERE / "cni-routes.sh").read_text()
     for name, pods in ranges.items():
         _write(name, "/kind/pod-ranges", lines)
         _write(name, "/kind/cni-routes.sh", script)
         inside(name, "chmod", "755", "/kind/cni-routes.sh")
-        unit = ROUTES_UNIT.format(node=name, pods=POD_RANGE)
+        unit = ROUTES_UNIT.format(node=name, pods=POD_RANGE, services=SERVICE_RANGE)
         _write(name, "/etc/systemd/system/cni-routes.service", unit)
         inside(name, "systemctl", "-q", "enable", "--now", "cni-routes.service")
         _write(name, CNI_FILE, json.dumps(_conflist(pods), indent=2))

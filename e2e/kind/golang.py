@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kind.run import Failed, lock, run, say
-from kind.settings import CNI_PLUGINS, COREDNS, ETCD, HELM, KIND, KUBERNETES, binaries
+from kind.settings import CNI_PLUGINS, COREDNS, ETCD, HELM, KIND, KUBERNETES, binaries, cache
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,17 @@ def ensure(modules: Iterable[Module]) -> None:
                 _build(module, name)
 
 
+def build_local(name: str, sources: Path) -> Path:
+    """Builds the program of a directory with a go.mod and nothing to fetch; where it is now."""
+    _require_go()
+    program = cache() / name
+    run(
+        "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program, ".",
+        cwd=sources, env={"CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false", "GOWORK": "off"},
+    )  # fmt: skip
+    return program
+
+
 def module_directory(path: str, version: str) -> Path:
     """Where Go keeps the module's sources; fetched where they are not there."""
     return Path(_fetch(path, version)["Dir"])
@@ -105,16 +116,20 @@ def _is_built(module: Module, name: str) -> bool:
         return False
 
 
-def _stamp(name: str) -> Path:
-    return binaries().parent / "stamps" / name
-
-
-def _build(module: Module, name: str) -> None:
+def _require_go() -> None:
     if not shutil.which("go"):
         raise Failed(
             "there is no `go` on the PATH: install Go 1.21 or later"
             " (it fetches the toolchain that a module asks for)"
         )
+
+
+def _stamp(name: str) -> Path:
+    return binaries().parent / "stamps" / name
+
+
+def _build(module: Module, name: str) -> None:
+    _require_go()
     say(f"building {name} from {module.path} {module.version} (kept in {binaries()})")
     binaries().mkdir(parents=True, exist_ok=True)
     _stamp(name).parent.mkdir(exist_ok=True)

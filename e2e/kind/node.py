@@ -16,7 +16,6 @@ from pathlib import Path
 from kind import golang, images, settings
 from kind.run import Failed, attempt, run, say
 
-HERE = Path(__file__).parent
 REPOSITORY = "tidegate/kind-node"
 DEBIAN = "tidegate/kind-debian"
 # What the stock image has, less storage; and what one wants when something is wrong.
@@ -64,8 +63,10 @@ def _stock() -> str:
 
 def _content() -> str:
     """Twelve digits that change with whatever goes into the image."""
-    versions = [f"{k}={v}" for k, v in sorted(vars(settings).items()) if k.isupper()]
-    sources = [(HERE / f).read_text() for f in ("node.py", "node-setup.sh", "pause.c")]
+    versions = [
+        f"{k}={v}" for k, v in sorted(vars(settings).items()) if isinstance(v, str) and k.isupper()
+    ]
+    sources = [(settings.HERE / f).read_text() for f in ("node.py", "node-setup.sh", "pause.c")]
     return hashlib.sha256("\0".join([*versions, *sources, _suite()]).encode()).hexdigest()[:12]
 
 
@@ -151,7 +152,7 @@ def _stage(stage: Path) -> str:
         for program in programs:
             os.link(settings.binaries() / program, stage / directory / program)
     (stage / "version").write_text(settings.KUBERNETES)
-    shutil.copy(HERE / "node-setup.sh", stage / "setup.sh")
+    shutil.copy(settings.HERE / "node-setup.sh", stage / "setup.sh")
     names = _cluster_images(stage)
     (stage / "images.list").write_text("".join(f"{n}\n" for n in names.values()))
     run("docker", "save", "-o", stage / "images.tar", *names.values())
@@ -165,7 +166,7 @@ def _cluster_images(stage: Path) -> dict[str, str]:
     listed = run(kubeadm, "config", "images", "list", "--kubernetes-version", settings.KUBERNETES)
     wanted = {line.rsplit("/", 1)[1].split(":")[0]: line for line in listed.split()}
     pause = stage / "pause"
-    run("gcc", "-Os", "-static", "-s", "-o", pause, HERE / "pause.c")
+    run("gcc", "-Os", "-static", "-s", "-o", pause, settings.HERE / "pause.c")
     programs = {p: settings.binaries() / p for p in (*CONTROL_PLANE, "etcd", "coredns")}
     places = {"coredns": "/coredns", "pause": "/pause"}
     for program, file in {**programs, "pause": pause}.items():

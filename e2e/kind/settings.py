@@ -1,4 +1,4 @@
-"""Versions and places. They go together: etcd, CoreDNS and pause are what this kubeadm asks for."""
+"""Versions and places. They go together: etcd and CoreDNS are what this kubeadm asks for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ COREDNS = "v1.14.2"
 CNI_PLUGINS = "v1.9.1"
 KIND = "v0.33.0"
 HELM = "v3.22.0"
-PAUSE = "3.10.2"
+
+HERE = Path(__file__).parent
 
 
 def cache() -> Path:

@@ -1,0 +1,65 @@
+"""The cluster that every e2e test uses, with Tidegate in it.
+
+`KEEP=1` leaves it up afterwards, and takes one that is up. Without it both cluster and Docker
+daemon are gone at the end, whatever happened, and the machine is as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+from kind import cluster
+from rig import install, pods, sysdump
+
+KEEP = os.environ.get("KEEP") == "1"
+DUMPS = Path(__file__).parents[1] / ".cache" / "e2e"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(f"signal {number}")
+
+
+@pytest.fixture(scope="session")
+def bare_cluster() -> Iterator[None]:
+    """The cluster, with nothing of Tidegate brought by this run."""
+    # Whoever ends the tests means to have them cleaned up, too.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if not KEEP and cluster.daemon.answers():
+            cluster.delete()
+        cluster.up()
+        pods.build_image()
+        cluster.load(pods.IMAGE)
+        yield
+    finally:
+        if not KEEP:
+            cluster.down()
+
+
+@pytest.fixture(scope="session")
+def tidegate(bare_cluster: None) -> None:
+    """Tidegate is installed and ready, and CoreDNS with it."""
+    install.install()
+
+
+@pytest.fixture(scope="session")
+def askers(tidegate: None) -> Iterator[pods.Askers]:
+    made = pods.Askers()
+    yield made
+    made.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A failure leaves a dump of the cluster in .cache/e2e/<test>."""
+    report = yield
+    if report.failed and cluster.is_up():
+        directory = DUMPS / item.name
+        sysdump.collect(directory)
+        report.sections.append(("sysdump", str(directory)))
+    return report

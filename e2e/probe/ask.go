@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"sort"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+const (
+	timedOut       = "timed out"
+	datagram       = "tidegate-probe"
+	datagramSends  = 3
+	maxAtOnce      = 256
+	maxAnswerBytes = 65536
+)
+
+// question is one line of input. Op is "probe", "resolve", "stream" or "stop".
+type question struct {
+	ID       int     `json:"id"`
+	Op       string  `json:"op"`
+	Address  string  `json:"address"` // an IP address; for "resolve" a name
+	Port     int     `json:"port"`
+	Protocol string  `json:"protocol"` // TCP or UDP
+	Seconds  float64 `json:"seconds"`  // how long to wait; of "stream": between two requests
+	Path     string  `json:"path"`     // of HTTP, with its slash
+	Stream   int     `json:"stream"`   // of "stop": the id of the question that began it
+}
+
+// result is one line of output.
+type result struct {
+	ID     int    `json:"id"`
+	Pod    string `json:"pod"`    // who answered; "" = nobody
+	Client string `json:"client"` // whom the answering pod saw, with HTTP
+	Detail string `json:"detail"` // what happened instead; "" for a proper answer
+	Body   string `json:"body,omitempty"`
+
+	Addresses []string `json:"addresses,omitempty"` // of "resolve"
+	Answered  int      `json:"answered"`            // of "stop": requests that were
+	Gap       float64  `json:"gap"`                 // of "stop": the longest time without an answer, seconds
+}
+
+// asker holds what outlives one question.
+type asker struct {
+	mu      sync.Mutex
+	out     *json.Encoder
+	streams map[int]*stream
+}
+
+// ask answers questions, many at once and in no order, until there are no more.
+func ask(in io.Reader, out io.Writer) error {
+	a := &asker{out: json.NewEncoder(out), streams: map[int]*stream{}}
+	free := make(chan struct{}, maxAtOnce)
+	var under sync.WaitGroup
+	lines := bufio.NewScanner(in)
+	for lines.Scan() {
+		var q question
+		if err := json.Unmarshal(lines.Bytes(), &q); err != nil {
+			return fmt.Errorf("%q: %w", lines.Text(), err)
+		}
+		free <- struct{}{}
+		under.Add(1)
+		go func() {
+			defer under.Done()
+			r := a.one(q)
+			r.ID = q.ID
+			a.mu.Lock()
+			a.out.Encode(r)
+			a.mu.Unlock()
+			<-free
+		}()
+	}
+	under.Wait()
+	return lines.Err()
+}
+
+func (a *asker) one(q question) result {
+	switch {
+	case q.Op == "resolve":
+		return resolve(q)
+	case q.Op == "stream":
+		return a.begin(q)
+	case q.Op == "stop":
+		return a.stop(q)
+	case q.Protocol == "UDP":
+		return echo(q)
+	}
+	return get(q)
+}
+
+// ---- one question -----------------------------------------------------------------------
+
+func seconds(value float64) time.Duration { return time.Duration(value * float64(time.Second)) }
+
+func (q question) target() string { return net.JoinHostPort(q.Address, fmt.Sprint(q.Port)) }
+
+// said is an error as people and tests read it: the system's own words, no addresses.
+func said(err error) string {
+	var number syscall.Errno
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
+		return timedOut
+	case errors.As(err, &number):
+		return number.Error()
+	}
+	return err.Error()
+}
+
+func resolve(q question) result {
+	within, cancel := context.WithTimeout(context.Background(), seconds(q.Seconds))
+	defer cancel()
+	found, err := (&net.Resolver{PreferGo: true}).LookupHost(within, q.Address)
+	if err != nil {
+		return result{Detail: said(err)}
+	}
+	sort.Strings(found)
+	return result{Addresses: found}
+}
+
+func get(q question) result {
+	connection, err := net.DialTimeout("tcp", q.target(), seconds(q.Seconds))
+	if err != nil {
+		return result{Detail: said(err)}
+	}
+	defer connection.Close()
+	connection.SetDeadline(time.Now().Add(seconds(q.Seconds)))
+	return request(connection, bufio.NewReader(connection), q)
+}
+
+// request sends one HTTP request on a connection and reads the whole answer.
+func request(connection net.Conn, reader *bufio.Reader, q question) result {
+	path := q.Path
+	if path == "" {
+		path = "/"
+	}
+	if _, err := fmt.Fprintf(connection, "GET %s HTTP/1.1\r\nHost: tidegate\r\n\r\n", path); err != nil {
+		return result{Detail: said(err)}
+	}
+	answer, err := http.ReadResponse(reader, nil)
+	if err != nil {
+		return result{Detail: said(err)}
+	}
+	body, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswerBytes))
+	answer.Body.Close()
+	if err != nil {
+		return result{Detail: said(err)}
+	}
+	var fields struct{ Pod, Client string }
+	if err := json.Unmarshal(body, &fields); err != nil || fields.Pod == "" {
+		return result{Body: string(body), Detail: fmt.Sprintf("status %d, no pod's name", answer.StatusCode)}
+	}
+	return result{Pod: fields.Pod, Client: fields.Client}
+}
+
+func echo(q question) result {
+	socket, err := net.Dial("udp", q.target())
+	if err != nil {
+		return result{Detail: said(err)}
+	}
+	defer socket.Close()
+	buffer := make([]byte, maxAnswerBytes)
+	for range datagramSends {
+		if _, err := socket.Write([]byte(datagram)); err != nil {
+			return result{Detail: said(err)}
+		}
+		socket.SetReadDeadline(time.Now().Add(seconds(q.Seconds / datagramSends)))
+		n, err := socket.Read(buffer)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			continue
+		}
+		if err != nil {
+			return result{Detail: said(err)}
+		}
+		pod, rest, _ := strings.Cut(string(buffer[:n]), " ")
+		if rest != datagram {
+			return result{Detail: fmt.Sprintf("odd datagram %q", bytes.TrimSpace(buffer[:n]))}
+		}
+		return result{Pod: pod}
+	}
+	return result{Detail: timedOut}
+}
+
+// ---- streams: one connection, a request every so often, until it breaks or is stopped ---------------
+
+type stream struct {
+	end  chan struct{}
+	done chan result
+}
+
+func (a *asker) begin(q question) result {
+	connection, err := net.DialTimeout("tcp", q.target(), 5*time.Second)
+	if err != nil {
+		return result{Detail: said(err)}
+	}
+	s := &stream{end: make(chan struct{}), done: make(chan result, 1)}
+	a.mu.Lock()
+	a.streams[q.ID] = s
+	a.mu.Unlock()
+	reader := bufio.NewReader(connection)
+	first := request(connection, reader, q)
+	go s.run(connection, reader, q)
+	return first
+}
+
+// run asks until told to end. An answer that never comes shows as a gap that lasts to the end.
+func (s *stream) run(connection net.Conn, reader *bufio.Reader, q question) {
+	defer connection.Close()
+	var r result
+	answers := make(chan result)
+	again := make(chan struct{}, 1)
+	go func() {
+		for range again {
+			answers <- request(connection, reader, q)
+		}
+	}()
+	last := time.Now()
+	for r.Detail == "" {
+		again <- struct{}{}
+		select {
+		case answer := <-answers:
+			r.Gap = max(r.Gap, time.Since(last).Seconds())
+			if answer.Detail != "" {
+				r.Detail = answer.Detail
+				break
+			}
+			last, r.Pod = time.Now(), answer.Pod
+			r.Answered++
+			time.Sleep(seconds(q.Seconds))
+		case <-s.end:
+			r.Gap = max(r.Gap, time.Since(last).Seconds())
+			s.done <- r
+			return
+		}
+		select {
+		case <-s.end:
+			s.done <- r
+			return
+		default:
+		}
+	}
+	<-s.end
+	r.Gap = max(r.Gap, time.Since(last).Seconds())
+	s.done <- r
+}
+
+func (a *asker) stop(q question) result {
+	a.mu.Lock()
+	s := a.streams[q.Stream]
+	delete(a.streams, q.Stream)
+	a.mu.Unlock()
+	if s == nil {
+		return result{Detail: "no such stream"}
+	}
+	close(s.end)
+	return <-s.done
+}

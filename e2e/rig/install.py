@@ -1,0 +1,66 @@
+"""Tidegate in the cluster: its image on the nodes, its manifests applied, all of it ready."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kind import cluster
+from kind.run import run
+from rig import pods
+
+IMAGE = "tidegate:dev"
+NAMESPACE = "tidegate-system"
+ROOT = Path(__file__).parents[2]
+READY_SECONDS = 120
+
+
+def install() -> None:
+    """Builds the image, applies manifests/overlays/kind and waits until all of it is ready.
+
+    Where it was installed before, its processes are started anew: the image may be another."""
+    before = cluster.attempt_kubectl("get", "daemonset", "-n", NAMESPACE, "tidegate-loader")
+    # Here and not before the tests: it needs the Docker daemon that they started.
+    run("make", "-C", ROOT, "image")
+    cluster.load(IMAGE)
+    cluster.kubectl("apply", "--server-side", "-k", ROOT / "manifests/overlays/kind")
+    if before.returncode == 0:
+        for kind in ("daemonset/tidegate-loader", "deployment/tidegate-operator"):
+            cluster.kubectl("rollout", "restart", "-n", NAMESPACE, kind)
+    wait_ready()
+
+
+def wait_ready() -> None:
+    """Waits for operator, loaders, and CoreDNS, which needs both."""
+    limit = f"--timeout={READY_SECONDS}s"
+    for kind in ("deployment/tidegate-operator", "daemonset/tidegate-loader"):
+        cluster.kubectl("rollout", "status", "-n", NAMESPACE, kind, limit)
+    cluster.kubectl("rollout", "status", "-n", "kube-system", "deployment/coredns", limit)
+
+
+def node_states() -> dict[str, dict[str, Any]]:
+    """Node → its NodeState."""
+    items = json.loads(cluster.kubectl("get", "nodestates", "-o", "json"))["items"]
+    return {item["metadata"]["name"]: item for item in items}
+
+
+def is_realised(state: dict[str, Any]) -> bool:
+    """Whether the node says that exactly this spec is in force."""
+    wanted = state["metadata"].get("annotations", {}).get("tidegate.dev/digest")
+    return bool(wanted) and state.get("status", {}).get("realised") == wanted
+
+
+def wait_realised(seconds: float = 30.0) -> None:
+    """Waits until every node enforces its own spec."""
+    pods.eventually(
+        lambda: (states := node_states()) and all(map(is_realised, states.values())),
+        "every node state realised",
+        seconds,
+    )
+
+
+def loaders() -> dict[str, pods.Pod]:
+    """Node → its loader's pod."""
+    found = pods.running(NAMESPACE, "app.kubernetes.io/name=tidegate-loader")
+    return {pod.node: pod for pod in found.values()}
