@@ -239,8 +239,26 @@ def running(namespace: str = "", selector: str = "") -> dict[str, Pod]:
     """key → pod: those that run and are not about to end; of one namespace, or of all."""
     where = ["-n", namespace] if namespace else ["-A"]
     text = cluster.kubectl("get", "pods", *where, "-l", selector, "-o", "json")
-    found = (_pod(item) for item in json.loads(text)["items"])
+    found = (parse(item) for item in json.loads(text)["items"])
     return {pod.key: pod for pod in found if pod is not None}
+
+
+def parse(item: Manifest) -> Pod | None:
+    """The pod of an API object; None where it does not run, or is about to end."""
+    metadata, status = item["metadata"], item["status"]
+    containers = status.get("containerStatuses") or [{}]
+    identifier = containers[0].get("containerID", "").removeprefix("containerd://")
+    if status.get("phase") != "Running" or not identifier or "deletionTimestamp" in metadata:
+        return None
+    return Pod(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        node=item["spec"]["nodeName"],
+        addresses=tuple(a["ip"] for a in status.get("podIPs", ())),
+        container=identifier,
+        uid=metadata["uid"],
+        host_network=bool(item["spec"].get("hostNetwork")),
+    )
 
 
 def wait_ready(*namespaces: str) -> dict[str, Pod]:
@@ -261,23 +279,6 @@ def remove_namespaces(*names: str) -> None:
 def eventually(condition: Any, what: str, seconds: float = READY_SECONDS) -> None:
     """Waits until `condition()` holds."""
     until(condition, what, seconds)
-
-
-def _pod(item: Manifest) -> Pod | None:
-    metadata, status = item["metadata"], item["status"]
-    containers = status.get("containerStatuses") or [{}]
-    identifier = containers[0].get("containerID", "").removeprefix("containerd://")
-    if status.get("phase") != "Running" or not identifier or "deletionTimestamp" in metadata:
-        return None
-    return Pod(
-        namespace=metadata["namespace"],
-        name=metadata["name"],
-        node=item["spec"]["nodeName"],
-        addresses=tuple(a["ip"] for a in status.get("podIPs", ())),
-        container=identifier,
-        uid=metadata["uid"],
-        host_network=bool(item["spec"].get("hostNetwork")),
-    )
 
 
 @functools.cache

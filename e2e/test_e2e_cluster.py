@@ -1,0 +1,106 @@
+"""Tidegate instead of kube-proxy: the cluster works, and says how."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from kind import cluster
+from rig import install, pods
+
+pytestmark = pytest.mark.kind
+SPACE = "e2e-cluster"
+KUBERNETES = "kubernetes.default.svc.cluster.local"
+
+
+@pytest.fixture(scope="module")
+def one_a_node(tidegate: None) -> dict[str, pods.Pod]:
+    """A pod on every node."""
+    pods.remove_namespaces(SPACE)
+    pods.apply(
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SPACE}},
+        *(
+            pods.manifest(f"on-{i}", SPACE, {"app": "web"}, n)
+            for i, n in enumerate(cluster.nodes())
+        ),
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "web", "namespace": SPACE},
+            "spec": {
+                "selector": {"app": "web"},
+                "ports": [
+                    {"name": "http", "port": 8000, "targetPort": 80},
+                    {"name": "echo", "port": 53, "protocol": "UDP"},
+                ],
+            },
+        },
+    )
+    return pods.wait_ready(SPACE)
+
+
+def test_every_node_is_ready_and_nothing_of_kube_proxy_is_there(tidegate: None) -> None:
+    nodes = json.loads(cluster.kubectl("get", "nodes", "-o", "json"))["items"]
+    ready = {
+        n["metadata"]["name"]: c["status"]
+        for n in nodes
+        for c in n["status"]["conditions"]
+        if c["type"] == "Ready"
+    }
+    assert ready == dict.fromkeys(cluster.nodes(), "True")
+    assert "kube-proxy" not in cluster.kubectl("get", "pods", "-A")
+    for node in cluster.nodes():
+        assert "KUBE-" not in cluster.inside(node, "iptables-save", "-t", "nat").replace(
+            "KUBE-KUBELET-CANARY", ""
+        )
+
+
+def test_names_resolve_from_every_node(
+    askers: pods.Askers, one_a_node: dict[str, pods.Pod]
+) -> None:
+    service = json.loads(cluster.kubectl("get", "service", "-n", SPACE, "web", "-o", "json"))
+    for pod in one_a_node.values():
+        answers = askers.of(pod).ask(
+            [
+                pods.Question(KUBERNETES, op="resolve", seconds=5),
+                pods.Question(f"web.{SPACE}", op="resolve", seconds=5),
+                pods.Question("web", op="resolve", seconds=5),
+            ]
+        )
+        own = (service["spec"]["clusterIP"],)
+        assert [a.addresses for a in answers] == [("10.96.0.1",), own, own], (pod, answers)
+
+
+@pytest.mark.parametrize(("port", "protocol"), [(8000, "TCP"), (53, "UDP")])
+def test_a_service_reaches_all_its_pods_from_every_node(
+    askers: pods.Askers, one_a_node: dict[str, pods.Pod], port: int, protocol: str
+) -> None:
+    address = cluster.kubectl(
+        "get", "service", "-n", SPACE, "web", "-o", "jsonpath={.spec.clusterIP}"
+    )
+    for pod in one_a_node.values():
+        answers = askers.of(pod).ask([pods.Question(address, port, protocol, seconds=3)] * 60)
+        assert {a.pod for a in answers} == set(one_a_node), [a.detail for a in answers if a.detail]
+
+
+def test_the_api_server_is_reached_by_its_service_from_every_node(
+    askers: pods.Askers, one_a_node: dict[str, pods.Pod]
+) -> None:
+    for pod in one_a_node.values():
+        (answer,) = askers.of(pod).ask([pods.Question("10.96.0.1", 443, seconds=5)])
+        assert "HTTP request to an HTTPS server" in answer.body, answer
+
+
+def test_identities_and_node_states_are_there_to_read(one_a_node: dict[str, pods.Pod]) -> None:
+    install.wait_realised()
+    identities = cluster.kubectl("get", "identities").splitlines()
+    assert re.match(r"NAME +ID +NAMESPACE +LABELS +ENDPOINTS +READY +AGE", identities[0])
+    (row,) = [line for line in identities if f" {SPACE} " in line]
+    assert "app=web" in row
+    states = cluster.kubectl("get", "nodestates").splitlines()
+    assert re.match(r"NAME +DESIRED +REALISED +ENDPOINTS +DRIFT +READY +AGE", states[0])
+    for node, line in zip(sorted(cluster.nodes()), states[1:], strict=True):
+        name, desired, realised, *_ = line.split()
+        assert (name, desired) == (node, realised)
