@@ -11,11 +11,23 @@ DEFAULT_RUN_DIR = "/run/tidegate"
 ENVIRONMENT = "TIDEGATE_RUN_DIR"
 
 
+class _RunDir(argparse.Action):
+    """Remembers that the flag was given: `target` lets explicit flags win."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
+    ) -> None:
+        namespace.run_dir, namespace.run_dir_given = value, True
+
+
 def add_run_dir(parser: argparse.ArgumentParser, *, top: bool = False) -> None:
     """--run-dir, accepted before and after the sub-command's name."""
     default = os.environ.get(ENVIRONMENT) or DEFAULT_RUN_DIR
+    if top:
+        parser.set_defaults(run_dir_given=bool(os.environ.get(ENVIRONMENT)))
     parser.add_argument(
         "--run-dir",
+        action=_RunDir,
         default=default if top else argparse.SUPPRESS,
         metavar="DIR",
         help=f"run directory (default: {ENVIRONMENT}, else {DEFAULT_RUN_DIR})",
@@ -29,7 +41,7 @@ def add_common(parser: argparse.ArgumentParser, *, top: bool = False) -> None:
         "--node",
         default=None if top else argparse.SUPPRESS,
         metavar="NAME",
-        help="this node only (default: every node of the run directory)",
+        help="this node only (default: every node)",
     )
     parser.add_argument(
         "-o",
@@ -37,6 +49,26 @@ def add_common(parser: argparse.ArgumentParser, *, top: bool = False) -> None:
         choices=FORMS,
         default="table" if top else argparse.SUPPRESS,
         help="format (default: table)",
+    )
+
+
+def add_cluster(parser: argparse.ArgumentParser, *, top: bool = False) -> None:
+    """--kubeconfig and --context."""
+    for flag, metavar, text in (
+        ("--kubeconfig", "FILE", "ask the cluster of this file (default: KUBECONFIG, else yours)"),
+        ("--context", "NAME", "ask the cluster of this context of the kubeconfig"),
+    ):
+        default = None if top else argparse.SUPPRESS
+        parser.add_argument(flag, default=default, metavar=metavar, help=text)
+
+
+def add_local(parser: argparse.ArgumentParser, *, top: bool = False) -> None:
+    """--local."""
+    parser.add_argument(
+        "--local",
+        action="store_true",
+        default=False if top else argparse.SUPPRESS,
+        help="ask this node's loader; inside its pod, or on its node",
     )
 
 

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from tidegate_cli.arguments import command
+from tidegate_cli.arguments import add_cluster, add_local, command
 
 Runner = Callable[[argparse.Namespace], int]
 
@@ -20,6 +20,7 @@ def add_parser(subparsers: Any) -> None:
     """Each parser sets `run`: a function from the parsed arguments to the exit code."""
     _status(subparsers)
     _explain(subparsers)
+    _answer(subparsers)
     _lists(subparsers)
     _compile(subparsers)
     _doctor(subparsers)
@@ -38,6 +39,8 @@ def _command(
 ) -> argparse.ArgumentParser:
     about = f"{text[0].upper()}{text[1:]}. {more}"
     parser = command(subparsers, name, text, description=about)
+    add_cluster(parser)
+    add_local(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -71,6 +74,17 @@ def _explain(subparsers: Any) -> None:
     what.add_argument("--port", metavar="N[/PROTO]", help="TCP (default), UDP or SCTP")
     what.add_argument("--icmp", action="store_true", help="an echo request")
     parser.add_argument("--family", type=int, choices=(4, 6), default=0, help="IPv4 or IPv6")
+
+
+def _answer(subparsers: Any) -> None:
+    parser = _command(
+        subparsers,
+        "answer",
+        _later("answer", "answer"),
+        "what explain asks of a node; JSON in, JSON out",
+        "Used by `tidegate explain` inside the loader's pod.",
+    )
+    parser.add_argument("questions", metavar="JSON", help="list of questions")
 
 
 def _lists(subparsers: Any) -> None:

@@ -17,9 +17,10 @@ from typing import Literal
 from tidegate_bpf import BpfError, LibraryMissing, ObjectFile, PermissionDenied, features
 from tidegate_bpf.features import Probe
 
-from tidegate_cli import render
+from tidegate_cli import render, target
 from tidegate_cli.errors import CliError
 from tidegate_cli.live import objects_dir
+from tidegate_cli.objects import RunObjects
 
 OBJECTS = ("pod.o", "sock.o")
 _CLONE_NEWNET = 0x40000000
@@ -39,7 +40,7 @@ class Line:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    lines = examine(args.run_dir)
+    lines = _lines(args)
     if args.output == "table":
         sys.stdout.write("".join(f"{line}\n" for line in lines))
     else:
@@ -49,8 +50,30 @@ def doctor(args: argparse.Namespace) -> int:
     return 1 if any(line.grade == "FAIL" for line in lines) else 0
 
 
+def _lines(args: argparse.Namespace) -> list[Line]:
+    """Of this machine, unless a cluster or this node's loader is meant."""
+    if args.local:
+        return examine_node()
+    if args.kubeconfig is None and args.context is None and not target.as_plugin():
+        return examine(args.run_dir)
+    place = target.choose(args)
+    assert not isinstance(place, RunObjects)
+    from tidegate_cli.cluster import doctor as cluster  # noqa: PLC0415 - asks the API
+
+    return cluster.examine(place, args.node)
+
+
 def examine(run_dir: str) -> list[Line]:
-    """Every check, whatever the others say."""
+    """Every check of a machine that is to carry a cluster by itself, whatever the others say."""
+    return _examine(_bpffs(run_dir), graded(_namespaces, "FAIL"))
+
+
+def examine_node() -> list[Line]:
+    """Every check of a node, from inside its loader's pod."""
+    return _examine(graded(lambda: features.bpffs_at(str(target.LOCAL_PIN_DIR)), "FAIL"))
+
+
+def _examine(*more: Line) -> list[Line]:
     bad: Grade = "FAIL"
     lines = [
         graded(features.kernel, bad),
@@ -59,8 +82,7 @@ def examine(run_dir: str) -> list[Line]:
         graded(features.kernel_btf, bad),
         graded(features.jit, "warn"),
         graded(features.cgroup2, bad),
-        _bpffs(run_dir),
-        graded(_namespaces, bad),
+        *more,
     ]
     if lines[2].grade != "ok":  # nothing below works without libbpf
         return lines

@@ -12,21 +12,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from tidegate_api.state import NodeState, digest
-from tidegate_bpf import PermissionDenied
-from tidegate_loader import addresses
+from tidegate_api.state import NodeState
 
-from tidegate_cli import frame, lookup, reasons, render
-from tidegate_cli.dryrun import DryRun, Run
+from tidegate_cli import lookup, reasons, render
+from tidegate_cli.answer import FROM_POD, TO_POD, Looked, Nodes, Question, Ran, Told, lagging
 from tidegate_cli.errors import CliError
-from tidegate_cli.live import Endpoint, NodeMaps, NodeView
-from tidegate_cli.lookup import Look
 from tidegate_cli.model import PORT_PROTOCOLS, Answer, Expected, Model, Pod, Side, policy_text
 from tidegate_cli.objects import RunObjects
+from tidegate_cli.target import Place, choose
 
 DIRECTIONS = ("egress", "ingress")
 POLICY_REASONS = frozenset((133, 181))
@@ -38,20 +35,36 @@ Fact = tuple[str, str, int]
 """(why as in model.Side, RuleSet name, rule number or -1): what answers are compared by."""
 
 
+class Asker(Protocol):
+    """Who can be asked about nodes: `answer.Nodes`, or a cluster's."""
+
+    def ask(self, wanted: Sequence[tuple[str, Question]]) -> list[Told]: ...
+
+    def digests(self) -> dict[str, str]: ...
+
+
 def explain(args: argparse.Namespace) -> int:
     port, protocol = (None, "ICMP") if args.icmp else parse_port(args.port)
-    run = RunObjects(args.run_dir)
-    model = Model.from_objects(run.all())
+    place = choose(args)
+    objects = place.all()
+    model = Model.from_objects(objects)
     expected = model.expected(args.source, args.target, port, protocol, family=args.family)
-    with Nodes(run) as nodes:
+    with _asker(place) as nodes:
         found = ask(model, nodes, expected, protocol)
         if found.all_disagreements:
-            found.disagreements += nodes.lagging()
+            states = [item for item in objects if isinstance(item, NodeState)]
+            found.disagreements += lagging(nodes.digests(), states)
     if args.output == "table":
         sys.stdout.write(_text(found))
     else:
         render.structured(_object(found), args.output)
     return found.exit_code
+
+
+def _asker(place: Place) -> contextlib.AbstractContextManager[Asker]:
+    if isinstance(place, RunObjects):
+        return Nodes(place)
+    return contextlib.nullcontext(place.asker())
 
 
 def parse_port(text: str) -> tuple[int, str]:
@@ -63,59 +76,6 @@ def parse_port(text: str) -> tuple[int, str]:
     if name not in PORT_PROTOCOLS:
         raise CliError(f"--port {text}: not a protocol with ports", "TCP, UDP or SCTP; or --icmp")
     return int(number), name
-
-
-# ---- the nodes' kernels ------------------------------------------------------------------
-
-
-@dataclass
-class Node:
-    """One node's kernel, with its dry run."""
-
-    view: NodeView
-    dry_run: DryRun
-
-    def endpoint(self, address: str) -> Endpoint | None:
-        return self.view.maps.endpoint_at(addresses.pack(address))
-
-
-class Nodes:
-    """Opens each node once. A context manager."""
-
-    def __init__(self, run: RunObjects) -> None:
-        self._run = run
-        self._stack = contextlib.ExitStack()
-        self._known: dict[str, Node] = {}
-
-    def __enter__(self) -> Nodes:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._stack.close()
-
-    def lagging(self) -> list[str]:
-        """Nodes asked that do not enforce the desired state yet: why answers may differ."""
-        states = [item for item in self._run.all() if isinstance(item, NodeState)]
-        desired = {item.metadata.name: digest(item.spec) for item in states}
-        return [
-            f"{name}: its loader has not put the desired state in force (`tidegate status`)"
-            for name, node in self._known.items()
-            if node.view.realised is None or node.view.realised.digest != desired.get(name)
-        ]
-
-    def node(self, name: str) -> Node:
-        """Raises CliError, BpfError."""
-        if name not in self._known:
-            maps = self._stack.enter_context(NodeMaps(self._run.pin_dir(name)))
-            view = NodeView(name, maps, self._run.realised(name))
-            try:
-                dry = DryRun(maps, self._run.place(name).netns)
-            except PermissionDenied as error:
-                raise CliError(
-                    f"the dry run cannot be loaded: {error.strerror}", "run as root"
-                ) from error
-            self._known[name] = Node(view, self._stack.enter_context(dry))
-        return self._known[name]
 
 
 # ---- the answers ------------------------------------------------------------------------
@@ -130,9 +90,10 @@ class Explained:
     answer: Answer
     source_address: str
     protocol: str
-    looks: dict[str, tuple[NodeView, Look]] = field(default_factory=dict)
-    """By direction; only ends that are pods."""
-    runs: list[tuple[NodeView, Run]] = field(default_factory=list)
+    looks: dict[str, tuple[str, Looked]] = field(default_factory=dict)
+    """By direction, with the node; only ends that are pods."""
+    runs: list[tuple[str, Ran]] = field(default_factory=list)
+    """With the node."""
     disagreements: list[str] = field(default_factory=list)
 
     def side(self, direction: str) -> Side:
@@ -150,12 +111,12 @@ class Explained:
 
 @dataclass
 class Found:
-    """All of it. `service` is the run against the frontend itself."""
+    """All of it. `service` is the run against the frontend itself, with its node."""
 
     expected: Expected
     protocol: str
     explained: list[Explained]
-    service: tuple[NodeView, Run] | None = None
+    service: tuple[str, Ran] | None = None
     disagreements: list[str] = field(default_factory=list)
 
     @property
@@ -169,19 +130,32 @@ class Found:
         return ALLOWED if self.expected.allowed else DENIED
 
 
-def ask(model: Model, nodes: Nodes, expected: Expected, protocol: str) -> Found:
+def ask(model: Model, nodes: Asker, expected: Expected, protocol: str) -> Found:
     """The three answers for everything that `expected` holds. Raises CliError, BpfError."""
     source = model.owner(expected.source)
     assert source is not None  # the model took this address from a pod
     found = Found(expected, protocol, [])
+    wanted: list[tuple[str, Question]] = []
+    ends: list[tuple[Explained, str]] = []
     for answer in expected.answers:
         entry = Explained(source, model.owner(answer.address), answer, expected.source, protocol)
         found.explained.append(entry)
-        _ask_maps(nodes, entry)
-        _ask_program(nodes, entry)
-        _compare(entry)
+        for direction, node, question in _questions(entry):
+            ends.append((entry, direction))
+            wanted.append((node, question))
     if expected.frontend is not None:
-        _ask_service(nodes, found, source)
+        address, port = expected.frontend
+        number = number_of(protocol, address)
+        asked = Question(expected.source, address, "egress", number, port, False, FROM_POD)
+        wanted.append((source.node, asked))
+    told = nodes.ask(wanted)
+    for (entry, direction), (node, _), answered in zip(ends, wanted, told, strict=False):
+        _take(entry, direction, node, answered)
+    for entry in found.explained:
+        _compare(entry)
+    if expected.frontend is not None and told[-1].run is not None:
+        found.service = source.node, told[-1].run
+        _judge_service(found, told[-1].run)
     return found
 
 
@@ -192,71 +166,42 @@ def number_of(protocol: str, address: str) -> int:
     return lookup.PROTOCOLS[protocol]
 
 
-def _ends(nodes: Nodes, entry: Explained) -> Iterator[tuple[str, Node, Endpoint | None, str]]:
-    """(direction, node, its endpoint, the peer's address) of each end that is a pod."""
-    ends = [("egress", entry.source, entry.source_address, entry.answer.address)]
+def _questions(entry: Explained) -> list[tuple[str, str, Question]]:
+    """(direction, node, question) of each end that is a pod. The program is run from the source;
+    on another node also into the target."""
+    number = number_of(entry.protocol, entry.answer.address)
+    port = entry.answer.port or 0
+    here, there = entry.source_address, entry.answer.address
+    asked = Question(here, there, "egress", number, port, program=FROM_POD)
+    found = [("egress", entry.source.node, asked)]
     if entry.target is not None:
-        ends.append(("ingress", entry.target, entry.answer.address, entry.source_address))
-    for direction, pod, own, peer in ends:
-        node = nodes.node(pod.node)
-        yield direction, node, node.endpoint(own), peer
+        program = TO_POD if _crosses(entry) else ""
+        asked = Question(there, here, "ingress", number, port, program=program)
+        found.append(("ingress", entry.target.node, asked))
+    return found
 
 
-def _ask_maps(nodes: Nodes, entry: Explained) -> None:
-    flow = (number_of(entry.protocol, entry.answer.address), entry.answer.port or 0)
-    for direction, node, endpoint, peer in _ends(nodes, entry):
-        if endpoint is None:
-            entry.disagreements.append(_absent(node, entry, direction))
-            continue
-        look = lookup.ask(node.view.maps, endpoint, direction, addresses.pack(peer), flow)
-        entry.looks[direction] = node.view, look
-
-
-def _absent(node: Node, entry: Explained, direction: str) -> str:
-    pod = entry.source if direction == "egress" else entry.target
-    name = pod.key if pod is not None else ""
-    return f"maps: {name} is not in the node table of {node.view.name} (`tidegate status`)"
-
-
-def _ask_program(nodes: Nodes, entry: Explained) -> None:
-    """From the source pod; on another node also into the target pod."""
-    for direction, node, endpoint, _ in _ends(nodes, entry):
-        if endpoint is None or (direction == "ingress" and not _crosses(entry)):
-            continue
-        packet = _packet(entry, endpoint, direction, entry.answer.address, entry.answer.port)
-        run = node.dry_run.from_pod if direction == "egress" else node.dry_run.to_pod
-        entry.runs.append((node.view, run(endpoint, packet)))
+def _take(entry: Explained, direction: str, node: str, told: Told) -> None:
+    if not told.present:
+        pod = entry.source if direction == "egress" else entry.target
+        name = pod.key if pod is not None else ""
+        text = f"maps: {name} is not in the node table of {node} (`tidegate status`)"
+        entry.disagreements.append(text)
+    if told.look is not None:
+        entry.looks[direction] = node, told.look
+    if told.run is not None:
+        entry.runs.append((node, told.run))
 
 
 def _crosses(entry: Explained) -> bool:
     return entry.target is not None and entry.target.node != entry.source.node
 
 
-def _packet(
-    entry: Explained, endpoint: Endpoint, direction: str, address: str, port: int | None
-) -> bytes:
-    macs = (endpoint.row.pod_mac, endpoint.row.host_mac)
-    if direction == "ingress":
-        macs = macs[::-1]
-    protocol = number_of(entry.protocol, address)
-    return frame.opening(macs, entry.source_address, address, protocol, port or 0)
-
-
-def _ask_service(nodes: Nodes, found: Found, source: Pod) -> None:
+def _judge_service(found: Found, run: Ran) -> None:
     """The program's run against the frontend: the backend it picks must be one of the model's, and
     the verdict that backend's."""
     assert found.expected.frontend is not None
-    address, port = found.expected.frontend
-    node = nodes.node(source.node)
-    endpoint = node.endpoint(found.expected.source)
-    if endpoint is None:
-        return
-    protocol = number_of(found.protocol, address)
-    macs = (endpoint.row.pod_mac, endpoint.row.host_mac)
-    packet = frame.opening(macs, found.expected.source, address, protocol, port)
-    run = node.dry_run.from_pod(endpoint, packet)
-    found.service = node.view, run
-    where = f"program against {render.host_port(address, port)}"
+    where = f"program against {render.host_port(*found.expected.frontend)}"
     if not found.explained:
         if run.reason != NO_BACKEND:
             text = f"{where}: {reasons.text(run.reason)}; the model knows no backend"
@@ -264,7 +209,7 @@ def _ask_service(nodes: Nodes, found: Found, source: Pod) -> None:
         return
     if run.reason == SCTP_PORT:  # a limit of the path per packet, shown; sockets do not meet it
         return
-    picked = frame.destination(run.frame, protocol)
+    picked = run.address, run.port
     entry = next((e for e in found.explained if (e.answer.address, e.answer.port) == picked), None)
     if entry is None:
         text = f"{where}: picked {render.host_port(*picked)}, which is no backend of the model's"
@@ -283,29 +228,31 @@ def fact_of_side(side: Side) -> Fact:
     return side.why, side.rule_set, -1 if side.rule_number is None else side.rule_number
 
 
-def fact_of_rule(view: NodeView, rule_set: int, rule: int) -> Fact:
-    """From what the kernel speaks: a rule set's id and a rule or enum tg_rule_special."""
+def fact_of_rule(rule_set: int, name: str, rule: int) -> Fact:
+    """From what the kernel speaks: a rule set's id, its name, and a rule or enum
+    tg_rule_special."""
     if rule == lookup.SELF:
         return "self", "", -1
     if rule == lookup.HOST:
         return "host", "", -1
     if not rule_set:
         return "default-allow", "", -1
-    name = view.rule_set_name(rule_set) or f"unknown id {rule_set}"
+    name = name or f"unknown id {rule_set}"
     return ("default-deny", name, -1) if rule == lookup.NONE else ("rule", name, rule)
 
 
 def _compare(entry: Explained) -> None:
     verdict = entry.answer.verdict
-    for direction, (view, look) in entry.looks.items():
-        _match(entry, "maps", direction, fact_of_rule(view, look.rule_set, look.rule))
-    for view, run in entry.runs:
+    for direction, (_, look) in entry.looks.items():
+        _match(entry, "maps", direction, fact_of_rule(look.rule_set, look.name, look.rule))
+    for node, run in entry.runs:
         if not run.allowed and run.reason not in POLICY_REASONS:
-            text = f"program: {run.program} on {view.name} dropped it: {reasons.text(run.reason)}"
+            text = f"program: {run.program} on {node} dropped it: {reasons.text(run.reason)}"
             entry.disagreements.append(text)
             continue
         for direction in _asked(entry, run):
-            _match(entry, "program", direction, fact_of_rule(view, *getattr(run, direction)))
+            end = getattr(run, direction)
+            _match(entry, "program", direction, fact_of_rule(end.rule_set, end.name, end.rule))
     answers = {"maps": entry.maps_allowed, "program": entry.program_allowed}
     for who, allowed in answers.items():
         if allowed != verdict.allowed and not entry.disagreements:
@@ -313,9 +260,9 @@ def _compare(entry: Explained) -> None:
             entry.disagreements.append(f"{who}: {words}; the model says otherwise")
 
 
-def _asked(entry: Explained, run: Run) -> list[str]:
+def _asked(entry: Explained, run: Ran) -> list[str]:
     """The directions that this run had to settle."""
-    if run.program == "to_pod":
+    if run.program == TO_POD:
         return ["ingress"]
     # A run ends where egress denies; the other end is then not asked.
     both = entry.target is not None and not _crosses(entry) and entry.side("egress").allowed
@@ -340,7 +287,7 @@ def _fact_words(fact: Fact) -> str:
     return f"{words} of rule set {rule_set[:12]}" if rule_set else words
 
 
-def _run_words(run: Run) -> str:
+def _run_words(run: Ran) -> str:
     word = "allowed" if run.allowed else "denied"
     return f"{word}, reason {run.reason} ({reasons.text(run.reason)})"
 
@@ -377,11 +324,10 @@ def _text(found: Found) -> str:
     out += [_entry_text(entry) for entry in found.explained]
     if found.service is not None:
         picked = ""
-        view, run = found.service
+        node, run = found.service
         if run.reason not in (NO_BACKEND, SCTP_PORT):
-            protocol = number_of(found.protocol, found.expected.source)
-            picked = f", sent to {render.host_port(*frame.destination(run.frame, protocol))}"
-        out.append(f"program against the service, on {view.name}: {_run_words(run)}{picked}\n")
+            picked = f", sent to {render.host_port(run.address, run.port)}"
+        out.append(f"program against the service, on {node}: {_run_words(run)}{picked}\n")
     wrong = found.all_disagreements
     out += [f"DISAGREE  {text}\n" for text in wrong] or ["the answers agree\n"]
     return "\n".join(out)
@@ -408,8 +354,8 @@ def _entry_text(entry: Explained) -> str:
             lines += _look_lines(*entry.looks[direction])
     lines += ["", f"  model     {'allowed' if verdict.allowed else 'denied'}"]
     lines.append(f"  maps      {'allowed' if entry.maps_allowed else 'denied'}")
-    for view, run in entry.runs:
-        lines.append(f"  program   {_run_words(run)}: {run.program} on {view.name}")
+    for where, run in entry.runs:
+        lines.append(f"  program   {_run_words(run)}: {run.program} on {where}")
     return "\n".join(lines) + "\n"
 
 
@@ -417,27 +363,25 @@ def _target_name(entry: Explained) -> str:
     return entry.target.key if entry.target is not None else entry.answer.address
 
 
-def _look_lines(view: NodeView, look: Look) -> list[str]:
+def _look_lines(node: str, look: Looked) -> list[str]:
     """The map entry that a verdict rests on, decoded and in hexadecimal."""
     if not look.rule_set:
         return []
     pad = " " * 10
-    place = f"rule set {look.rule_set} (slot {look.slot}) on {view.name}"
+    place = f"rule set {look.rule_set} (slot {look.slot}) on {node}"
     if look.missing:
         return [f"{pad}{place}: not in the map"]
-    if look.key is None or look.value is None:
+    if not look.key:
         return [f"{pad}{place}: no entry matches"]
-    layouts = view.maps.layouts
-    key, value = layouts.rule_key.unpack(look.key), layouts.rule.unpack(look.value)
     return [
         f"{pad}{place}",
-        f"{pad}key    {look.key.hex(' ')}   {_fields(key)}",
-        f"{pad}value  {look.value.hex(' ')}   {_fields(value)}",
+        f"{pad}key    {look.key}   {_fields(look.key_fields)}",
+        f"{pad}value  {look.value}   {_fields(look.value_fields)}",
     ]
 
 
-def _fields(row: Any) -> str:
-    return " ".join(f"{name}={value}" for name, value in row._asdict().items())
+def _fields(row: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in row.items())
 
 
 def _object(found: Found) -> dict[str, Any]:
@@ -479,7 +423,7 @@ def _entry_object(entry: Explained) -> dict[str, Any]:
         },
         "program": {
             "allowed": entry.program_allowed,
-            "runs": [_run_object(view, run) for view, run in entry.runs],
+            "runs": [_run_object(node, run) for node, run in entry.runs],
         },
     }
 
@@ -493,28 +437,24 @@ def _side_object(side: Side) -> dict[str, Any]:
     return found
 
 
-def _look_object(view: NodeView, look: Look) -> dict[str, Any]:
-    found: dict[str, Any] = {"allowed": look.allowed, "node": view.name}
+def _look_object(node: str, look: Looked) -> dict[str, Any]:
+    found: dict[str, Any] = {"allowed": look.allowed, "node": node}
     if look.rule_set:
-        found |= {"ruleSetId": look.rule_set, "ruleSet": view.rule_set_name(look.rule_set)}
+        found |= {"ruleSetId": look.rule_set, "ruleSet": look.name}
         found |= {"slot": look.slot, "rule": look.rule}
-    if look.key is not None and look.value is not None:
-        layouts = view.maps.layouts
-        for name, codec, data in (
-            ("key", layouts.rule_key, look.key),
-            ("value", layouts.rule, look.value),
-        ):
-            found[name] = {"hex": data.hex(), **codec.unpack(data)._asdict()}
+    if look.key:
+        found["key"] = {"hex": look.key.replace(" ", ""), **look.key_fields}
+        found["value"] = {"hex": look.value.replace(" ", ""), **look.value_fields}
     return found
 
 
-def _run_object(view: NodeView, run: Run) -> dict[str, Any]:
+def _run_object(node: str, run: Ran) -> dict[str, Any]:
     return {
-        "node": view.name,
+        "node": node,
         "program": run.program,
         "allowed": run.allowed,
         "reason": run.reason,
         "description": reasons.text(run.reason),
-        "egress": {"ruleSetId": run.egress[0], "rule": run.egress[1]},
-        "ingress": {"ruleSetId": run.ingress[0], "rule": run.ingress[1]},
+        "egress": {"ruleSetId": run.egress.rule_set, "rule": run.egress.rule},
+        "ingress": {"ruleSetId": run.ingress.rule_set, "rule": run.ingress.rule},
     }

@@ -1,7 +1,8 @@
 """The list commands: the kernel's maps as people are used to seeing them.
 
-Formats as Cilium's tools print the same thing; docs/cli.md. May not live here: reading maps
-(`live`), verdicts.
+Formats as Cilium's tools print the same thing; docs/cli.md. A node of a cluster answers with what
+the same command prints as JSON there; only names that no node knows are added here. May not live
+here: reading maps (`live`), verdicts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tidegate_cli.errors import CliError
 from tidegate_cli.live import BEGAN_A, Flow, NodeView
 from tidegate_cli.model import Model, RuleRef, policy_text
 from tidegate_cli.objects import RunObjects
+from tidegate_cli.target import Place, choose
 
 PROTOCOL_NAMES = {number: name for name, number in lookup.PROTOCOLS.items()}
 RELEASED_LABEL = "tidegate.dev/released"
@@ -61,7 +63,7 @@ def _words(item: Identity) -> list[str]:
 
 
 def identity_list(args: argparse.Namespace) -> int:
-    objects = RunObjects(args.run_dir).all()
+    objects = choose(args).all()
     states = [item for item in objects if isinstance(item, NodeState)]
     if args.node is not None:
         states = [item for item in states if item.metadata.name == args.node]
@@ -103,24 +105,47 @@ def identity_list(args: argparse.Namespace) -> int:
 # ---- one node after the other ---------------------------------------------------------
 
 
-def _by_node(
+def gather(
+    place: Place,
     args: argparse.Namespace,
     read: Callable[[NodeView], Any],
+    *words: str,
+    only: str | None = None,
+) -> tuple[dict[str, Any], int]:
+    """(what `read` gives, by node; exit code); of the node --node, else `only`, else all. In a
+    cluster each node says it itself, being asked the same command and `words`; one that cannot
+    be asked is told of, and the code is 2."""
+    if isinstance(place, RunObjects):
+        return {view.name: read(view) for view in live.views(place, args.node or only)}, 0
+    asked = place.ask(
+        place.nodes(args.node or only),
+        lambda _node: [args.command, args.verb, *words],
+    )
+    for text in asked.failed.values():
+        print(f"tidegate: {text}", file=sys.stderr)
+    # A loader's run directory is its node's alone.
+    return {node: answer[node] for node, answer in asked.answers.items()}, 2 if asked.failed else 0
+
+
+def _by_node(
+    args: argparse.Namespace,
+    found: dict[str, Any],
     header: Sequence[str],
     cells: Callable[[Any], Iterable[Sequence[object]]],
-) -> int:
-    """Structured output: what `read` gives, by node name; with --node that node's alone. Table:
+) -> None:
+    """Structured output: what was found, by node name; with --node that node's alone. Table:
     `cells` of it, with a first column NODE unless --node is given."""
-    found = {view.name: read(view) for view in live.views(RunObjects(args.run_dir), args.node)}
     if args.output != "table":
-        render.structured(found[args.node] if args.node is not None else found, args.output)
-        return 0
-    if args.node is not None:
-        sys.stdout.write(render.table(header, cells(found[args.node])))
-        return 0
-    rows = [(node, *row) for node, value in found.items() for row in cells(value)]
-    sys.stdout.write(render.table(("NODE", *header), rows))
-    return 0
+        _structured(args, found)
+    elif args.node is not None:
+        sys.stdout.write(render.table(header, cells(found[args.node]) if found else ()))
+    else:
+        rows = [(node, *row) for node, value in found.items() for row in cells(value)]
+        sys.stdout.write(render.table(("NODE", *header), rows))
+
+
+def _structured(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    render.structured(found.get(args.node) if args.node is not None else found, args.output)
 
 
 def endpoint_list(args: argparse.Namespace) -> int:
@@ -162,18 +187,21 @@ def endpoint_list(args: argparse.Namespace) -> int:
             identity, pod = row["identity"], row["pod"] or "-"
             yield row["id"], pod, identity, *enforced, row["ifindex"], four, six, row["mac"]
 
-    return _by_node(args, read, header, cells)
+    found, code = gather(choose(args), args, read)
+    _by_node(args, found, header, cells)
+    return code
 
 
 def ipcache_list(args: argparse.Namespace) -> int:
-    words = identity_words(RunObjects(args.run_dir).all())
+    place = choose(args)
+    words = identity_words(place.all())
 
     def read(view: NodeView) -> list[dict[str, Any]]:
         return [
             {
                 "cidr": prefix,
                 "identity": identity,
-                "labels": words.get(identity, []),
+                "labels": [],
                 "flags": [name for bit, name in IPCACHE_FLAGS.items() if flags & bit],
                 "proof": "ok" if good else "wrong",
             }
@@ -186,7 +214,11 @@ def ipcache_list(args: argparse.Namespace) -> int:
             labels = ",".join(row["labels"]) or "-"
             yield row["cidr"], row["identity"], ",".join(flags) or "-", labels
 
-    return _by_node(args, read, ("IP PREFIX/ADDRESS", "IDENTITY", "FLAGS", "LABELS"), cells)
+    found, code = gather(place, args, read)
+    for row in (row for rows in found.values() for row in rows):
+        row["labels"] = words.get(row["identity"], [])
+    _by_node(args, found, ("IP PREFIX/ADDRESS", "IDENTITY", "FLAGS", "LABELS"), cells)
+    return code
 
 
 def metrics_list(args: argparse.Namespace) -> int:
@@ -205,27 +237,36 @@ def metrics_list(args: argparse.Namespace) -> int:
             for direction, count in row["values"].items():
                 yield row["description"], direction.upper(), count["packets"], count["bytes"]
 
-    return _by_node(args, read, ("REASON", "DIRECTION", "PACKETS", "BYTES"), cells)
+    found, code = gather(choose(args), args, read)
+    _by_node(args, found, ("REASON", "DIRECTION", "PACKETS", "BYTES"), cells)
+    return code
 
 
 # ---- services ------------------------------------------------------------------------
 
 
 def lb_list(args: argparse.Namespace) -> int:
-    model = Model.from_objects(RunObjects(args.run_dir).all())
-    if args.backends or args.frontends:
-        header: Sequence[str] = ("ID", "BACKEND ADDRESS", "STATE")
-        read: Callable[[NodeView], Any] = _backends
-        if args.frontends:
-            header = ("SERVICE ADDRESS", "SERVICE", "TYPE", "BASE", "COUNT")
-            read = partial(_frontends, model)
-        return _by_node(args, read, header, lambda rows: (row.values() for row in rows))
+    place = choose(args)
+    model = Model.from_objects(place.all() if isinstance(place, RunObjects) else ())
+    if args.backends:
+        found, code = gather(place, args, _backends, "--backends")
+        _by_node(args, found, ("ID", "BACKEND ADDRESS", "STATE"), _values)
+    elif args.frontends:
+        found, code = gather(place, args, partial(_frontends, model), "--frontends")
+        header = ("SERVICE ADDRESS", "SERVICE", "TYPE", "BASE", "COUNT")
+        _by_node(args, found, header, _values)
+    else:
+        found, code = gather(place, args, partial(_lb, model))
+        _by_node(args, found, ("SERVICE ADDRESS", "BACKEND ADDRESS (REVNAT_ID) (SLOT)"), _slots)
+    return code
 
-    def cells(found: Any) -> Iterable[Sequence[object]]:
-        return ((address, text) for address, texts in found.items() for text in texts)
 
-    header = ("SERVICE ADDRESS", "BACKEND ADDRESS (REVNAT_ID) (SLOT)")
-    return _by_node(args, partial(_lb, model), header, cells)
+def _values(rows: Any) -> Iterable[Sequence[object]]:
+    return (tuple(row.values()) for row in rows)
+
+
+def _slots(found: Any) -> Iterable[Sequence[object]]:
+    return ((address, text) for address, texts in found.items() for text in texts)
 
 
 def _lb(model: Model, view: NodeView) -> dict[str, list[str]]:
@@ -290,54 +331,55 @@ def _protocol(number: int) -> str:
 
 
 def ct_list(args: argparse.Namespace) -> int:
-    found = {}
-    for view in live.views(RunObjects(args.run_dir), args.node):
+    def read(view: NodeView) -> list[dict[str, Any]]:
         flows = sorted(view.maps.flows(), key=lambda f: (f.protocol, f.source, f.destination))
-        if args.output == "table":
-            for flow in flows:
-                prefix = "" if args.node is not None else f"{view.name}: "
-                sys.stdout.write(f"{prefix}{flow_line(flow, view)}\n")
-        else:
-            found[view.name] = [_flow_object(flow, view) for flow in flows]
+        return [flow_object(flow, view) for flow in flows]
+
+    found, code = gather(choose(args), args, read)
     if args.output != "table":
-        render.structured(found[args.node] if args.node is not None else found, args.output)
-    return 0
+        _structured(args, found)
+        return code
+    for node, flows in found.items():
+        prefix = "" if args.node is not None else f"{node}: "
+        sys.stdout.writelines(f"{prefix}{flow_line(flow)}\n" for flow in flows)
+    return code
 
 
-def flow_line(flow: Flow, view: NodeView) -> str:
-    """One line; `expires` in seconds from now, `expired` where the programs take it as absent."""
-    direction = "SVC" if flow.flags & live.SERVICE else "OUT" if flow.src_endpoint else "IN"
-    words = [word for bit, word in FLAGS.items() if flow.flags & bit]
+def flow_line(flow: dict[str, Any]) -> str:
+    """One line of a `flow_object`; `expires` in seconds from now, `expired` where the programs
+    take it as absent."""
     parts = [
-        _protocol(flow.protocol),
-        direction,
-        f"{render.host_port(*flow.source)} -> {render.host_port(*flow.destination)}",
-        f"expires={flow.left:.0f}s" if flow.left >= 0 else "expired",
-        f"LastSeen={flow.age:.0f}s",
-        f"Flags={flow.flags & ~BEGAN_A:#06x} [ {' '.join([*words, ''])}]",
+        flow["protocol"],
+        flow["direction"],
+        f"{flow['source']} -> {flow['destination']}",
+        "expired" if flow["expired"] else f"expires={flow['leftSeconds']:.0f}s",
+        f"LastSeen={flow['ageSeconds']:.0f}s",
+        f"Flags={flow['flagBits']:#06x} [ {' '.join([*flow['flags'], ''])}]",
     ]
-    if flow.nat is not None:
-        parts.append(f"NAT={render.host_port(*flow.nat)} BackendID={flow.backend}")
-    for name, endpoint, rule in (
-        ("Src", flow.src_endpoint, flow.src_rule),
-        ("Dst", flow.dst_endpoint, flow.dst_rule),
-    ):
-        if endpoint:
-            pod = view.pod_name(endpoint) or str(endpoint)
+    if "nat" in flow:
+        parts.append(f"NAT={flow['nat']} BackendID={flow['backend']}")
+    for name in ("Src", "Dst"):
+        end, rule = name.lower(), flow[f"{name.lower()}Rule"]
+        if flow[f"{end}Endpoint"]:
+            pod = flow[f"{end}Pod"] or flow[f"{end}Endpoint"]
             parts.append(f"{name}={pod} {name}Rule={SPECIAL.get(rule, rule)}")
-    return " ".join([*parts, f"({flow.kind})"])
+    return " ".join([*parts, f"({flow['kind']})"])
 
 
-def _flow_object(flow: Flow, view: NodeView) -> dict[str, Any]:
+def flow_object(flow: Flow, view: NodeView) -> dict[str, Any]:
     found: dict[str, Any] = {
         "protocol": _protocol(flow.protocol),
+        "direction": "SVC" if flow.flags & live.SERVICE else "OUT" if flow.src_endpoint else "IN",
         "source": render.host_port(*flow.source),
         "destination": render.host_port(*flow.destination),
         "kind": flow.kind,
         "flags": [word for bit, word in FLAGS.items() if flow.flags & bit],
+        "flagBits": flow.flags & ~BEGAN_A,
         "ageSeconds": round(flow.age, 1),
         "leftSeconds": round(flow.left, 1),
         "expired": flow.left < 0,
+        "srcEndpoint": flow.src_endpoint,
+        "dstEndpoint": flow.dst_endpoint,
         "srcPod": view.pod_name(flow.src_endpoint),
         "dstPod": view.pod_name(flow.dst_endpoint),
         "srcRule": flow.src_rule,
@@ -366,26 +408,36 @@ POLICY_HEADER = (
 
 
 def policy_get(args: argparse.Namespace) -> int:
-    run = RunObjects(args.run_dir)
-    objects = run.all()
+    place = choose(args)
+    objects = place.all()
     words = identity_words(objects)
     rule_sets = {i.metadata.name: i for i in objects if isinstance(i, RuleSet)}
-    wanted = Model.from_objects(objects).pod(args.pod).key if args.pod else None
-    found: dict[str, list[dict[str, Any]]] = {}
-    for view in live.views(run, args.node):
-        found[view.name] = [
+    pod = Model.from_objects(objects).pod(args.pod) if args.pod else None
+
+    def read(view: NodeView) -> list[dict[str, Any]]:
+        return [
             _endpoint_policy(view, endpoint, words, rule_sets)
             for endpoint in view.maps.endpoints()
-            if wanted is None or view.pod_name(endpoint.row.id) == wanted
+            if pod is None or view.pod_name(endpoint.row.id) == pod.key
         ]
-    if wanted is not None and not any(found.values()):
-        raise CliError(f"pod {wanted} is in no node table", "`tidegate status` says why")
+
+    only = pod.node if pod is not None else None
+    found, code = gather(place, args, read, *([pod.key] if pod else ()), only=only)
+    for rule in (r for entries in found.values() for e in entries for r in e["rules"]):
+        if rule["peer"].isdigit():  # an identity: its node need not know its labels
+            rule["labels"] = _labels_of(int(rule["peer"]), words)
+    if pod is not None and not code and not any(found.values()):
+        raise CliError(f"pod {pod.key} is in no node table", "`tidegate status` says why")
     if args.output != "table":
-        render.structured(found[args.node] if args.node is not None else found, args.output)
-        return 0
+        _structured(args, found)
+        return code
     blocks = [_policy_block(e, args.numeric) for entries in found.values() for e in entries]
     sys.stdout.write("\n".join(blocks))
-    return 0
+    return code
+
+
+def _labels_of(identity: int, words: dict[int, list[str]]) -> list[str]:
+    return words.get(identity, [f"unknown:{identity}"])
 
 
 def _policy_block(entry: dict[str, Any], numeric: bool) -> str:
@@ -466,7 +518,7 @@ def _peer(
         number = word & lookup.IDENTITY_MASK
         prefixes = [f"cidr:{prefix}" for prefix, held in classes if held == number]
         return f"class {number}", prefixes or [f"class {number}"]
-    return str(word), words.get(word, [f"unknown:{word}"])
+    return str(word), _labels_of(word, words)
 
 
 def _port(key: Any) -> str:

@@ -14,13 +14,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from tidegate_cli import commands, matrix
-from tidegate_cli.arguments import add_common
+from tidegate_cli.arguments import add_cluster, add_common, add_local
 from tidegate_cli.errors import CliError
 from tidegate_cli.standalone import commands as standalone
 
 EXIT_CODES = """\
 exit codes: 0 done, or the answer is yes; 1 the answer is no (denied, a difference, a FAIL), where
 the command says so; 2 wrong usage, or it could not be done"""
+
+HERE = ("up", "demo", "down", "exec", "compile", "matrix")
+"""Commands of this machine alone."""
 
 SIGPIPE_EXIT, INTERRUPT_EXIT = 141, 130
 """128 + the signal, as shells have it."""
@@ -53,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_common(parser, top=True)
+    add_cluster(parser, top=True)
+    add_local(parser, top=True)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     standalone.add_parser(subparsers)
@@ -65,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
+        _for_this_machine(args)
         code: int = args.run(args)
         sys.stdout.flush()
         return code
@@ -78,6 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPT_EXIT
     except OSError as error:
         return _fail(_system_error(error))
+
+
+def _for_this_machine(args: argparse.Namespace) -> None:
+    """CliError: a command that knows no cluster was given one."""
+    if args.command in HERE and (args.kubeconfig or args.context or args.local):
+        raise CliError(
+            f"{args.command} does not ask a cluster",
+            "leave --kubeconfig, --context and --local away",
+        )
 
 
 def _system_error(error: OSError) -> str:

@@ -55,8 +55,10 @@ class Problem(msgspec.Struct, frozen=True):
 class RunObjects:
     """`run_dir` as it is now. Raises CliError: there is none, or a file is no object of ours."""
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, pin_dir: Path | None = None) -> None:
+        """`pin_dir`: of the one node that this is the directory of."""
         self.run_dir = Path(run_dir)
+        self._pin_dir = pin_dir
         if not (self.run_dir / "objects").is_dir():
             raise CliError(f"nothing is up in {self.run_dir}", "run `tidegate up DIR` first")
 
@@ -96,7 +98,7 @@ class RunObjects:
         return found.nodes if found is not None else []
 
     def pin_dir(self, node: str) -> Path:
-        return self.run_dir / "bpf" / node
+        return self._pin_dir or self.run_dir / "bpf" / node
 
 
 def _read(path: Path, kind: type[T]) -> T | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tidegate_cli import explain, frame
-from tidegate_cli.explain import Nodes
+from tidegate_cli.answer import Nodes
 from tidegate_cli.live import NodeMaps
 from tidegate_cli.main import main
 from tidegate_cli.model import Model

@@ -59,8 +59,6 @@ class Published:
     arrived: float
     """When the oldest change in it had arrived (time.monotonic)."""
     at: float
-    changed: bool
-    """Something was written for it."""
 
 
 class Runner:
@@ -280,12 +278,10 @@ class Runner:
             ("publish", ended - compiled),
         ):
             self._metrics.step_seconds.labels(part).observe(seconds)
-        self._finished(
-            Published(now, desired, ledger, found, arrived, ended, bool(written)), len(written)
-        )
+        self._finished(Published(now, desired, ledger, found, arrived, ended), written)
         self._done, self._failures, self.error = snapshot, 0, ""
 
-    def _finished(self, published: Published, written: int) -> None:
+    def _finished(self, published: Published, written: tuple[str, ...]) -> None:
         first, self.published = self.published is None, published
         ledger = published.ledger
         self._metrics.identities.labels("live").set(len(ledger.live))
@@ -297,7 +293,7 @@ class Runner:
             self._metrics.published_seconds.observe(published.at - published.arrived)
             log.info(
                 "published",
-                objects=written,
+                objects=len(written),
                 milliseconds=round((published.at - published.arrived) * 1000),
                 pods=len(published.world.pods),
                 nodes=len(published.world.nodes),

@@ -15,6 +15,7 @@ from tidegate_cli.errors import CliError
 
 ROOT = Path(__file__).parents[3]
 HEAVY = {"msgspec", "pydantic", "yaml", "structlog", "watchfiles", "pyroute2", "ctypes", "json"}
+HEAVY |= {"kubernetes", "urllib3", "ssl"}
 COMMANDS = [
     [],
     *(

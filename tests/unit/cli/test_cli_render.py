@@ -135,7 +135,7 @@ def flow(**changes: Any) -> Flow:
     ],
 )
 def test_flows_as_people_know_them(changes: dict[str, Any], text: str) -> None:
-    assert lists.flow_line(flow(**changes), view()) == text
+    assert lists.flow_line(lists.flow_object(flow(**changes), view())) == text
 
 
 @pytest.mark.parametrize(
