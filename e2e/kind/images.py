@@ -34,21 +34,16 @@ def from_files(name: str, files: Mapping[str, Path], changes: list[str]) -> None
 
     `changes` are Dockerfile instructions. Raises Failed where Docker refuses."""
     options = [part for change in changes for part in ("--change", change)]
-    process = subprocess.Popen(
-        ["docker", "import", *options, "-", name],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdin is not None
-    assert process.stderr is not None
+    command = ["docker", "import", *options, "-", name]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     # Streamed: a tar file of its own would double what the cache holds for a moment.
-    with process.stdin as pipe, tarfile.open(fileobj=pipe, mode="w|") as tar:
-        _add_bytes(tar, "etc/passwd", PASSWD)
-        for place, file in files.items():
-            tar.add(file, place.lstrip("/"), filter=_owned_by_root)
-    said = process.stderr.read().decode(errors="replace")
-    if process.wait() != 0:
+    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        with process.stdin as pipe, tarfile.open(fileobj=pipe, mode="w|") as tar:
+            _add_bytes(tar, "etc/passwd", PASSWD)
+            for place, file in files.items():
+                tar.add(file, place.lstrip("/"), filter=_owned_by_root)
+        said = process.stdout.read().decode(errors="replace")
+    if process.returncode != 0:
         raise Failed(f"docker import {name} failed:\n{said}")
 
 
