@@ -203,10 +203,17 @@ class Client:
         body = msgspec.json.encode(options)
         return self._call("DELETE", resource, namespace, name, body=body, timeout=timeout)
 
-    def raw(self, method: str, path: str, *, timeout: float | None = None) -> bytes:
+    def raw(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> bytes:
         """A path that is no object: /version, /readyz, /apis, /openapi/v3."""
-        answer = self._send(method, path, f"{method} {path}", timeout=timeout)
-        return _whole(answer, f"{method} {path}")
+        asked = f"{method} {path}"
+        return _whole(self._send(method, path, asked, query=query, timeout=timeout), asked)
 
     # ---- many objects ----
 

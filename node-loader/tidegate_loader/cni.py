@@ -90,12 +90,20 @@ class _Connection:
 class Server(threading.Thread):
     """Owns the socket. OSError when it cannot be bound."""
 
-    def __init__(self, path: Path, interfaces: Path, poke: Callable[[], None]) -> None:
-        """`interfaces`: the directory of LocalInterface files. `poke` wakes the loop."""
+    def __init__(
+        self,
+        path: Path,
+        interfaces: Path,
+        poke: Callable[[], None],
+        trouble: Callable[[], str] = str,
+    ) -> None:
+        """`interfaces`: the directory of LocalInterface files. `poke` wakes the loop.
+        `trouble`: what keeps news from coming, "" when nothing does."""
         super().__init__(daemon=True, name="cni")
         self._path = path
         self._interfaces = interfaces
         self._poke = poke
+        self._trouble = trouble
         self._lock = threading.Lock()
         """Over interface files and `_left`: no file is removed while its successor is written."""
         self._left: set[str] = set()
@@ -262,7 +270,14 @@ class Server(threading.Thread):
             elif in_force.detached or _is_in_force(asked.interface, in_force):
                 self._answer(connection)
             elif now >= connection.deadline:
-                self._answer(connection, _why_not(asked.interface, in_force))
+                self._answer(connection, self._why_not(asked.interface, in_force))
+
+    def _why_not(self, interface: LocalInterface, in_force: InForce) -> str:
+        if interface.uid in in_force.published:
+            why = "its policy is not in force on this node yet"
+        else:
+            why = f"the operator has not published this pod (UID {interface.uid}) yet"
+        return "; ".join(filter(None, (why, in_force.message, self._trouble())))
 
     def _answer(self, connection: _Connection, error: str = "") -> None:
         said: dict[str, Any] = {"ok": False, "error": error} if error else {"ok": True}
@@ -273,14 +288,6 @@ class Server(threading.Thread):
 
 def _is_in_force(interface: LocalInterface, in_force: InForce) -> bool:
     return in_force.endpoints.get(interface.uid) == interface.ifindex
-
-
-def _why_not(interface: LocalInterface, in_force: InForce) -> str:
-    if interface.uid not in in_force.published:
-        text = f"the operator has not published this pod (UID {interface.uid}) for this node yet"
-    else:
-        text = "its policy is not in force on this node yet"
-    return f"{text}; {in_force.message}" if in_force.message else text
 
 
 def _checked(interface: LocalInterface) -> LocalInterface:

@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import UNSET, structs
 from tidegate_api.state import Condition, NodeStateStatus, encode
@@ -36,6 +36,11 @@ from tidegate_loader.plan import Actual, NodeEntry
 from tidegate_loader.rules import RuleSetError
 from tidegate_loader.source import Source, Stalled
 
+if TYPE_CHECKING:  # an import costs what TLS costs, and on one machine nobody needs it
+    from tidegate_loader.mirror import Mirror
+
+MAX_MESSAGE = 4096
+"""Characters of a condition's message: the rest repeats itself."""
 AUTO = Path("auto")
 """`--cgroup auto`."""
 
@@ -49,10 +54,13 @@ class Loader:
         options: argparse.Namespace,
         logger: Any,
         arrivals: cni.Server | None = None,
+        api: Mirror | None = None,
     ) -> None:
         """`arrivals`: where pods come from on a cluster; None: who writes interface files
-        removes them, too."""
+        removes them, too. `api`: who writes objects/ from an API server, and hears of the
+        status; None: somebody else does, and reads realised.json."""
         self._arrivals = arrivals
+        self._api = api
         self._paths = paths
         self._options = options
         self._log = logger
@@ -64,6 +72,8 @@ class Loader:
         self._kept: State | None = None
         self._desired: DesiredMaps | None = None
         self._kernel: kernel.Kernel | None = None
+        self._attached = True
+        """Something of ours may be in the kernel; a loader before this one may have left it."""
         self._built_from: State | None = None
         self._asked: dict[str, LocalInterface] | None = None
         self._gated: dict[str, LocalInterface] = {}
@@ -75,9 +85,11 @@ class Loader:
         """Something could not be applied; try again."""
         self.realised_now = False
         """The kernel was equal to the newest complete state when last looked at."""
-        self._start()
+        if not self._source.is_detached():
+            self._start()
 
     def _start(self) -> None:
+        self._attached = True
         # The kernel verifies programs without the interpreter's lock: read meanwhile.
         foresight = _Foresight(self._source, self._builder)
         foresight.start()
@@ -162,6 +174,8 @@ class Loader:
         self._report(stalled, problems)
         if self.realised_now:
             self._keep()
+            if self._api is not None and self._state is not None:
+                self._api.realised(self._source.names(self._state))
             if self._arrivals is not None and not self._paths.enforcing.exists():
                 self._paths.enforcing.touch()
 
@@ -169,13 +183,18 @@ class Loader:
         """Take over the newest complete state; at the start of all, the last good one.
         Stalled: it is not the newest."""
         try:
-            self._state = self._source.state()
+            with self._whole():
+                self._state = self._source.state()
         except Stalled:
             if self._state is None:
                 with contextlib.suppress(Stalled):
                     self._state = self._kept = self._source.last_good()
                     self._log.warning("objects are incomplete, starting from lastgood")
             raise
+
+    def _whole(self) -> contextlib.AbstractContextManager[object]:
+        """While in it, objects/ is not half-way between two states."""
+        return self._api.guard if self._api is not None else contextlib.nullcontext()
 
     def _gate(self, look_again: bool) -> list[str]:
         """Attach to the interfaces; `self._gated` are those that endpoints may use."""
@@ -275,9 +294,9 @@ class Loader:
         self.cycle(look_again=True)
 
     def _detach(self) -> None:
-        if self._kernel is not None:
+        if self._attached:
             self.close()
-            self._kernel = None
+            self._kernel, self._attached = None, False
             interfaces, _ = self._source.interfaces()
             self._paths.enforcing.unlink(missing_ok=True)
             attach.detach(self._options.pin_dir, [i.ifindex for i in interfaces.values()])
@@ -287,7 +306,10 @@ class Loader:
         self._builder = Builder()
         self.realised_now = True
         self._realised = Realised(
-            node=self._options.node, epoch=0, counters=self._realised.counters
+            node=self._options.node,
+            epoch=0,
+            counters=self._realised.counters,
+            digest=self._state.digest if self._state is not None else UNSET,
         )
         self._report(None, [])
         self._keep()  # or a restart without objects would enforce what was last good
@@ -298,36 +320,40 @@ class Loader:
         if self._state is None or self._state is self._kept:
             return
         try:
-            self._source.keep(self._state)
+            with self._whole():
+                self._source.keep(self._state)
             self._kept = self._state
         except OSError as error:  # replaced while it was copied: the next event does it
             self._log.warning("lastgood not written", error=str(error))
 
     def _report(self, stalled: Stalled | None, problems: list[str]) -> None:
-        actual = self._actual
         held = self._realised
         desired = self._desired
-        table = {e.id: e for e in (actual.node_table or {}).values()}
-        attached = self._kernel is not None
+        actual = self._actual if self._kernel is not None else None
+        entries = actual.node_table if actual is not None else None
+        table = {e.id: e for e in (entries or {}).values()}
         status = NodeStateStatus(
             realised=held.digest,
-            endpoints=len(table) if attached else 0,
+            endpoints=len(table),
             drift=held.counters.drift,
             formats=list(READS_FORMATS),
             conditions=self._conditions(stalled, problems),
+            observed_generation=self._source.generation,
         )
         names = desired.service_names if desired is not None else {}
         self._realised = structs.replace(
             held,
-            epoch=actual.epoch if attached else 0,
-            endpoints=_endpoints(actual, table, desired) if attached else {},
-            rule_sets=_rule_sets(actual) if attached else {},
+            epoch=actual.epoch if actual else 0,
+            endpoints=_endpoints(actual, table, desired) if actual else {},
+            rule_sets=_rule_sets(actual) if actual else {},
             services=names,
-            objects=self._programs.hashes if attached else {},
+            objects=self._programs.hashes if actual else {},
             status=status,
         )
         self._write()
         self._tell(status)
+        if self._api is not None:
+            self._api.report(status)
 
     def _tell(self, status: NodeStateStatus) -> None:
         """Pods that wait for their policy learn whether it is in force."""
@@ -368,7 +394,6 @@ class Loader:
             said.append(("Stalled", True, stalled.reason, str(stalled)))
         elif not self.realised_now:
             said.append(("Reconciling", True, reason, message))
-        generation = UNSET if self._state is None else self._state.node.metadata.generation
         found = []
         for kind, on, why, text in said:
             status: Literal["True", "False"] = "True" if on else "False"
@@ -379,9 +404,9 @@ class Loader:
                     type=kind,
                     status=status,
                     reason=why,
-                    message=text,
+                    message=text[:MAX_MESSAGE],
                     last_transition_time=since,
-                    observed_generation=generation,
+                    observed_generation=self._source.generation,
                 )
             )
         return found

@@ -14,8 +14,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from tidegate_api.state import FORMAT, Model, NodeStateStatus, encode
 
-READS_FORMATS = (FORMAT,)
-"""The `spec.format`s this loader understands."""
+READS_FORMATS = tuple(n for n in (FORMAT - 1, FORMAT) if n > 0)
+"""The `spec.format`s this loader understands: its own and the one before."""
 
 
 class LocalInterface(Model, frozen=True):

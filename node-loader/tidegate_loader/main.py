@@ -14,10 +14,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tidegate_bpf import BpfError, netns
 
@@ -26,8 +26,13 @@ from tidegate_loader.loader import Loader
 from tidegate_loader.local import NodePaths
 from tidegate_loader.source import Source, Watch
 
+if TYPE_CHECKING:
+    from tidegate_loader.mirror import Mirror
+
 VERIFY_SECONDS = 30.0
 """How often everything is read back and compared."""
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""Where the kubelet mounts it."""
 RETRY_FIRST, RETRY_LAST = 0.1, 5.0
 """Seconds until a failed apply is tried again: doubled up to the last."""
 
@@ -52,6 +57,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="cgroup2 directory of the node's pods; auto: the top of the cgroup2 mount",
     )
     parser.add_argument("--cni-socket", type=Path, help="where the CNI step says what pods come")
+    parser.add_argument("--kube", action="store_true", help="take objects/ from the API server")
+    parser.add_argument(
+        "--server-file",
+        type=Path,
+        help="file with the API server's URL (default: $KUBERNETES_SERVICE_HOST and _PORT)",
+    )
+    parser.add_argument(
+        "--service-account",
+        type=Path,
+        default=SERVICE_ACCOUNT,
+        help="directory with token and ca.crt (default: %(default)s)",
+    )
     parser.add_argument("--force-clsact", action="store_true", help="do not use tcx links")
     parser.add_argument("--once", action="store_true", help="apply once; exit 1 if not realised")
     parser.add_argument("--detach", action="store_true", help="remove everything of this node")
@@ -59,6 +76,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     found = parser.parse_args(argv)
     if not found.node:
         parser.error("name the node: --node, or NODE_NAME in the environment")
+    if found.kube and (found.once or found.detach):
+        parser.error("--kube is for a loader that stays; --once and --detach work from the disk")
     return found
 
 
@@ -85,14 +104,13 @@ class _Signals:
             self.stop = True
 
 
-def _run(loader: Loader, paths: NodePaths, signals: _Signals, arrivals: cni.Server | None) -> None:
+def _run(loader: Loader, paths: NodePaths, signals: _Signals, turned: Callable[[], None]) -> None:
     watch = Watch(paths, signals.wake_fd)
     retry = RETRY_FIRST
     loader.cycle()
     verified = time.monotonic()
     while not signals.stop:
-        if arrivals is not None:
-            arrivals.turned()
+        turned()
         due = verified + VERIFY_SECONDS - time.monotonic()
         unsettled = loader.dirty or loader.waiting or loader.leaving
         changed = watch.wait(max(0.0, min(due, retry) if unsettled else due))
@@ -108,18 +126,51 @@ def _run(loader: Loader, paths: NodePaths, signals: _Signals, arrivals: cni.Serv
 
 
 def _serve(
-    options: argparse.Namespace, paths: NodePaths, logger: Any, stack: contextlib.ExitStack
+    options: argparse.Namespace,
+    paths: NodePaths,
+    logger: Any,
+    stack: contextlib.ExitStack,
+    api: Mirror | None,
 ) -> None:
     signals = _Signals()
     arrivals = None
     if options.cni_socket is not None:
         # Before the programs are there: pods may ask and wait.
-        arrivals = cni.Server(options.cni_socket, paths.interfaces, signals.poke)
+        trouble = api.trouble if api is not None else str
+        arrivals = cni.Server(options.cni_socket, paths.interfaces, signals.poke, trouble)
         arrivals.start()
         stack.callback(arrivals.close)
-    loader = Loader(paths, options, logger, arrivals)
+    loader = Loader(paths, options, logger, arrivals, api)
     stack.callback(loader.close)
-    _run(loader, paths, signals, arrivals)
+
+    def turned() -> None:
+        if arrivals is not None and (api is None or api.alive):
+            arrivals.turned()
+
+    _run(loader, paths, signals, turned)
+
+
+def _mirror(
+    options: argparse.Namespace, paths: NodePaths, logger: Any, stack: contextlib.ExitStack
+) -> Mirror:
+    """Started: its threads stay in the network namespace that the API server is reached from.
+    OSError: nobody says where that is, or who we are."""
+    # TLS and HTTP take longer to import than all the rest: only where they are used.
+    from tidegate_kube import AccessError, Client, in_cluster  # noqa: PLC0415
+
+    from tidegate_loader.mirror import Mirror  # noqa: PLC0415
+
+    server = None
+    if options.server_file is not None:
+        server = options.server_file.read_text().strip()
+    try:
+        client = Client(in_cluster(server, options.service_account), "tidegate-loader")
+    except AccessError as error:
+        raise OSError(str(error)) from error
+    found = Mirror(client, paths, options.node, logger)
+    found.start()
+    stack.callback(found.close)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = NodePaths(options.run_dir, options.node)
     with contextlib.ExitStack() as stack:
         try:
+            api = _mirror(options, paths, logger, stack) if options.kube else None
             if options.netns is not None:
                 stack.enter_context(netns.inside(options.netns))
             paths.interfaces.mkdir(parents=True, exist_ok=True)
@@ -142,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.callback(loader.close)
                 loader.cycle()
                 return 0 if loader.realised_now else 1
-            _serve(options, paths, logger, stack)
+            _serve(options, paths, logger, stack, api)
         except (BpfError, OSError) as error:
             print(f"tidegate-loader: {error}", file=sys.stderr)
             return 1

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 from inotify_simple import INotify, flags  # type: ignore[import-untyped]
+from msgspec import UNSET, UnsetType
 from tidegate_api.state import (
     TABLES,
     NodeState,
@@ -49,6 +50,24 @@ class Stalled(Exception):
 _T = TypeVar("_T")
 
 
+class _PeekedMeta(msgspec.Struct):
+    generation: int | UnsetType = UNSET
+
+
+class _PeekedSpec(msgspec.Struct):
+    format: int | UnsetType = UNSET
+
+
+class _Peeked(msgspec.Struct):
+    """What may be known of an object that is not understood."""
+
+    metadata: _PeekedMeta = msgspec.field(default_factory=_PeekedMeta)
+    spec: _PeekedSpec = msgspec.field(default_factory=_PeekedSpec)
+
+
+_peek_decoder = msgspec.json.Decoder(_Peeked)
+
+
 class _Files(Generic[_T]):
     """Decoded files of one type, read again only when their stamp changes."""
 
@@ -69,6 +88,10 @@ class _Files(Generic[_T]):
         except FileNotFoundError:
             raise Stalled("Missing", f"{_short(path)} is not there") from None
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            number = _peek(path).spec.format
+            if number is not UNSET:
+                # Of a later format: that it has unknown fields is no news.
+                _check_format(_short(path), number)
             raise Stalled("Unreadable", f"{_short(path)}: {error}") from error
         return held[1]
 
@@ -85,6 +108,15 @@ class _Files(Generic[_T]):
 def _short(path: str) -> str:
     """The last two parts of a path."""
     return "/".join(path.split("/")[-2:])
+
+
+def _peek(path: str) -> _Peeked:
+    """Nothing is known of what is not there, or no object at all."""
+    try:
+        with open(path, "rb") as file:
+            return _peek_decoder.decode(file.read())
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return _Peeked()
 
 
 _AnyFiles = _Files[NodeState] | _Files[RuleSet] | _Files[StateSlice]
@@ -105,11 +137,28 @@ class Source:
         self._peers: tuple[tuple[StateSlice, ...], dict[str, PeerSet]] | None = None
         self._last: State | None = None
         self._known: dict[str, LocalInterface] = {}
+        self.generation: int | UnsetType = UNSET
+        """Of the newest NodeState looked at, taken over or not."""
 
     def state(self) -> State:
         """The complete desired state; the same object while nothing it names changed.
         Stalled: it is incomplete, of an unknown format or unreadable."""
-        return self._read(str(self._paths.objects))
+        root = str(self._paths.objects)
+        try:
+            found = self._read(root)
+        except Stalled:
+            self.generation = _peek(f"{root}/nodestates/{self._name}.json").metadata.generation
+            raise
+        self.generation = found.node.metadata.generation
+        return found
+
+    def is_detached(self) -> bool:
+        """Whether the newest NodeState that can be read says so."""
+        for root in (self._paths.objects, self._paths.lastgood):
+            with contextlib.suppress(Stalled):
+                node = self._nodes.get(f"{root}/nodestates/{self._name}.json")
+                return node.spec.mode == "Detached"
+        return False
 
     def last_good(self) -> State:
         """The state that `keep` last copied. Stalled: there is none."""
@@ -228,6 +277,10 @@ class Source:
         for kind in (self._nodes, self._rule_sets, self._slices):
             kind.keep_only(current)
         self._verified = dict(state.rule_sets)
+
+    def names(self, state: State) -> frozenset[str]:
+        """The files that make up a state, relative to objects/."""
+        return frozenset(self._files(state))
 
     def _files(self, state: State) -> dict[str, _AnyFiles]:
         """Every file of a state, in the order of publishing, with who reads it."""

@@ -349,6 +349,8 @@ def _change(item: Json, path: tuple[str | int, ...], how: Any) -> bool:
         if not isinstance(at[path[-1]], list) or not at[path[-1]]:
             return False
         at[path[-1]] += at[path[-1]]
+    elif isinstance(how, dict) and how and path[-1] != "peer":
+        return False  # fields that are unknown elsewhere, which a server drops
     else:
         at[path[-1]] = copy.deepcopy(how)
     return True

@@ -2,168 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
-from support import apiserver as servers
 from support import town_api
 from support.apiserver import ApiServer
+from support.operator_town import SECONDS, Town, clean, populate
 from support.town_api import apply, node, objects, pod
 from support.waiting import until
 from tidegate_api.state import Identity, NodeState, RuleSet, StateSlice, digest
-from tidegate_kube import Client, NotFound, resources
-from tidegate_operator.cluster.metrics import Metrics
-from tidegate_operator.cluster.runner import Runner
-from tidegate_operator.cluster.watches import Watches
-from tidegate_operator.leader import NotLeader
+from tidegate_kube import Client, resources
 
 pytestmark = pytest.mark.apiserver
-
-SECONDS = 30.0
-
-
-class Leading:
-    """A lead that the test gives and takes."""
-
-    def __init__(self) -> None:
-        self.given: int | None = 1
-        self.alive = True
-
-    def start(self) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
-
-    def check(self) -> float:
-        if self.given is None:
-            raise NotLeader("taken by the test")
-        return 10.0
-
-    @property
-    def term(self) -> int:
-        if self.given is None:
-            raise NotLeader("taken by the test")
-        return self.given
-
-
-class Town:
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        self.lead = Leading()
-        self.metrics = Metrics()
-        self.runner = Runner(client, Watches(client), self.lead, self.metrics)
-
-    def restart(self) -> None:
-        """Another operator, that starts from what the API server holds."""
-        self.runner.stop()
-        self.metrics = Metrics()
-        self.runner = Runner(self.client, Watches(self.client), self.lead, self.metrics)
-        self.runner.start()
-
-    def settled(self) -> None:
-        """Until everything that was applied before is published."""
-        mark = f"mark-{threading.get_ident()}"
-        body = {
-            "apiVersion": "v1",
-            "kind": "Namespace",
-            "metadata": {"name": mark, "labels": {"at": str(id(object()))}},
-        }
-        found = apply(self.client, body)
-        at = found["metadata"]["labels"]["at"]
-
-        def done() -> bool:
-            published = self.runner.published
-            return (
-                published is not None
-                and published.world.namespaces.get(mark, {}).get("at") == at
-                and not self.runner.error
-            )
-
-        until(done, "settled", SECONDS)
-
-    def writes(self) -> dict[tuple[str, str], int]:
-        """(kind, verb) -> objects written since the operator started."""
-        return {
-            (sample.labels["kind"], sample.labels["verb"]): int(sample.value)
-            for metric in self.metrics.objects_written.collect()
-            for sample in metric.samples
-            if sample.name.endswith("_total")
-        }
-
-    def writes_since(self, before: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
-        found = {key: count - before.get(key, 0) for key, count in self.writes().items()}
-        return {key: count for key, count in found.items() if count}
-
-    def nodes(self) -> dict[str, NodeState]:
-        return objects(self.client, NodeState)
-
-    def ipcache(self) -> dict[str, int]:
-        return {
-            entry.cidr: entry.identity
-            for item in objects(self.client, StateSlice).values()
-            for entry in item.spec.ipcache or ()
-        }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """An own one: every test leaves objects of all kinds."""
-    with servers.running(tmp_path_factory.mktemp("operator")) as made:
-        with contextlib.closing(made.client()) as client:
-            town_api.install(client)
-        yield made
-
-
-@pytest.fixture
-def town(server: ApiServer) -> Iterator[Town]:
-    client = server.client()
-    clean(client)
-    made = Town(client)
-    made.runner.start()
-    try:
-        yield made
-    finally:
-        made.runner.stop()
-        client.close()
-
-
-def clean(client: Client) -> None:
-    kinds = [resources.PODS, resources.NODES, resources.NETWORK_POLICIES, resources.SERVICES]
-    kinds += [resources.ENDPOINT_SLICES, *town_api.OURS.values()]
-    for resource in kinds:
-        for page in client.pages(resource):
-            for raw in page.items:
-                meta = msgspec.json.decode(raw)["metadata"]
-                if meta["name"] == "kubernetes":  # the server's own
-                    continue
-                with contextlib.suppress(NotFound):
-                    town_api.remove(client, resource, meta["name"], meta.get("namespace", ""))
-
-
-def policy(name: str, spec: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {"name": name, "namespace": "default"},
-        "spec": spec,
-    }
-
-
-ALLOW = {"podSelector": {}, "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "a"}}}]}]}
-
-
-def populate(town: Town) -> None:
-    for number, name in enumerate(("n1", "n2")):
-        apply(town.client, node(name, number))
-    apply(town.client, pod("a", "n1", "10.244.0.5", app="a"))
-    apply(town.client, pod("b", "n2", "10.244.1.5", app="b"))
-    apply(town.client, policy("p", ALLOW))
 
 
 def test_publishes_what_the_cluster_says(town: Town) -> None:
@@ -296,7 +149,7 @@ def test_hand_edits_while_the_operator_is_down(
     populate(town)
     town.settled()
     want = _content(town.client)
-    town.runner.stop()
+    town.stop()
     harm(town.client)
     town.restart()
     town.settled()
@@ -343,7 +196,7 @@ def test_numbers_taken_by_somebody_else_are_left_to_them(town: Town) -> None:
         for name, item in objects(town.client, Identity).items()
         if item.spec.labels == {"app": "a"}
     )
-    town.runner.stop()
+    town.stop()
     clean(town.client)
     other = {
         "apiVersion": "tidegate.dev/v1alpha1",

@@ -55,8 +55,10 @@ class NodeFacts(msgspec.Struct, frozen=True):
     uid: str
     addresses: tuple[str, ...]
     pod_cidrs: tuple[str, ...]
-    tainted: bool
-    """Has our taint."""
+    taint: int | None
+    """Where in `spec.taints` ours is."""
+    taints: int
+    linux: bool
 
 
 class NamespaceFacts(msgspec.Struct, frozen=True):
@@ -95,10 +97,13 @@ class UserIdentityFacts(msgspec.Struct, frozen=True):
 
     spec: users.IdentitySpec
     target: Target
-    status: Any
+    version: str
+    status: state.IdentityStatus | msgspec.UnsetType
 
 
-_O = TypeVar("_O", state.RuleSet, state.StateSlice, state.NodeState, state.Identity)
+_O = TypeVar(
+    "_O", state.RuleSet, state.StateSlice, state.NodeState, state.Identity, state.PolicyStatus
+)
 
 
 class Held(msgspec.Struct, Generic[_O], frozen=True):
@@ -144,6 +149,10 @@ class _Version(_Camel, frozen=True):
 
 class _Head(_Camel, frozen=True):
     metadata: _Version
+
+
+class _WithStatus(_Camel, frozen=True):
+    status: state.IdentityStatus | msgspec.UnsetType = msgspec.UNSET
 
 
 class _PodSpec(_Camel, frozen=True):
@@ -237,6 +246,7 @@ def _decoder(kind: type[_A]) -> Callable[[bytes], _A]:
 
 
 _head = _decoder(_Head)
+_status = _decoder(_WithStatus)
 _pod = _decoder(_Pod)
 _node = _decoder(_Node)
 _namespace = _decoder(_Namespace)
@@ -267,13 +277,16 @@ def node(data: bytes) -> NodeFacts:
     addresses = [
         item.address for item in status.addresses or () if item.type in ("InternalIP", "ExternalIP")
     ]
+    taints = [item.key for item in spec.taints or ()]
     cidrs = spec.pod_cidrs or ([spec.pod_cidr] if spec.pod_cidr else [])
     return NodeFacts(
         name=intern(found.metadata.name),
         uid=found.metadata.uid,
         addresses=_addresses(addresses),
         pod_cidrs=tuple(dict.fromkeys(_network(text) for text in cidrs)),
-        tainted=any(item.key == NOT_READY_TAINT for item in spec.taints or ()),
+        taint=next((at for at, key in enumerate(taints) if key == NOT_READY_TAINT), None),
+        taints=len(taints),
+        linux=(found.metadata.labels or {}).get("kubernetes.io/os", "linux") == "linux",
     )
 
 
@@ -333,10 +346,13 @@ def identity(data: bytes) -> IdentityFacts:
     found = _namespace(data)
     if found.metadata.name.isdigit():
         return allocated(data)
-    tree = _bare(data, API_VERSION, "Identity", keep=("status",))
-    status = tree.pop("status", None)
-    written = _validate(users.Identity, tree)
-    return UserIdentityFacts(written.spec, _target(written), status)
+    written = _validate(users.Identity, _bare(data, API_VERSION, "Identity"))
+    version = _head(data).metadata.resource_version
+    try:
+        status = _status(data).status
+    except DecodeError:  # it is ours to write, whatever it is now
+        status = msgspec.UNSET
+    return UserIdentityFacts(written.spec, _target(written), version, status)
 
 
 def _ours(kind: type[_O]) -> Callable[[bytes], Held[_O] | Broken]:
@@ -356,6 +372,7 @@ allocated = _ours(state.Identity)
 rule_set = _ours(state.RuleSet)
 state_slice = _ours(state.StateSlice)
 node_state = _ours(state.NodeState)
+policy_status = _ours(state.PolicyStatus)
 
 
 # ---- Parts -------------------------------------------------------------------------------
@@ -384,12 +401,11 @@ def _network(text: str) -> str:
         raise DecodeError(str(error)) from error
 
 
-def _bare(data: bytes, version: str, kind: str, keep: tuple[str, ...] = ()) -> dict[str, Any]:
+def _bare(data: bytes, version: str, kind: str) -> dict[str, Any]:
     """Without what changes without meaning anything; items of a list do not say their kind."""
     tree = _tree(data)
     tree.update(apiVersion=version, kind=kind)
-    if "status" not in keep:
-        tree.pop("status", None)
+    tree.pop("status", None)
     metadata = tree.get("metadata")
     if isinstance(metadata, Mapping):
         kept = ("name", "namespace", "labels", "uid", "generation")

@@ -28,6 +28,7 @@ from tidegate_kube.kubeconfig import from_kubeconfig
 from tidegate_operator.cluster.lead import Alone, Lead
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.runner import Runner
+from tidegate_operator.cluster.statuses import Statuses
 from tidegate_operator.cluster.watches import Watches
 from tidegate_operator.cluster.web import Web, verdict
 from tidegate_operator.leader import Leader
@@ -51,6 +52,7 @@ class Options:
     namespace: str
     identity: str
     elect: bool
+    taint_nodes: bool
     listen: tuple[str, int]
     log_level: str
 
@@ -80,6 +82,12 @@ def parse(arguments: list[str] | None = None) -> Options:
         "--no-election", action="store_true", help="lead at once: there is only one replica"
     )
     parser.add_argument(
+        "--taint-nodes",
+        action="store_true",
+        help="put the taint tidegate.dev/agent-not-ready on Linux nodes whose loader has never "
+        "put a state in force (it is always taken away when one has)",
+    )
+    parser.add_argument(
         "--listen",
         type=_address,
         default=_address(DEFAULT_LISTEN),
@@ -96,6 +104,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         namespace=found.namespace,
         identity=found.identity,
         elect=not found.no_election,
+        taint_nodes=found.taint_nodes,
         listen=found.listen,
         log_level=found.log_level,
     )
@@ -127,7 +136,13 @@ class Operator:
         self.client = Client(access, user_agent="tidegate-operator")
         self.watches = Watches(self.client)
         self.lead = self._lead(options)
-        self.runner = Runner(self.client, self.watches, self.lead, self.metrics)
+        self.statuses = Statuses(
+            self.client, self.watches, self.lead, self.metrics, options.taint_nodes
+        )
+        self.runner = Runner(
+            self.client, self.watches, self.lead, self.metrics, self.statuses.published
+        )
+        self.watches.changed = self._changed
         self.metrics.watch(self.runner)
         self.web = Web(
             options.listen,
@@ -147,10 +162,14 @@ class Operator:
             options.identity,
             namespace=options.namespace,
             name=LEASE,
-            gained=lambda _: self.watches.changed(),
+            gained=lambda _: self._changed(),
             lost=lambda reason: log.warning("lost the lease", reason=reason),
             floor=self.watches.highest_term,
         )
+
+    def _changed(self) -> None:
+        self.runner.poke()
+        self.statuses.poke()
 
     def beat(self) -> None:
         """Called by the event loop while it turns."""
@@ -158,15 +177,19 @@ class Operator:
 
     def faults(self) -> list[str]:
         found = self.runner.faults()
+        if self._beat is not None and not self.statuses.alive:
+            found.append("the thread that writes statuses has ended")
         if self._beat is not None and time.monotonic() - self._beat > SILENT_SECONDS:
             found.append("the event loop hangs")
         return found
 
     def start(self) -> None:
         self.web.start()
+        self.statuses.start()
         self.runner.start()
 
     def stop(self) -> None:
+        self.statuses.stop()
         self.runner.stop()
         self.web.stop()
         self.client.close()

@@ -59,6 +59,8 @@ class Published:
     arrived: float
     """When the oldest change in it had arrived (time.monotonic)."""
     at: float
+    changed: bool
+    """Something was written for it."""
 
 
 class Runner:
@@ -278,10 +280,12 @@ class Runner:
             ("publish", ended - compiled),
         ):
             self._metrics.step_seconds.labels(part).observe(seconds)
-        self._finished(Published(now, desired, ledger, found, arrived, ended), written)
+        self._finished(
+            Published(now, desired, ledger, found, arrived, ended, bool(written)), len(written)
+        )
         self._done, self._failures, self.error = snapshot, 0, ""
 
-    def _finished(self, published: Published, written: tuple[str, ...]) -> None:
+    def _finished(self, published: Published, written: int) -> None:
         first, self.published = self.published is None, published
         ledger = published.ledger
         self._metrics.identities.labels("live").set(len(ledger.live))
@@ -293,7 +297,7 @@ class Runner:
             self._metrics.published_seconds.observe(published.at - published.arrived)
             log.info(
                 "published",
-                objects=len(written),
+                objects=written,
                 milliseconds=round((published.at - published.arrived) * 1000),
                 pods=len(published.world.pods),
                 nodes=len(published.world.nodes),

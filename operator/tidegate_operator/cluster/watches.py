@@ -35,6 +35,7 @@ class Watches:
         self.rule_sets = watch(resources.RULE_SETS, kinds.rule_set)
         self.state_slices = watch(resources.STATE_SLICES, kinds.state_slice)
         self.node_states = watch(resources.NODE_STATES, kinds.node_state)
+        self.policy_statuses = watch(resources.POLICY_STATUSES, kinds.policy_status)
         self.inputs: tuple[Reflector[Any], ...] = (
             self.nodes,
             self.namespaces,
@@ -44,12 +45,14 @@ class Watches:
             self.policies,
             self.identities,
         )
-        self.all: tuple[Reflector[Any], ...] = (
+        self.needed: tuple[Reflector[Any], ...] = (
             *self.inputs,
             self.rule_sets,
             self.state_slices,
             self.node_states,
         )
+        """Without a complete list of these nothing is published."""
+        self.all: tuple[Reflector[Any], ...] = (*self.needed, self.policy_statuses)
         self._made: Mapping[Key, UserIdentityFacts] = {}
         self._made_of: Mapping[Key, IdentityFacts] | None = None
         self._invalid: Mapping[str, Mapping[Key, str]] = {}
@@ -73,7 +76,7 @@ class Watches:
 
     def unsynced(self) -> list[str]:
         """Kinds of which there is no complete list: not read yet, forbidden, or gone."""
-        return [item.resource.plural for item in self.all if not item.synced]
+        return [item.resource.plural for item in self.needed if not item.synced]
 
     def highest_term(self) -> int:
         """Of all leaders that have written a NodeState."""
@@ -101,7 +104,12 @@ class Watches:
         held = self.identities.snapshot()
         if held is not self._made_of:
             made = {key: item for key, item in held.items() if isinstance(item, UserIdentityFacts)}
-            if made != self._made:
+            if _meaning(made) != _meaning(self._made):
                 self._made = made
             self._made_of = held
         return self._made
+
+
+def _meaning(made: Mapping[Key, UserIdentityFacts]) -> dict[Key, object]:
+    """Without versions and statuses."""
+    return {key: (item.spec, item.target.uid) for key, item in made.items()}

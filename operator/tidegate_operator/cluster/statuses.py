@@ -1,0 +1,518 @@
+"""What people read: PolicyStatus, Identity.status, events, and the taint of nodes that wait.
+
+Behind the runner, on a thread of its own: telling never holds up publishing. Everything is
+written only when it changes; what is compared with is what the API server holds, so a restart
+repeats nothing. Only the leader writes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import structlog
+from msgspec import UNSET
+from tidegate_api import API_VERSION
+from tidegate_api.state import (
+    DIGEST_ANNOTATION,
+    Condition,
+    Identity,
+    IdentitySpec,
+    IdentityStatus,
+    Meta,
+    NodeCount,
+    OwnerReference,
+    PolicyStatus,
+    PolicyStatusStatus,
+    PolicyTarget,
+    encode,
+    identity_summary,
+    policy_status_name,
+)
+from tidegate_kube import AlreadyExists, Client, Conflict, Invalid, KubeError, NotFound, resources
+
+from tidegate_operator.cluster.events import Events
+from tidegate_operator.cluster.kinds import NOT_READY_TAINT, Held, PolicyFacts, UserIdentityFacts
+from tidegate_operator.cluster.lead import Lead, term_of
+from tidegate_operator.cluster.metrics import Metrics
+from tidegate_operator.cluster.progress import Count, PolicyKey, Progress
+from tidegate_operator.cluster.runner import Published
+from tidegate_operator.cluster.watches import Watches
+from tidegate_operator.leader import NotLeader
+from tidegate_operator.objects import IdentityKey, ObjectName
+from tidegate_operator.problems import Problem
+
+PAUSE_SECONDS = 0.2
+"""Between two rounds, so that a burst of reports is one."""
+IDLE_SECONDS = 10.0
+POLICY_SECONDS = 1.0
+"""The least time between two writes of one PolicyStatus that is as ready as it was."""
+IDENTITY_SECONDS = 5.0
+"""The least time between two looks at identities: they count pods, and no pod is worth a
+write of its own."""
+RETRY_SECONDS = 2.0
+MAX_MESSAGE = 1024
+STOP_SECONDS = 1.0
+
+log = structlog.get_logger()
+
+
+# ---- Conditions ------------------------------------------------------------------------------
+
+
+def now_text() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class Said:
+    """A condition without its times."""
+
+    type: str
+    status: bool
+    reason: str
+    message: str
+
+
+def conditions(
+    said: Iterable[Said], before: Iterable[Condition], generation: int, now: str
+) -> list[Condition]:
+    """In the order of `said`; the time of the last transition stays while the status does."""
+    held = {item.type: item for item in before}
+    found = []
+    for item in said:
+        status = "True" if item.status else "False"
+        old = held.get(item.type)
+        since = old.last_transition_time if old is not None and old.status == status else now
+        found.append(
+            Condition(
+                type=item.type,
+                status=status,  # type: ignore[arg-type]
+                reason=item.reason,
+                message=item.message[:MAX_MESSAGE],
+                last_transition_time=since,
+                observed_generation=generation,
+            )
+        )
+    return found
+
+
+def of_policy(count: Count, problems: Iterable[Problem]) -> list[Said]:
+    """`Reconciling` and `Stalled` only while true, as kstatus, Flux and Argo CD read them."""
+    errors = [item for item in problems if item.severity == "error"]
+    warnings = "; ".join(_words(item) for item in problems if item.severity == "warning")
+    place = f"{count.realised} of {count.total} nodes"
+    if errors:
+        text = "; ".join(_words(item) for item in errors)
+        return [
+            Said("Ready", False, "NotAsWritten", f"{text}; in force on {place}"),
+            Said("Stalled", True, "NotAsWritten", text),
+        ]
+    if count.realised < count.total:
+        return [
+            Said("Ready", False, "Realising", f"in force on {place}"),
+            Said("Reconciling", True, "Realising", f"in force on {place}"),
+        ]
+    reason = "Realised" if count.total else "SelectsNothing"
+    return [Said("Ready", True, reason, warnings or f"in force on {place}")]
+
+
+def _words(problem: Problem) -> str:
+    parts = [part for part in (problem.field, problem.message) if part]
+    text = ": ".join(parts)
+    return f"{text} ({problem.remedy})" if problem.remedy else text
+
+
+# ---- The thread ------------------------------------------------------------------------------
+
+
+class Statuses:
+    """`published` and `poke` may be called from any thread."""
+
+    def __init__(
+        self, client: Client, watches: Watches, lead: Lead, metrics: Metrics, taint: bool = False
+    ) -> None:
+        """`taint`: also put the taint on nodes that never had a state in force."""
+        self._client = client
+        self._watches = watches
+        self._lead = lead
+        self._metrics = metrics
+        self._taint = taint
+        self._events = Events(client)
+        self._progress = Progress()
+        self._thread = threading.Thread(target=self._run, name="statuses", daemon=True)
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._latest: Published | None = None
+        self._policies: dict[PolicyKey, frozenset[str]] = {}
+        self._problems: dict[str, list[Problem]] = {}
+        self._arrived: list[tuple[int, float]] = []
+        self._written: dict[object, float] = {}
+        self._looked = -IDENTITY_SECONDS
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(STOP_SECONDS)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def poke(self) -> None:
+        self._wake.set()
+
+    def published(self, what: Published) -> None:
+        """In the runner's thread, and so cheap."""
+        with self._lock:
+            digests = {
+                name: _digest(item)
+                for (_, name), item in self._watches.node_states.snapshot().items()
+                if isinstance(item, Held)
+            }
+            self._latest = what
+            self._policies = policies_on_nodes(what)
+            self._progress.published(digests, self._policies)
+            if what.changed:
+                self._arrived.append((self._progress.number, what.arrived))
+        self._wake.set()
+
+    def _run(self) -> None:
+        pause = IDLE_SECONDS
+        while not self._stopping.is_set():
+            self._wake.wait(pause)
+            if self._stopping.is_set():
+                return
+            self._wake.clear()
+            try:
+                pause = self._round()
+            except NotLeader:
+                pause = IDLE_SECONDS
+            except KubeError as error:
+                log.warning("cannot write statuses, trying again", error=str(error))
+                pause = RETRY_SECONDS
+            except Exception:  # a fault of ours: said; publishing goes on without
+                log.exception("statuses failed")
+                pause = RETRY_SECONDS
+            self._stopping.wait(PAUSE_SECONDS)
+
+    def _round(self) -> float:
+        """Write what differs; seconds until something that must wait is due."""
+        self._watch_nodes()
+        with self._lock:
+            what = self._latest
+        if what is None or term_of(self._lead) is None:
+            return IDLE_SECONDS
+        self._problems = {}
+        for problem in what.problems:
+            self._problems.setdefault(problem.object, []).append(problem)
+        due = [self._nodes(), self._policy_statuses(what), self._identities(what)]
+        self._events.services(what.problems, what.world.snapshot.services, self._lead.check)
+        self._written = {
+            key: when
+            for key, when in self._written.items()
+            if time.monotonic() - when < POLICY_SECONDS
+        }
+        return min(due)
+
+    def _watch_nodes(self) -> None:
+        """Take over what nodes report; measure what has come to be in force everywhere."""
+        reported = {
+            name: item.item.status.realised or ""
+            for (_, name), item in self._watches.node_states.snapshot().items()
+            if isinstance(item, Held) and item.item.status is not UNSET
+        }
+        with self._lock:
+            self._progress.realised(reported)
+            reached, now = self._progress.everywhere(), time.monotonic()
+            done = [arrived for number, arrived in self._arrived if number <= reached]
+            self._arrived = [item for item in self._arrived if item[0] > reached]
+        for arrived in done:
+            self._metrics.realised_seconds.observe(now - arrived)
+
+    def _due(self, key: object, least: float) -> float:
+        """Seconds until `key` may be written again; 0: now."""
+        last = self._written.get(key)
+        return 0.0 if last is None else max(0.0, last + least - time.monotonic())
+
+    def _send(self, key: object, request: Callable[[float], bytes]) -> bytes | None:
+        """The answer; None: somebody was faster, and the next round will see it."""
+        left = self._lead.check()
+        try:
+            answer = request(min(left, 10.0))
+        except (Conflict, NotFound, AlreadyExists):
+            return None
+        except Invalid as error:
+            log.warning("a status was refused", object=str(key), error=str(error))
+            answer = None
+        self._written[key] = time.monotonic()
+        return answer
+
+    # ---- nodes ----
+
+    def _nodes(self) -> float:
+        """The taint goes when the node has a state in force."""
+        states = self._watches.node_states.snapshot()
+        for (_, name), node in self._watches.nodes.snapshot().items():
+            held = states.get(("", name))
+            status = held.item.status if isinstance(held, Held) else UNSET
+            steps: list[dict[str, Any]]
+            ready = status is not UNSET and bool(status.realised)
+            if ready and node.taint is not None:
+                path = f"/spec/taints/{node.taint}"
+                steps = [
+                    {"op": "test", "path": f"{path}/key", "value": NOT_READY_TAINT},
+                    {"op": "remove", "path": path},
+                ]
+            elif self._taint and not ready and node.taint is None and node.linux:
+                taint = {"key": NOT_READY_TAINT, "effect": "NoSchedule"}
+                steps = (
+                    [{"op": "add", "path": "/spec/taints/-", "value": taint}]
+                    if node.taints
+                    else [
+                        {"op": "test", "path": "/spec/taints", "value": None},
+                        {"op": "add", "path": "/spec/taints", "value": [taint]},
+                    ]
+                )
+            else:
+                continue
+            if self._due(("node", name), POLICY_SECONDS):
+                continue
+            body = msgspec.json.encode(steps)
+            self._send(
+                ("node", name),
+                lambda left, name=name, body=body: self._client.patch(  # type: ignore[misc]
+                    resources.NODES, name, body, kind="json", timeout=left
+                ),
+            )
+        return IDLE_SECONDS
+
+    # ---- policies ----
+
+    def _policy_statuses(self, what: Published) -> float:
+        held = self._watches.policy_statuses
+        if not held.synced:
+            return RETRY_SECONDS
+        there = held.snapshot()
+        wanted: set[tuple[str, str]] = set()
+        due = IDLE_SECONDS
+        for key, facts in what.world.snapshot.policies.items():
+            name = (key[0], policy_status_name("NetworkPolicy", key[1]))
+            wanted.add(name)
+            due = min(due, self._policy(ObjectName(*key), facts, name, there.get(name)))
+        for name, item in there.items():
+            kind = item.item.policy.kind if isinstance(item, Held) else "NetworkPolicy"
+            if name not in wanted and kind == "NetworkPolicy":
+                self._send(
+                    name,
+                    lambda left, at=name, item=item: self._client.delete(  # type: ignore[misc]
+                        resources.POLICY_STATUSES, at[1], at[0], uid=item.uid, timeout=left
+                    ),
+                )
+        return due
+
+    def _policy(
+        self, policy: ObjectName, facts: PolicyFacts, name: tuple[str, str], held: Any
+    ) -> float:
+        """Seconds until this one is due again."""
+        target = PolicyTarget(
+            kind="NetworkPolicy",
+            name=policy.name,
+            uid=facts.target.uid,
+            generation=facts.target.generation,
+        )
+        there: PolicyStatus | None = held.item if isinstance(held, Held) else None
+        if there is None or there.policy != target:
+            there = self._policy_object(name, target, held)
+            if there is None:
+                return RETRY_SECONDS
+        problems = self._problems.get(f"NetworkPolicy {policy}", [])
+        with self._lock:
+            count = self._progress.of((policy, target.uid, target.generation))
+        before = there.status if there.status is not UNSET else PolicyStatusStatus()
+        generation = there.metadata.generation or 0
+        status = PolicyStatusStatus(
+            nodes=NodeCount(realised=count.realised, total=count.total),
+            conditions=conditions(
+                of_policy(count, problems), before.conditions, generation, now_text()
+            ),
+            observed_generation=generation,
+        )
+        if status == before:
+            return IDLE_SECONDS
+        turned = _is_ready(before.conditions) != _is_ready(status.conditions)
+        wait = 0.0 if turned else self._due(name, POLICY_SECONDS)
+        if wait:
+            return wait
+        body = encode(
+            msgspec.structs.replace(there, metadata=_addressed(there.metadata), status=status)
+        )
+        answer = self._send(
+            name,
+            lambda left: self._client.update(
+                resources.POLICY_STATUSES, name[1], body, name[0], "status", timeout=left
+            ),
+        )
+        if answer is not None:
+            self._watches.policy_statuses.remember(answer)
+            self._events.policy(policy, facts.target.uid, before, status, self._lead.check)
+        return IDLE_SECONDS
+
+    def _policy_object(
+        self, name: tuple[str, str], target: PolicyTarget, held: Any
+    ) -> PolicyStatus | None:
+        """Create it, or make it tell of the policy's present generation."""
+        owner = OwnerReference(
+            api_version="networking.k8s.io/v1",
+            kind="NetworkPolicy",
+            name=target.name,
+            uid=target.uid,
+        )
+        item = PolicyStatus(
+            api_version=API_VERSION,
+            kind="PolicyStatus",
+            metadata=Meta(
+                name=name[1],
+                namespace=name[0],
+                owner_references=[owner],
+                resource_version=UNSET if held is None else held.version,
+            ),
+            policy=target,
+        )
+        body = encode(item)
+        resource = resources.POLICY_STATUSES
+        answer = self._send(
+            ("policy", name),
+            lambda left: (
+                self._client.create(resource, body, name[0], timeout=left)
+                if held is None
+                else self._client.update(resource, name[1], body, name[0], timeout=left)
+            ),
+        )
+        if answer is None:
+            return None
+        self._watches.policy_statuses.remember(answer)
+        return msgspec.json.decode(answer, type=PolicyStatus)
+
+    # ---- identities ----
+
+    def _identities(self, what: Published) -> float:
+        wait = self._looked + IDENTITY_SECONDS - time.monotonic()
+        if wait > 0:
+            return wait
+        self._looked = time.monotonic()
+        counts = Counter(pod.identity for pod in what.world.pods.values() if not pod.host_network)
+        for (_, name), held in self._watches.identities.snapshot().items():
+            if isinstance(held, Held):
+                item: Identity = held.item
+                key = IdentityKey(
+                    item.spec.namespace or "",
+                    tuple(sorted((item.spec.labels or {}).items())),
+                    tuple(item.spec.cidrs or ()),
+                )
+                self._identity(name, item, int(name), counts[key], "")
+            elif isinstance(held, UserIdentityFacts):
+                made = what.world.identities.get(name)
+                number = what.ledger.live.get(made.key) if made is not None else None
+                reason = what.world.stalled.get(name, "")
+                count = counts[made.key] if made is not None else 0
+                item = _as_identity(name, held)
+                self._identity(name, item, number, count, reason)
+        return IDENTITY_SECONDS
+
+    def _identity(
+        self, name: str, item: Identity, number: int | None, count: int, stalled: str
+    ) -> None:
+        if number is None and not stalled:
+            return  # not published yet
+        before = item.status if item.status is not UNSET else IdentityStatus()
+        generation = item.metadata.generation or 0
+        said = [Said("Ready", True, "Published", "every node knows the number")]
+        if stalled:
+            said = [
+                Said("Ready", False, "Stalled", stalled),
+                Said("Stalled", True, "Clash", stalled),
+            ]
+        status = IdentityStatus(
+            id=UNSET if number is None else number,
+            summary=identity_summary(item.spec),
+            endpoints=count,
+            conditions=conditions(said, before.conditions, generation, now_text()),
+            observed_generation=generation,
+        )
+        if status == before:
+            return
+        body = encode(
+            msgspec.structs.replace(item, metadata=_addressed(item.metadata), status=status)
+        )
+        answer = self._send(
+            ("identity", name),
+            lambda left: self._client.update(
+                resources.IDENTITIES, name, body, subresource="status", timeout=left
+            ),
+        )
+        if answer is not None:
+            self._watches.identities.remember(answer)
+
+
+def _is_ready(found: Iterable[Condition]) -> bool:
+    return any(item.type == "Ready" and item.status == "True" for item in found)
+
+
+def policies_on_nodes(what: Published) -> dict[PolicyKey, frozenset[str]]:
+    """Where each policy matters: the nodes with a pod that it selects."""
+    of_rule_set = {
+        name: [ObjectName(ref.namespace, ref.name) for ref in item.spec.policies]
+        for name, item in what.desired.rule_sets.items()
+    }
+    nodes: dict[ObjectName, set[str]] = {}
+    for node, content in what.desired.nodes.items():
+        for name in {policy for item in content.rule_sets for policy in of_rule_set[item]}:
+            nodes.setdefault(name, set()).add(node)
+    return {
+        (ObjectName(*key), facts.target.uid, facts.target.generation): frozenset(
+            nodes.get(ObjectName(*key), ())
+        )
+        for key, facts in what.world.snapshot.policies.items()
+    }
+
+
+def _digest(held: Held[Any]) -> str:
+    return str((held.item.metadata.annotations or {}).get(DIGEST_ANNOTATION, ""))
+
+
+def _addressed(meta: Meta) -> Meta:
+    """What an update of a status needs to say of the object."""
+    return Meta(
+        name=meta.name,
+        namespace=meta.namespace,
+        resource_version=meta.resource_version,
+        uid=meta.uid,
+    )
+
+
+def _as_identity(name: str, facts: UserIdentityFacts) -> Identity:
+    spec = facts.spec
+    return Identity(
+        api_version=API_VERSION,
+        kind="Identity",
+        metadata=Meta(name=name, uid=facts.target.uid, generation=facts.target.generation,
+                      resource_version=facts.version),
+        spec=IdentitySpec(
+            namespace=UNSET if spec.namespace is None else spec.namespace,
+            labels=UNSET if spec.labels is None else spec.labels,
+            cidrs=UNSET if spec.cidrs is None else spec.cidrs,
+        ),
+        status=facts.status,
+    )  # fmt: skip

@@ -1,0 +1,215 @@
+"""What the operator tells people, on a real API server: in force, on its way, or not as
+written; and only when it changed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from support import town_api
+from support.operator_town import SECONDS, Town, policy, populate
+from support.town_api import apply, node
+from support.waiting import until
+from tidegate_api.state import NodeState
+from tidegate_kube import NotFound, resources
+
+pytestmark = pytest.mark.apiserver
+
+NAME = "networkpolicy.p"
+TAINT = {"key": "tidegate.dev/agent-not-ready", "effect": "NoSchedule"}
+OTHER = {"key": "example.com/other", "effect": "NoSchedule"}
+
+
+def held(town: Town, name: str = NAME) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(
+            town.client.get(resources.POLICY_STATUSES, name, "default")
+        )
+    except NotFound:
+        return {}
+    return found
+
+
+def conditions(found: dict[str, Any]) -> dict[str, str]:
+    return {c["type"]: c["status"] for c in found.get("status", {}).get("conditions", [])}
+
+
+def counts(found: dict[str, Any]) -> tuple[int, int]:
+    nodes = found.get("status", {}).get("nodes", {})
+    return nodes.get("realised", -1), nodes.get("total", -1)
+
+
+def say(town: Town, want: dict[str, str], nodes: tuple[int, int]) -> dict[str, Any]:
+    """Wait until the status says so, of the object's own newest generation."""
+
+    def done() -> bool:
+        found = held(town)
+        return (conditions(found), counts(found)) == (want, nodes) and found["status"][
+            "observedGeneration"
+        ] == found["metadata"]["generation"]
+
+    until(done, f"{want} {nodes}", SECONDS)
+    return held(town)
+
+
+REALISING = {"Ready": "False", "Reconciling": "True"}
+READY = {"Ready": "True"}
+STALLED = {"Ready": "False", "Stalled": "True"}
+
+
+def events(town: Town) -> list[tuple[str, str, str]]:
+    found = [
+        msgspec.json.decode(raw)
+        for page in town.client.pages(resources.EVENTS)
+        for raw in page.items
+    ]
+    return sorted((e["regarding"]["name"], e["type"], e["reason"]) for e in found)
+
+
+def test_policy_is_ready_when_every_node_has_it(town: Town) -> None:
+    populate(town)
+    town.settled()
+    found = say(town, REALISING, (0, 2))
+    there = json.loads(town.client.get(resources.NETWORK_POLICIES, "p", "default"))["metadata"]
+    assert found["policy"] == {"kind": "NetworkPolicy", "name": "p", "uid": there["uid"],
+                               "generation": there["generation"]}  # fmt: skip
+    assert found["metadata"]["ownerReferences"][0]["uid"] == there["uid"]
+    town.realise("n1")
+    say(town, REALISING, (1, 2))
+    town.realise("n2")
+    say(town, READY, (2, 2))
+
+
+def test_edited_policy_is_not_ready_until_it_is_in_force_again(town: Town) -> None:
+    populate(town)
+    town.settled()
+    for name in ("n1", "n2"):
+        town.realise(name)
+    first = say(town, READY, (2, 2))
+    apply(town.client, policy("p", {"podSelector": {}}))
+    town.settled()
+    second = say(town, REALISING, (0, 2))
+    assert second["policy"]["generation"] == first["policy"]["generation"] + 1
+    assert second["metadata"]["generation"] == first["metadata"]["generation"] + 1
+    for name in ("n1", "n2"):
+        town.realise(name)
+    say(town, READY, (2, 2))
+
+
+def test_policy_not_as_written_stalls_with_an_event_once(town: Town) -> None:
+    populate(town)
+    apply(town.client, policy("p", {"podSelector": {}, "ingress": [{"ports": [{"port": "web"}]}]}))
+    town.settled()
+    say(town, STALLED, (0, 2))
+    until(lambda: events(town), "an event", SECONDS)
+    assert events(town) == [("p", "Warning", "NotAsWritten")]
+    town.restart()
+    town.settled()
+    town.realise("n1")
+    say(town, STALLED, (1, 2))
+    assert events(town) == [("p", "Warning", "NotAsWritten")]
+    apply(town.client, policy("p", {"podSelector": {}}))
+    until(lambda: len(events(town)) == 2, "an event that it goes on", SECONDS)
+    assert events(town)[0] == ("p", "Normal", "AsWritten")
+
+
+def test_status_goes_with_its_policy_and_comes_back_if_deleted(town: Town) -> None:
+    populate(town)
+    town.settled()
+    say(town, REALISING, (0, 2))
+    town_api.remove(town.client, resources.POLICY_STATUSES, NAME, "default")
+    say(town, REALISING, (0, 2))
+    town_api.remove(town.client, resources.NETWORK_POLICIES, "p", "default")
+    until(lambda: not held(town), "gone", SECONDS)
+
+
+def test_restart_writes_no_status(town: Town) -> None:
+    populate(town)
+    town.settled()
+    for name in ("n1", "n2"):
+        town.realise(name)
+    before = say(town, READY, (2, 2))
+    until(lambda: all("status" in item for item in identities(town).values()), "statuses", SECONDS)
+    versions = {
+        name: item["metadata"]["resourceVersion"] for name, item in identities(town).items()
+    }
+    town.restart()
+    town.settled()
+    until(lambda: town.statuses._looked > 0, "looked at identities", SECONDS)
+    # What it would write, it writes before it removes the status of a policy that goes.
+    apply(town.client, policy("q", {"podSelector": {}}))
+    until(lambda: held(town, "networkpolicy.q"), "another policy's", SECONDS)
+    assert held(town)["metadata"]["resourceVersion"] == before["metadata"]["resourceVersion"]
+    assert versions == _versions(town)
+
+
+def _versions(town: Town) -> dict[str, str]:
+    return {name: item["metadata"]["resourceVersion"] for name, item in identities(town).items()}
+
+
+def identities(town: Town) -> dict[str, dict[str, Any]]:
+    found = [
+        msgspec.json.decode(raw)
+        for page in town.client.pages(resources.IDENTITIES)
+        for raw in page.items
+    ]
+    return {item["metadata"]["name"]: item for item in found}
+
+
+def _user_identity(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "apiVersion": "tidegate.dev/v1alpha1",
+        "kind": "Identity",
+        "metadata": {"name": name},
+        "spec": spec,
+    }
+
+
+def test_identities_say_what_they_are(town: Town) -> None:
+    populate(town)
+    apply(town.client, _user_identity("soon", {"namespace": "default", "labels": {"app": "soon"}}))
+    apply(town.client, _user_identity("inside", {"cidrs": ["10.244.0.0/25"]}))
+    town.settled()
+
+    def said() -> dict[str, tuple[str, int, dict[str, str]]]:
+        return {
+            item["status"].get("summary", "") + ("" if name.isdigit() else f" {name}"): (
+                str(item["status"].get("id", "")),
+                item["status"].get("endpoints", 0),
+                conditions(item),
+            )
+            for name, item in identities(town).items()
+            if "status" in item
+        }
+
+    until(lambda: len(said()) == 5, "statuses of all", SECONDS)
+    found = said()
+    by_labels = {
+        json.dumps(item["spec"].get("labels")): name
+        for name, item in identities(town).items()
+        if name.isdigit()
+    }
+    assert found["app=a"] == (by_labels['{"app": "a"}'], 1, READY)
+    assert found["app=soon soon"] == (by_labels['{"app": "soon"}'], 0, READY)
+    assert found["10.244.0.0/25 inside"] == ("", 0, STALLED)
+
+
+def test_taint_goes_when_the_node_has_a_state_in_force(town: Town) -> None:
+    populate(town)
+    for name, number, taints in (("n1", 0, [OTHER, TAINT]), ("n2", 1, [TAINT])):
+        tree = node(name, number)
+        tree["spec"]["taints"] = taints
+        apply(town.client, tree)
+    town.settled()
+    town.realise("n1")
+
+    def taints(name: str) -> list[str]:
+        spec = json.loads(town.client.get(resources.NODES, name))["spec"]
+        return [item["key"] for item in spec.get("taints", [])]
+
+    until(lambda: taints("n1") == [OTHER["key"]], "the taint gone", SECONDS)
+    assert taints("n2") == [TAINT["key"]]
+    assert town.nodes()["n1"].metadata.name == "n1"
+    assert isinstance(town.nodes()["n2"], NodeState)
