@@ -12,7 +12,7 @@ RUN_DIR ?= /run/tidegate
 EXAMPLE ?= examples/shop
 # Installed only where missing; `apt-get` is not called otherwise.
 BUILD_PACKAGES := python3-venv $(CLANG) libbpf1 libbpf-dev linux-libc-dev libc6-dev gcc libjansson-dev
-TEST_PACKAGES := iproute2 openssl qemu-system-x86 busybox-static cpio
+TEST_PACKAGES := iproute2 openssl qemu-system-x86 busybox-static cpio lua5.4
 # A machine that has Docker keeps its own.
 E2E_PACKAGES := debootstrap iptables iproute2 gcc libc6-dev $(if $(shell command -v dockerd),,docker.io)
 SOURCES := $(wildcard datapath/*.bpf.c)

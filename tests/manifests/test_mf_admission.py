@@ -110,31 +110,40 @@ def two_nodes(installed: Installed) -> tuple[Client, Client]:
 STATUS = {"realised": "0" * 40, "endpoints": 1, "drift": 0, "formats": [1], "conditions": []}
 
 
-def _raw_status(name: str, of: Client) -> bytes:
-    item = msgspec.json.decode(
-        next(iter(of.pages(NODE_STATES, field_selector=f"metadata.name={name}"))).items[0]
+def _report(loader: Client, name: str) -> dict[str, Any]:
+    body = msgspec.json.encode({"status": STATUS})
+    made: dict[str, Any] = msgspec.json.decode(
+        loader.patch(NODE_STATES, name, body, subresource="status")
     )
-    return msgspec.json.encode({**item, "status": STATUS})
+    return made
 
 
 def test_a_loader_writes_its_own_status(two_nodes: tuple[Client, Client]) -> None:
     for name, loader in zip(("node-a", "node-b"), two_nodes, strict=True):
-        body = loader.update(NODE_STATES, name, _raw_status(name, loader), subresource="status")
-        assert msgspec.json.decode(body)["status"] == STATUS
+        assert _report(loader, name)["status"] == STATUS
 
 
 def test_a_loader_writes_no_other_status(two_nodes: tuple[Client, Client]) -> None:
-    loader = two_nodes[0]
     with pytest.raises(Forbidden, match="NodeState node-b is written by the loader on that node"):
-        loader.update(NODE_STATES, "node-b", _raw_status("node-b", loader), subresource="status")
+        _report(two_nodes[0], "node-b")
+
+
+def test_a_status_brings_nothing_else_along(two_nodes: tuple[Client, Client]) -> None:
+    # A patch of the subresource that tries to change the rest leaves the rest as it is.
+    body = {"status": STATUS, "spec": {"mode": "Detached"}, "metadata": {"labels": {"a": "b"}}}
+    answer = two_nodes[0].patch(
+        NODE_STATES, "node-a", msgspec.json.encode(body), subresource="status"
+    )
+    item = msgspec.json.decode(answer)
+    assert item["spec"]["mode"] == "Enforcing"
+    assert "labels" not in item["metadata"]
 
 
 def test_a_token_bound_to_no_pod_writes_no_status(
     installed: Installed, two_nodes: tuple[Client, Client]
 ) -> None:
-    loader = installed.account("tidegate-loader")
     with pytest.raises(Forbidden, match="written by the loader on that node"):
-        loader.update(NODE_STATES, "node-a", _raw_status("node-a", loader), subresource="status")
+        _report(installed.account("tidegate-loader"), "node-a")
 
 
 def _loader_may_not(client: Client) -> list[str]:
