@@ -152,7 +152,7 @@ e2e: install .cache/e2e-packages kube-binaries ## Tidegate on a cluster of kind;
 	$(say) "tests on a cluster of kind"
 	@$(PYTEST) -q e2e
 
-soak: install .cache/test-packages ## the long campaigns in full; writes soak/results.json
+soak: install .cache/test-packages kube-apiserver ## the long campaigns in full; writes soak/results.json
 	$(say) "campaigns in full; this takes long"
 	@TIDEGATE_SOAK=1 $(PYTEST) -q tests/campaign tests/kernel/test_dp_fuzz.py tests/kube/test_ku_faults.py
 

@@ -35,6 +35,8 @@ WATCH_FAULTS = ("410", "error", "twice", "again", "swapped", "lost", "cut", "tor
 connection goes down; `torn`: half of it, as the connection goes down; `mute`: nothing comes
 any more, but the connection stays. No order or loss that the client could not notice."""
 
+ALL_FAULTS = frozenset(REQUEST_FAULTS + WATCH_FAULTS)
+
 
 class _Cut(Exception):
     """Close the connection now."""
@@ -46,6 +48,7 @@ class FaultProxy:
     def __init__(self, upstream: ApiServer, seed: int) -> None:
         access = upstream.access
         self.rate = 0.0
+        self.kinds = ALL_FAULTS
         self.blocked = False
         """As if the server could not be reached."""
         self.mute_all = False
@@ -83,9 +86,10 @@ class FaultProxy:
     def draw(self, among: tuple[str, ...], scope: str) -> str:
         """A fault to make, counted, or "" for none."""
         with self._lock:
-            if self._random.random() >= self.rate:
+            possible = [fault for fault in among if fault in self.kinds]
+            if not possible or self._random.random() >= self.rate:
                 return ""
-            fault = self._random.choice(among)
+            fault = self._random.choice(possible)
             self.faults[f"{scope} {fault}"] += 1
             return fault
 
@@ -337,7 +341,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._chunk(line)
                 return following
         if fault == "again" and past:
-            self._chunk(past[int(self.owner.number(len(past) - 0.01))])
+            # Mostly of the near past: where objects were that have gone since.
+            self._chunk(past[-1 - int(min(self.owner.number(8.0), len(past) - 1))])
         if fault == "slow":
             self.owner.wait(self.owner.number(0.3))
         self._chunk(line * 2 if fault == "twice" else line)
