@@ -90,6 +90,7 @@ class Loader:
 
     def _start(self) -> None:
         self._attached = True
+        self._paths.detached.unlink(missing_ok=True)
         # The kernel verifies programs without the interpreter's lock: read meanwhile.
         foresight = _Foresight(self._source, self._builder)
         foresight.start()
@@ -119,6 +120,11 @@ class Loader:
         self._actual = self._kernel.actual(self._realised, names, foresight.ipcache)
         # Without a word of how it ended, the last apply may have missed its bump.
         self._actual.interrupted = self._paths.applying.exists()
+
+    @property
+    def detached(self) -> bool:
+        """Nothing of ours is in the kernel, as the NodeState wants it."""
+        return not self._attached
 
     @property
     def leaving(self) -> bool:
@@ -199,16 +205,25 @@ class Loader:
     def _gate(self, look_again: bool) -> list[str]:
         """Attach to the interfaces; `self._gated` are those that endpoints may use."""
         interfaces, problems = self._source.interfaces()
-        if look_again or self.waiting or self.leaving or interfaces is not self._asked:
-            gated, unattached = self._attacher.interfaces(interfaces)
+        wanted = self._gateable(interfaces)
+        if look_again or self.waiting or self.leaving or wanted != self._asked:
+            gated, unattached = self._attacher.interfaces(wanted)
             problems = [*problems, *unattached]
             if gated != self._gated:
                 self._gated = gated
-            self._asked = interfaces
-            self.waiting = len(gated) < len(interfaces)
+            self._asked = wanted
+            self.waiting = len(gated) < len(wanted)
             if self._arrivals is not None:
                 self._forget_gone(self._arrivals, interfaces)
         return problems
+
+    def _gateable(self, interfaces: dict[str, LocalInterface]) -> dict[str, LocalInterface]:
+        """Not those of pods that ran before us and that no NodeState names: they would be cut
+        off for what is not their fault."""
+        if not any(interface.adopted for interface in interfaces.values()):
+            return interfaces
+        published = self._published()
+        return {u: i for u, i in interfaces.items() if not i.adopted or u in published}
 
     def _forget_gone(self, arrivals: cni.Server, interfaces: Mapping[str, LocalInterface]) -> None:
         """Remove the files of pods that are gone: taken down through the CNI step, or in
@@ -299,6 +314,7 @@ class Loader:
             self._kernel, self._attached = None, False
             interfaces, _ = self._source.interfaces()
             self._paths.enforcing.unlink(missing_ok=True)
+            self._paths.detached.touch()
             attach.detach(self._options.pin_dir, [i.ifindex for i in interfaces.values()])
             self._log.warning("detached: nothing of this node is enforced")
         self._desired, self._built_from = None, None

@@ -8,6 +8,7 @@ CLI. Types and their bytes only: no watching, no kernel.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -31,6 +32,8 @@ class LocalInterface(Model, frozen=True):
     """Six hex pairs with colons: the pod's end."""
     host_mac: str
     addresses: list[str]
+    adopted: bool = False
+    """It ran before there was a gate: it is not gated until its NodeState names it."""
 
 
 class RealisedEndpoint(Model, frozen=True):
@@ -102,6 +105,18 @@ class NodePaths:
         self.enforcing = self.node / "enforcing"
         """Exists from the first state in force until the node is detached, reboots included:
         while it does, and no programs are loaded, the CNI step lets no pod start."""
+        self.detached = self.node / "detached"
+        """Exists while nothing is enforced here on purpose."""
+
+
+def leave(paths: NodePaths) -> None:
+    """Remove what a detached node's loader keeps, but for the word that it is detached."""
+    shutil.rmtree(paths.objects, ignore_errors=True)
+    for path in paths.node.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != paths.detached:
+            path.unlink()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -23,7 +23,7 @@ from tidegate_bpf import BpfError, netns
 
 from tidegate_loader import attach, cni, log
 from tidegate_loader.loader import Loader
-from tidegate_loader.local import NodePaths
+from tidegate_loader.local import NodePaths, leave
 from tidegate_loader.source import Source, Watch
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ def _serve(
     logger: Any,
     stack: contextlib.ExitStack,
     api: Mirror | None,
-) -> None:
+) -> bool:
+    """Until a signal ends it. Whether the node was detached at the end."""
     signals = _Signals()
     arrivals = None
     if options.cni_socket is not None:
@@ -148,6 +149,7 @@ def _serve(
             arrivals.turned()
 
     _run(loader, paths, signals, turned)
+    return loader.detached
 
 
 def _mirror(
@@ -194,9 +196,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.callback(loader.close)
                 loader.cycle()
                 return 0 if loader.realised_now else 1
-            _serve(options, paths, logger, stack, api)
+            detached = _serve(options, paths, logger, stack, api)
         except (BpfError, OSError) as error:
             print(f"tidegate-loader: {error}", file=sys.stderr)
             return 1
-    logger.info("stopped, everything stays in force")
+    if detached and options.kube:
+        leave(paths)
+        logger.info("stopped, nothing is left")
+    else:
+        logger.info("stopped, everything stays in force")
     return 0
