@@ -21,7 +21,8 @@ import pytest
 from tidegate_cli.main import build_parser
 
 DOCS = Path(__file__).parents[3] / "docs"
-LOADER = "tidegate-loader"
+MODULES = {"tidegate-loader": "tidegate_loader", "tidegate-node-setup": "tidegate_loader.setup"}
+"""Programs that are no part of `tidegate` -> what runs them."""
 COLUMNS = "100"
 EMBEDDED = re.compile(r"^<!-- help: (.+?) -->\n```text\n(.*?)^```$", re.M | re.S)
 
@@ -47,13 +48,14 @@ def _real_helps() -> dict[str, str]:
     # The parser takes its name from argv[0], usage texts from the parser's prog.
     with mock.patch.dict(os.environ, environment), mock.patch.object(sys, "argv", ["tidegate"]):
         helps = {name: p.format_help() for name, p in _parsers(build_parser(), "tidegate")}
-    helps[LOADER] = subprocess.run(
-        [sys.executable, "-m", "tidegate_loader", "--help"],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    for program, module in MODULES.items():
+        helps[program] = subprocess.run(
+            [sys.executable, "-m", module, "--help"],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
     return helps
 
 
