@@ -61,6 +61,12 @@ MIN_SHARDS = 8
 SHARD_ENTRIES = 2048
 """A table has the fewest shards, a power of two and at least MIN_SHARDS, that hold on average
 no more keys than this: what one change makes every loader read again."""
+Sizes = Mapping[Table, int]
+"""Keys a shard, on average, of the tables that are not cut by SHARD_ENTRIES."""
+FOLDER_SIZES: Sizes = {}
+CLUSTER_SIZES: Sizes = {"ipcache": 64, "services": 8, "peers": 16}
+"""Where every shard that changes is sent to every node: some 4 KiB each. The folder's nodes
+read from a disk, and reading few large files costs them less."""
 FIRST_EPOCH = 1
 TABLE_LABEL = "tidegate.dev/table"
 
@@ -116,10 +122,10 @@ def ledger_of(identities: Iterable[Identity]) -> Ledger:
     return Ledger(live, ordered, max((count for _, count in ordered.values()), default=0))
 
 
-def shards_for(keys: int) -> int:
-    """How many shards a table of so many keys needs."""
+def shards_for(keys: int, entries: int) -> int:
+    """How many shards a table of so many keys needs, with `entries` in each on average."""
     shards = MIN_SHARDS
-    while keys > shards * SHARD_ENTRIES:
+    while keys > shards * entries:
         shards *= 2
     return shards
 
@@ -177,31 +183,27 @@ def node_object(
     )
 
 
-def render(desired: Desired, ledger: Ledger) -> list[StateObject]:
+def render(desired: Desired, ledger: Ledger, sizes: Sizes = FOLDER_SIZES) -> list[StateObject]:
     """Every object, in publish order, as a first publish into an empty place writes them."""
-    sizes = {
-        "peers": len(desired.peers),
-        "ipcache": len(desired.ipcache),
-        "services": len(desired.services),
+    content: dict[Table, Mapping[str, Any]] = {
+        "ipcache": desired.ipcache,
+        "services": desired.services,
+        "peers": desired.peers,
     }
-    tables = {
-        table: TableRef(
-            epoch=FIRST_EPOCH,
-            shards=shards_for(sizes[table]),
-            min_revision=int(table == "peers"),
-        )
-        for table in TABLES
+    shards = {table: _shards(table, content[table], sizes) for table in content}
+    tables: dict[str, TableRef] = {
+        table: TableRef(epoch=FIRST_EPOCH, shards=len(items), min_revision=int(table == "peers"))
+        for table, items in shards.items()
     }
     found: list[StateObject] = [*ledger_objects(ledger).values(), *desired.rule_sets.values()]
-    found += _slices("peers", desired.peers)
+    found += shards["peers"]
     found += [node_object(name, content, tables) for name, content in desired.nodes.items()]
-    found += _slices("ipcache", desired.ipcache)
-    found += _slices("services", desired.services)
+    found += shards["ipcache"] + shards["services"]
     return found
 
 
-def _slices(table: Table, content: Mapping[str, Any]) -> list[StateSlice]:
-    parts = _split(content, shards_for(len(content)))
+def _shards(table: Table, content: Mapping[str, Any], sizes: Sizes) -> list[StateSlice]:
+    parts = _split(content, shards_for(len(content), sizes.get(table, SHARD_ENTRIES)))
     places = [(FIRST_EPOCH, shard, len(parts)) for shard in range(len(parts))]
     return [slice_object(table, place, 1, p) for place, p in zip(places, parts, strict=True)]
 
@@ -214,10 +216,14 @@ def _split(content: Mapping[str, Any], shards: int) -> list[dict[str, Any]]:
 
 
 def write_stream(
-    desired: Desired, ledger: Ledger, stream: TextIO, form: Literal["yaml", "json"]
+    desired: Desired,
+    ledger: Ledger,
+    stream: TextIO,
+    form: Literal["yaml", "json"],
+    sizes: Sizes = FOLDER_SIZES,
 ) -> None:
     """Write every object to `stream`: YAML documents, or one JSON List."""
-    items = [msgspec.to_builtins(item) for item in render(desired, ledger)]
+    items = [msgspec.to_builtins(item) for item in render(desired, ledger, sizes)]
     if form == "json":
         whole = {"apiVersion": "v1", "kind": "List", "items": items}
         stream.write(msgspec.json.format(encode(whole), indent=2).decode() + "\n")
@@ -305,10 +311,17 @@ class Publisher:
     """The only writer of a store's objects. Starts from what is there, and before each
     publish takes over what somebody else made of it meanwhile: that is repaired."""
 
-    def __init__(self, store: ObjectStore, grace: float = 0.0, term: int | None = None) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        sizes: Sizes = FOLDER_SIZES,
+        grace: float = 0.0,
+        term: int | None = None,
+    ) -> None:
         """`grace`: seconds for which an unused rule set stays, for nodes that lag behind.
         `term`: see `node_object`."""
         self._store = store
+        self._sizes = sizes
         self._grace = grace
         self._term = term
         self._tables = {
@@ -352,9 +365,10 @@ class Publisher:
         self._reshard("peers", desired.peers)
         self._reshard("ipcache", desired.ipcache)
         self._reshard("services", desired.services)
-        self._write_table("peers", self._bridge(desired))
+        facts = _differing(self._tables["ipcache"].content, desired.ipcache)
+        self._write_table("peers", self._bridge(desired, facts))
         self._write_nodes(desired.nodes, missing)
-        self._write_table("ipcache", desired.ipcache)
+        self._write_table("ipcache", desired.ipcache, facts)
         self._write_table("services", desired.services)
         self._write_table("peers", self._needed(desired))
         self._remove_nodes(desired.nodes)
@@ -454,14 +468,14 @@ class Publisher:
         self._known = dict(wanted)
         return self._put([item for item in wanted.values() if not _held(held, item)])
 
-    def _bridge(self, desired: Desired) -> dict[str, PeerSet]:
+    def _bridge(self, desired: Desired, facts: set[str]) -> dict[str, PeerSet]:
         """Peer sets between old and new: also those that node states in force still name,
-        and also members whose addresses ipcache is about to move."""
+        and also members whose addresses ipcache is about to move: some of `facts`."""
         held: dict[str, IPCacheEntry] = self._tables["ipcache"].content
         moving = {
             held[cidr].identity
-            for cidr, entry in desired.ipcache.items()
-            if cidr in held and held[cidr] is not entry and held[cidr].identity != entry.identity
+            for cidr in facts & desired.ipcache.keys() & held.keys()
+            if held[cidr].identity != desired.ipcache[cidr].identity
         }
         peers: dict[str, PeerSet] = dict(desired.peers)
         for name, before in self._tables["peers"].content.items():
@@ -490,7 +504,8 @@ class Publisher:
 
     def _reshard(self, table: Table, wanted: Mapping[str, Any]) -> None:
         """Room for `wanted`. A table that shrank keeps its shards: small ones cost little."""
-        state, shards = self._tables[table], shards_for(len(wanted))
+        state = self._tables[table]
+        shards = shards_for(len(wanted), self._sizes.get(table, SHARD_ENTRIES))
         if not state.shards:
             state.shards, state.items = [None] * shards, [None] * shards
         if shards <= len(state.shards):
@@ -507,11 +522,16 @@ class Publisher:
         self._must_put(items)
         self._tables[table] = _TableState(content, [*parts], [*items], revision, epoch, epoch)
 
-    def _write_table(self, table: Table, wanted: Mapping[str, Any]) -> None:
+    def _write_table(
+        self, table: Table, wanted: Mapping[str, Any], differing: set[str] | None = None
+    ) -> None:
+        """`differing`: what `_differing` says of it, where it is known."""
         state = self._tables[table]
         shards = len(state.shards)
         parts: dict[int, dict[str, Any]] = {}
-        for key in _differing(state.content, wanted):
+        if differing is None:
+            differing = _differing(state.content, wanted)
+        for key in differing:
             shard = shard_of(key, shards)
             part = parts.setdefault(shard, dict(state.shards[shard] or {}))
             if key in wanted:
@@ -617,13 +637,11 @@ def _owner(meta: Meta) -> str:
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    absent = object()
-    found = {
-        key
-        for key, entry in now.items()
-        if (held := before.get(key, absent)) is not entry and held != entry
-    }
-    found.update(before.keys() - now.keys())
+    # No entry is None, so an absent one differs from every one.
+    get = before.get
+    found = {key for key, entry in now.items() if (held := get(key)) is not entry and held != entry}
+    if len(now) - len(before) != sum(key not in before for key in found):
+        found.update(before.keys() - now.keys())
     return found
 
 

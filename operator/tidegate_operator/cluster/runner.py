@@ -7,6 +7,7 @@ an error interrupts stays as it is in force and is tried again.
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -232,7 +233,7 @@ class Runner:
         if self._store is not None:
             self._store.close()
         self._store = KubeStore(self._client, self.watches.ours, self._lead.check, self._counted)
-        self._publisher = publish.Publisher(self._store, GRACE_SECONDS, term)
+        self._publisher = publish.Publisher(self._store, publish.CLUSTER_SIZES, GRACE_SECONDS, term)
         self._ledger = publish.ledger_of(self._store.held(Identity).values())
         self._term, self._done = term, None
         self._say("leading", term=term)
@@ -283,6 +284,11 @@ class Runner:
         self._finished(
             Published(now, desired, ledger, found, arrived, ended, bool(written)), len(written)
         )
+        if self._done is None:
+            # What a cluster is made of lives long: the collector need not look at it again
+            # with every burst of changes, which would take longer than the change.
+            gc.collect()
+            gc.freeze()
         self._done, self._failures, self.error = snapshot, 0, ""
 
     def _finished(self, published: Published, written: int) -> None:

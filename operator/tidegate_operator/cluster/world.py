@@ -27,6 +27,7 @@ from tidegate_operator.objects import (
     Node,
     ObjectName,
     Pod,
+    Policy,
     Service,
     UserIdentity,
     World,
@@ -63,6 +64,9 @@ class ClusterWorld(World):
     by_service: dict[ObjectName, tuple[EndpointList, ...]] = field(compare=False, repr=False)
     stalled: dict[str, str] = field(compare=False, repr=False)
     """User-made Identities that are not in force, and why."""
+    claims: dict[str, tuple[PodFacts, ...]] = field(compare=False, repr=False)
+    """address -> the pods that say they have it, in order of their names."""
+    said: tuple[Problem, ...] = field(compare=False, repr=False)
 
 
 def build(
@@ -70,16 +74,11 @@ def build(
 ) -> tuple[ClusterWorld, tuple[Problem, ...]]:
     """Never raises for what the snapshot says."""
     before = previous or EMPTY_WORLD
-    written = {
-        ObjectName(*key): snapshot.policies[key].written for key in sorted(snapshot.policies)
-    }
-    policies = meanings.policies(written, before.policies)
-    mentioned = meanings.mentioned(policies.values())
-    nodes = _nodes(snapshot.nodes.values(), before.nodes)
+    policies, mentioned = _policies(snapshot, before)
+    nodes = _nodes(snapshot, before)
     pod_cidrs = tuple(sorted({cidr for node in nodes.values() for cidr in node.pod_cidrs}))
-    pods = _pods(snapshot, mentioned, before)
-    specs = {name: item.spec for (_, name), item in sorted(snapshot.identities.items())}
-    found, stalled = meanings.user_identities(specs, mentioned, pod_cidrs)
+    pods, claims = _pods(snapshot, mentioned, before)
+    found, stalled = _user_identities(snapshot, mentioned, pod_cidrs, before)
     by_service = _by_service(snapshot, before)
     served = _services(snapshot, before)
     world = ClusterWorld(
@@ -99,18 +98,46 @@ def build(
         snapshot=snapshot,
         by_service=by_service,
         stalled=stalled,
+        claims=claims,
+        said=_said(snapshot, before),
     )
-    return world, tuple(_problems(world))
+    return world, (*world.said, *_stalled(stalled))
+
+
+def _policies(
+    snapshot: Snapshot, before: ClusterWorld
+) -> tuple[dict[ObjectName, Policy], frozenset[str]]:
+    if snapshot.policies is before.snapshot.policies:
+        return before.policies, before.mentioned
+    written = {
+        ObjectName(*key): snapshot.policies[key].written for key in sorted(snapshot.policies)
+    }
+    found = meanings.policies(written, before.policies)
+    return found, meanings.mentioned(found.values())
+
+
+def _user_identities(
+    snapshot: Snapshot, mentioned: frozenset[str], pod_cidrs: tuple[str, ...], before: ClusterWorld
+) -> tuple[dict[str, UserIdentity], dict[str, str]]:
+    if snapshot.identities is before.snapshot.identities and (mentioned, pod_cidrs) == (
+        before.mentioned,
+        before.pod_cidrs,
+    ):
+        return before.identities, before.stalled
+    specs = {name: item.spec for (_, name), item in sorted(snapshot.identities.items())}
+    return meanings.user_identities(specs, mentioned, pod_cidrs)
 
 
 # ---- nodes and namespaces ------------------------------------------------------------------
 
 
-def _nodes(facts: Iterable[NodeFacts], before: Mapping[str, Node]) -> dict[str, Node]:
+def _nodes(snapshot: Snapshot, before: ClusterWorld) -> dict[str, Node]:
+    if snapshot.nodes is before.snapshot.nodes:
+        return dict(before.nodes)
     found = {}
-    for item in sorted(facts, key=lambda item: item.name):
+    for item in sorted(snapshot.nodes.values(), key=lambda item: item.name):
         made = Node(item.name, item.addresses, item.pod_cidrs, item.uid)
-        held = before.get(item.name)
+        held = before.nodes.get(item.name)
         found[item.name] = held if held is not None and held == made else made
     return found
 
@@ -135,41 +162,70 @@ def _namespaces(
 
 def _pods(
     snapshot: Snapshot, mentioned: frozenset[str], before: ClusterWorld
-) -> dict[ObjectName, Pod]:
+) -> tuple[Mapping[ObjectName, Pod], dict[str, tuple[PodFacts, ...]]]:
+    """Pods that exist for the network, and the claims to addresses. Looks only at pods that
+    changed, and those that claim an address with one of them."""
     same = mentioned == before.mentioned
     if same and snapshot.pods is before.snapshot.pods:
-        return dict(before.pods)
-    live = [item for item in snapshot.pods.values() if item.node and not item.ended]
-    live.sort(key=lambda item: item.key)
-    lost = _lost(live)
-    found: dict[ObjectName, Pod] = {}
-    for item in live:
-        addresses = item.addresses
-        if item.uid in lost:
-            addresses = tuple(text for text in addresses if text not in lost[item.uid])
-        held = before.pods.get(item.key)
-        if held is None or not same or held.origin is not item or held.addresses != addresses:
-            made = _pod(item, addresses, mentioned)
-            held = held if held is not None and held == made and held.origin is item else made
-        found[item.key] = held
-    return found
-
-
-def _lost(live: Iterable[PodFacts]) -> dict[str, set[str]]:
-    """UID -> addresses that another pod has the better claim to."""
-    owners: dict[str, PodFacts] = {}
-    lost: dict[str, set[str]] = {}
-    for item in live:
-        if item.host_network:
+        return before.pods, before.claims
+    old: Mapping[Key, PodFacts] = before.snapshot.pods if same else {}
+    now = snapshot.pods
+    changed = [key for key, item in now.items() if old.get(key) is not item]
+    gone = [key for key in old if key not in now]
+    claims = dict(before.claims) if same else {}
+    contested: set[str] = set()
+    for key in (*gone, *changed):
+        if (item := old.get(key)) is not None and _claims(item):
+            for text in item.addresses:
+                _change(claims, text, [held for held in claims[text] if held is not item])
+                contested.add(text)
+    for key in changed:
+        if _claims(item := now[key]):
+            for text in item.addresses:
+                _change(claims, text, [*claims.get(text, ()), item])
+                contested.add(text)
+    found = dict(before.pods) if same else {}
+    for key in gone:
+        found.pop(ObjectName(*key), None)
+    rivals = {item.key for text in contested for item in claims.get(text, ())}
+    for key in {*(ObjectName(*key) for key in changed), *rivals}:
+        item = now[key]
+        if not _lives(item):
+            found.pop(key, None)
             continue
-        for text in item.addresses:
-            owner = owners.setdefault(text, item)
-            if owner is item:
-                continue
-            better, other = (item, owner) if _claim(item) > _claim(owner) else (owner, item)
-            owners[text] = better
-            lost.setdefault(other.uid, set()).add(text)
-    return lost
+        addresses = item.addresses
+        if not item.host_network:
+            addresses = tuple(text for text in addresses if _owner(claims[text]) is item)
+        held = before.pods.get(key)
+        if not same or held is None or held.origin is not item or held.addresses != addresses:
+            held = _pod(item, addresses, mentioned)
+        found[key] = held
+    if not same or found.keys() != before.pods.keys():
+        found = dict(sorted(found.items(), key=_first))
+    return found, claims
+
+
+def _first(item: tuple[ObjectName, Pod]) -> ObjectName:
+    return item[0]
+
+
+def _lives(item: PodFacts) -> bool:
+    return bool(item.node) and not item.ended
+
+
+def _claims(item: PodFacts) -> bool:
+    return _lives(item) and not item.host_network
+
+
+def _change(claims: dict[str, tuple[PodFacts, ...]], address: str, holders: list[PodFacts]) -> None:
+    if holders:
+        claims[address] = tuple(sorted(holders, key=lambda item: item.key))
+    else:
+        claims.pop(address, None)
+
+
+def _owner(claims: Iterable[PodFacts]) -> PodFacts:
+    return max(claims, key=_claim)
 
 
 def _claim(item: PodFacts) -> tuple[bool, str, str]:
@@ -251,17 +307,28 @@ def _endpoints(
 # ---- what people should know ---------------------------------------------------------------
 
 
-def _problems(world: ClusterWorld) -> Iterable[Problem]:
-    snapshot = world.snapshot
+def _said(snapshot: Snapshot, before: ClusterWorld) -> tuple[Problem, ...]:
+    if (
+        snapshot.services is before.snapshot.services
+        and snapshot.invalid is before.snapshot.invalid
+    ):
+        return before.said
+    return tuple(_of_objects(snapshot))
+
+
+def _of_objects(snapshot: Snapshot) -> Iterable[Problem]:
     for kind, objects in sorted(snapshot.invalid.items()):
         for key, reason in sorted(objects.items()):
             yield _problem("error", kind, key, "", f"{reason}; {STAYS}", "repair the object")
-    for key, facts in sorted(snapshot.services.items()):
+    for key, facts in sorted(snapshot.services.items(), key=lambda item: item[0]):
         for name, text in services.unserved(facts.written.spec):
             yield _problem("warning", "Service", key, name, text)
         for name in facts.ignored:
             yield _problem("warning", "Service", key, name, "is not known here, and not served")
-    for name, reason in sorted(world.stalled.items()):
+
+
+def _stalled(found: Mapping[str, str]) -> Iterable[Problem]:
+    for name, reason in sorted(found.items()):
         remedy = "name each outside address once, and no pod's"
         yield _problem("error", "Identity", ("", name), "spec.cidrs", f"stalled: {reason}", remedy)
 
@@ -289,4 +356,6 @@ EMPTY_WORLD = ClusterWorld(
     snapshot=Snapshot(),
     by_service={},
     stalled={},
+    claims={},
+    said=(),
 )

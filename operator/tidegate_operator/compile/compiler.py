@@ -6,6 +6,7 @@ while they are the same ones; entries that a pass did not use are dropped.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from msgspec import UNSET
@@ -57,7 +58,7 @@ class NodeContent:
 @dataclass(frozen=True)
 class Desired:
     """The whole desired state. Keys are those that shards are cut by: a name, a CIDR,
-    "namespace/name"; every dict is in sorted order of its keys."""
+    "namespace/name"; every dict but `ipcache` is in sorted order of its keys."""
 
     rule_sets: dict[str, RuleSet]
     nodes: dict[str, NodeContent]
@@ -101,42 +102,175 @@ _ServiceCache = tuple[Service, Endpoints, list[ServicePort]]
 _RuleSetKey = tuple[Direction, tuple[int, ...]]
 
 
+@dataclass
+class _Running:
+    """What a pass adds up over pods, so that the next one needs to look only at those that
+    changed. Of pods in the host's network only `everybody` knows."""
+
+    everybody: dict[IdentityKey, int]
+    """Pods of each identity."""
+    subjects: dict[IdentityKey, int]
+    by_node: dict[str, dict[ObjectName, _PodCache]]
+    entries: dict[str, IPCacheEntry]
+    nodes: dict[str, NodeContent]
+    on_host: set[ObjectName]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the last pass was given and came to."""
+
+    world: World
+    ledger: Ledger
+    rule_sets: dict[str, RuleSet]
+    peers: tuple[str, ...]
+    services: dict[str, list[ServicePort]]
+    problems: tuple[Problem, ...]
+    peers_version: int
+
+
 class Compiler:
-    """`compile` for a world that changes: same result, cost of the change."""
+    """`compile` for a world that changes: same result, cost of the change.
+
+    Policies or numbers that changed make it look at every pod again; else it looks at those
+    pods that are other objects than before."""
 
     def __init__(self) -> None:
         self._peers = PeerSets()
+        self._used_peers: dict[str, PodPeer] = {}
         self._candidates: dict[str, tuple[Policy, ...]] = {}
         self._subjects: dict[IdentityKey, _Subject] = {}
         self._rule_sets: dict[_RuleSetKey, Compiled] = {}
         self._pods: dict[ObjectName, _PodCache] = {}
         self._services: dict[ObjectName, _ServiceCache] = {}
         self._facts: dict[ObjectName, _Facts] = {}
+        self._running = _Running({}, {}, {}, {}, {}, set())
+        self._last: _Pass | None = None
 
     def compile(self, world: World, ledger: Ledger) -> Desired:
-        self._candidates = self._policies_by_namespace(world)
-        self._subjects = self._all_subjects(world)
-        self._facts = self._all_facts(world)
-        used = {name: peer for facts in self._facts.values() for _, name, peer in facts.peers}
-        self._peers.update(used, ledger.live, world.namespaces)
-        self._pods = {
-            name: self._pod(name, pod, ledger.live[pod.identity])
-            for name, pod in world.pods.items()
-            if not pod.host_network
-        }
-        self._services = {
-            name: self._service(name, service, world.endpoints[name])
-            for name, service in world.services.items()
-        }
-        rule_sets, peers = self._in_force()
+        last, self._last = self._last, None  # an error half-way makes the next pass a whole one
+        if last is not None and (
+            not _identical(last.world.policies, world.policies) or _renumbered(last.ledger, ledger)
+        ):
+            last = None
+        changed, gone = _differing(last.world.pods if last is not None else {}, world.pods)
+        if last is None:
+            self._start(world)
+        before = frozenset(self._running.subjects) if last is not None else None
+        old = last.world.pods if last is not None else {}
+        touched, on_host = self._count(world, old, changed, gone)
+        if last is not None:
+            self._new_subjects(world.pods[name].identity for name in changed)
+        self._peers.update(self._used_peers, ledger.live, world.namespaces)
+        self._pods_of(world, ledger, changed, gone)
+        same_subjects = before == self._running.subjects.keys()
+        if last is None or not same_subjects:
+            rule_sets, peers = self._in_force()
+        else:
+            rule_sets, peers = last.rule_sets, last.peers
+        services = self._all_services(world, last)
+        if (
+            last is None
+            or not same_subjects
+            or on_host
+            or last.peers_version != self._peers.version
+            or last.world.sources != world.sources
+        ):
+            problems = tuple(self._problems(world))
+        else:
+            problems = last.problems
+        self._last = _Pass(world, ledger, rule_sets, peers, services, problems, self._peers.version)
         return Desired(
             rule_sets=rule_sets,
-            nodes=self._nodes(world),
+            nodes=self._nodes(world, None if last is None else touched),
             ipcache=self._ipcache(world, ledger),
-            services={str(name): ports for name, (_, _, ports) in self._services.items() if ports},
-            peers=peers,
-            problems=tuple(self._problems(world)),
+            services=services,
+            peers={name: self._peers.published(name) for name in peers},
+            problems=problems,
         )
+
+    def _start(self, world: World) -> None:
+        """A pass over everything."""
+        self._candidates = self._policies_by_namespace(world)
+        self._subjects = self._all_subjects(world)
+        self._drop_rule_sets()
+        self._facts = self._all_facts(world)
+        self._used_peers = {
+            name: peer for facts in self._facts.values() for _, name, peer in facts.peers
+        }
+        self._running = _Running({}, {}, {}, {}, {}, set())
+        self._pods = {name: held for name, held in self._pods.items() if name in world.pods}
+
+    def _count(
+        self,
+        world: World,
+        old: Mapping[ObjectName, Pod],
+        changed: Iterable[ObjectName],
+        gone: Iterable[ObjectName],
+    ) -> tuple[set[str], bool]:
+        """Take pods that changed out of the sums and put them in again as they are now: all out
+        first, as one may have what another had. The nodes whose pods changed; and whether pods
+        in the host's network did."""
+        running = self._running
+        touched: set[str] = set()
+        on_host = False
+        for name in (*gone, *changed):
+            pod = old.get(name)
+            if pod is None:
+                continue
+            _less(running.everybody, pod.identity)
+            if pod.host_network:
+                running.on_host.discard(name)
+                on_host = True
+                continue
+            _less(running.subjects, pod.identity)
+            touched.add(pod.node)
+            held = running.by_node[pod.node].pop(name)
+            for entry in held[4]:
+                running.entries.pop(entry.cidr, None)
+        for name in changed:
+            pod = world.pods[name]
+            _more(running.everybody, pod.identity)
+            if pod.host_network:
+                running.on_host.add(name)
+                on_host = True
+            else:
+                _more(running.subjects, pod.identity)
+                touched.add(pod.node)
+        return touched, on_host
+
+    def _new_subjects(self, keys: Iterable[IdentityKey]) -> None:
+        """Those that pods came with; and without those whose last pod went."""
+        for key in keys:
+            if key not in self._subjects:
+                candidates = self._candidates.get(key.namespace, ())
+                self._subjects[key] = self._subject(key, candidates, None)
+        gone = self._subjects.keys() - self._running.everybody.keys()
+        for key in gone:
+            del self._subjects[key]
+        if gone:
+            self._drop_rule_sets()
+
+    def _pods_of(
+        self,
+        world: World,
+        ledger: Ledger,
+        changed: Iterable[ObjectName],
+        gone: Iterable[ObjectName],
+    ) -> None:
+        running = self._running
+        for name in gone:
+            self._pods.pop(name, None)
+        for name in changed:
+            pod = world.pods[name]
+            if pod.host_network:
+                self._pods.pop(name, None)
+                continue
+            held = self._pod(name, pod, ledger.live[pod.identity])
+            self._pods[name] = held
+            running.by_node.setdefault(pod.node, {})[name] = held
+            for entry in held[4]:
+                running.entries[entry.cidr] = entry
 
     # ---- subjects and their rule sets ----
 
@@ -162,10 +296,12 @@ class Compiler:
                 found[key] = before
             else:
                 found[key] = self._subject(key, candidates, before)
-        used = {id(part) for subject in found.values() for part in subject.parts}
+        return found
+
+    def _drop_rule_sets(self) -> None:
+        used = {id(part) for subject in self._subjects.values() for part in subject.parts}
         for name in [name for name, part in self._rule_sets.items() if id(part) not in used]:
             del self._rule_sets[name]
-        return found
 
     def _subject(
         self, key: IdentityKey, candidates: tuple[Policy, ...], before: _Subject | None
@@ -248,33 +384,49 @@ class Compiler:
 
     # ---- the whole ----
 
-    def _in_force(self) -> tuple[dict[str, RuleSet], dict[str, PeerSet]]:
+    def _all_services(self, world: World, last: _Pass | None) -> dict[str, list[ServicePort]]:
+        if (
+            last is not None
+            and last.world.services is world.services
+            and last.world.endpoints is world.endpoints
+        ):
+            return last.services
+        self._services = {
+            name: self._service(name, service, world.endpoints[name])
+            for name, service in world.services.items()
+        }
+        return {str(name): ports for name, (_, _, ports) in self._services.items() if ports}
+
+    def _in_force(self) -> tuple[dict[str, RuleSet], tuple[str, ...]]:
+        """Rule sets, and the names of peer sets, that pods use."""
         used = {
-            id(part): part for _, _, subject, _, _ in self._pods.values() for part in subject.parts
+            id(part): part for key in self._running.subjects for part in self._subjects[key].parts
         }
         rule_sets = {part.name: part.rule_set for part in used.values()}
         names = {name for part in used.values() for name in part.peers}
-        peers = {name: self._peers.published(name) for name in sorted(names)}
-        return dict(sorted(rule_sets.items())), peers
+        return dict(sorted(rule_sets.items())), tuple(sorted(names))
 
-    def _nodes(self, world: World) -> dict[str, NodeContent]:
-        endpoints: dict[str, list[Endpoint]] = {name: [] for name in world.nodes}
-        used: dict[str, dict[int, Compiled]] = {name: {} for name in world.nodes}
-        for pod, _, subject, endpoint, _ in self._pods.values():
-            if pod.node not in endpoints:  # its node is gone, or not there yet
-                continue
-            endpoints[pod.node].append(endpoint)
-            for part in subject.parts:
-                used[pod.node][id(part)] = part
-        return {
-            name: NodeContent(
-                endpoints=endpoints[name],
-                rule_sets=sorted({part.name for part in used[name].values()}),
-                peer_sets=sorted({peer for part in used[name].values() for peer in part.peers}),
-                uid=node.uid,
-            )
-            for name, node in world.nodes.items()
-        }
+    def _nodes(self, world: World, touched: set[str] | None) -> dict[str, NodeContent]:
+        """Anew for `touched`, None: for all."""
+        before = self._running.nodes
+        found = {}
+        for name, node in world.nodes.items():
+            held = before.get(name)
+            if held is None or touched is None or name in touched or held.uid != node.uid:
+                held = self._node(name, node.uid)
+            found[name] = held
+        self._running.nodes = found
+        return found
+
+    def _node(self, name: str, uid: str) -> NodeContent:
+        pods = [held for _, held in sorted(self._running.by_node.get(name, {}).items())]
+        used = {id(part): part for held in pods for part in held[2].parts}
+        return NodeContent(
+            endpoints=[held[3] for held in pods],
+            rule_sets=sorted({part.name for part in used.values()}),
+            peer_sets=sorted({peer for part in used.values() for peer in part.peers}),
+            uid=uid,
+        )
 
     def _ipcache(self, world: World, ledger: Ledger) -> dict[str, IPCacheEntry]:
         """Later ones win: a user's CIDR never takes a pod's or a node's address, and a node
@@ -292,10 +444,7 @@ class Compiler:
         for address in world.apiservers:
             cidr = _host(address)
             found[cidr] = IPCacheEntry(cidr=cidr, identity=int(Reserved.KUBE_APISERVER))
-        for _, _, _, _, entries in self._pods.values():
-            for entry in entries:
-                found[entry.cidr] = entry
-        return dict(sorted(found.items()))
+        return {**found, **self._running.entries}
 
     # ---- what people should know ----
 
@@ -309,13 +458,12 @@ class Compiler:
         return found
 
     def _problems(self, world: World) -> list[Problem]:
-        subjects = {id(held[2]): held[2] for held in self._pods.values()}
-        selecting = {policy.name for item in subjects.values() for policy in item.selecting}
+        subjects = [self._subjects[key] for key in self._running.subjects]
+        selecting = {policy.name for item in subjects for policy in item.selecting}
         on_host: dict[ObjectName, list[str]] = {}
-        for name, pod in world.pods.items():
-            if pod.host_network:
-                for policy in self._subjects[pod.identity].selecting:
-                    on_host.setdefault(policy.name, []).append(str(name))
+        for name in sorted(self._running.on_host):
+            for policy in self._subjects[world.pods[name].identity].selecting:
+                on_host.setdefault(policy.name, []).append(str(name))
         problems = []
         for name, facts in self._facts.items():
             source = world.sources.get(("NetworkPolicy", *name), Source())
@@ -373,6 +521,39 @@ def _selecting(
         policy
         for policy in candidates
         if (id(policy) in yes if id(policy) in asked else policy.pods.matches(labels))
+    )
+
+
+def _more(count: dict[IdentityKey, int], key: IdentityKey) -> None:
+    count[key] = count.get(key, 0) + 1
+
+
+def _less(count: dict[IdentityKey, int], key: IdentityKey) -> None:
+    count[key] -= 1
+    if not count[key]:
+        del count[key]
+
+
+def _identical(one: Mapping[ObjectName, object], other: Mapping[ObjectName, object]) -> bool:
+    return one is other or (
+        len(one) == len(other) and all(other.get(name) is item for name, item in one.items())
+    )
+
+
+def _differing(
+    before: Mapping[ObjectName, Pod], now: Mapping[ObjectName, Pod]
+) -> tuple[list[ObjectName], list[ObjectName]]:
+    """(new or another object, gone)"""
+    if before is now:
+        return [], []
+    changed = [name for name, pod in now.items() if before.get(name) is not pod]
+    return changed, [name for name in before if name not in now]
+
+
+def _renumbered(before: Ledger, now: Ledger) -> bool:
+    """Has a key that had a number another one now?"""
+    return before is not now and any(
+        now.live.get(key, number) != number for key, number in before.live.items()
     )
 
 

@@ -38,6 +38,8 @@ class PeerSets:
     the selectors; a selector that is new costs the identities it may pick."""
 
     def __init__(self) -> None:
+        self.version = 0
+        """Changes with the members of any set, and with which sets there are."""
         self._sets: dict[str, _Set] = {}
         self._live: Mapping[IdentityKey, int] = {}
         self._labels: dict[IdentityKey, dict[str, str]] = {}
@@ -66,12 +68,14 @@ class PeerSets:
         self._live, self._namespaces = live, namespaces
         for name in self._sets.keys() - used.keys():
             del self._sets[name]
+            self.version += 1
         if gone or moved:
             for held in self._sets.values():
                 self._change(held, gone, moved)
         for name, peer in used.items():
             if name not in self._sets:
                 self._sets[name] = _Set(peer, self._pick(peer))
+                self.version += 1
 
     def _change(
         self,
@@ -88,6 +92,7 @@ class PeerSets:
                 changed = True
         if changed:
             held.published = None
+            self.version += 1
 
     def _pick(self, peer: PodPeer) -> set[int]:
         if peer.namespace is not None:
