@@ -21,6 +21,7 @@ from support import ca_maps, ca_rig, clusters
 from support.ca_soak import Figures, campaign, scaled
 from support.lab import BUILD
 from tidegate_api.state import encode
+from tidegate_loader import attach
 from tidegate_loader.loader import Loader
 from tidegate_loader.local import (
     LocalInterface,
@@ -134,8 +135,10 @@ class Living:
         self.loaders[node] = Loader(NodePaths(self.run_dir, node), options, Quiet())
 
     def close(self) -> None:
-        for loader in self.loaders.values():
+        """Nothing stays attached: the kernel takes 63 programs a hook, and this was one of many."""
+        for node, loader in self.loaders.items():
             loader.close()
+            attach.detach(self._bpf / node, [])
 
     def _on_world(self, _before: World, after: World) -> None:
         """What the CNI step does; an interface number may come back as another pod's."""
