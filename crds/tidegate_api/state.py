@@ -225,8 +225,9 @@ class RuleSet(Model, frozen=True):
 TABLES = ("ipcache", "services", "peers")
 
 
-class IPCacheEntry(Model, frozen=True):
-    """Who has an address."""
+class IPCacheEntry(Model, frozen=True, gc=False):
+    """Who has an address. There are a hundred thousand, and they hold no object that could hold
+    them: the garbage collector need not look."""
 
     cidr: Network
     """A host prefix (/32, /128) or a network."""

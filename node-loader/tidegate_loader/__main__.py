@@ -1,10 +1,13 @@
 """`python -m tidegate_loader`, and what `tidegate-loader` runs."""
 
+import gc
 import os
 import sys
 from typing import NoReturn
 
-from tidegate_loader.main import main
+gc.disable()  # what is imported stays: `main` says from when on there is something to collect
+
+from tidegate_loader.main import main  # noqa: E402
 
 
 def run() -> NoReturn:

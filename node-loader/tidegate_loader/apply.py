@@ -293,7 +293,8 @@ class Writer:
         self._kernel.map("ipcache_v1").update_batch(
             packed, ipcache_values(packed, entries.values())
         )
-        self._reread_ipcache(entries, self._actual.ipcache | entries)
+        held = self._actual.ipcache
+        self._reread_ipcache(entries, held | entries if held else entries)
 
     def _reread_ipcache(
         self, keys: Sequence[bytes] | dict[bytes, int], likely: dict[bytes, int] | None

@@ -31,7 +31,7 @@ from tidegate_loader.local import (
     read_realised,
     write_realised,
 )
-from tidegate_loader.maps import Builder, DesiredMaps, MapsError, State
+from tidegate_loader.maps import Builder, DesiredMaps, MapsError, Part, State
 from tidegate_loader.plan import Actual, NodeEntry
 from tidegate_loader.rules import RuleSetError
 from tidegate_loader.source import Source, Stalled
@@ -108,7 +108,24 @@ class Loader:
         self._attacher = attach.Attacher(
             self._options.pin_dir, programs.programs, self._options.force_clsact
         )
-        self._attach_sockets(self._options.cgroup)
+        gating = threading.Thread(target=self._gate_ahead, args=(foresight.interfaces,))
+        gating.start()
+        try:
+            self._attach_sockets(self._options.cgroup)
+            self._look(foresight)
+        finally:
+            gating.join()
+
+    def _gate_ahead(self, interfaces: Mapping[str, LocalInterface]) -> None:
+        """Each new link waits for an RCU grace period, and takes no CPU meanwhile. What goes
+        wrong is said by the cycle, which asks for the same."""
+        with contextlib.suppress(OSError):
+            self._attacher.interfaces(interfaces)
+
+    def _look(self, foresight: _Foresight) -> None:
+        """What the kernel holds. Where nothing is in force yet, addresses are filled in already:
+        until there is a node table no program looks at them."""
+        assert self._kernel is not None
         if self._realised.instance != self._kernel.instance:
             self._realised = Realised(
                 node=self._options.node,
@@ -118,6 +135,13 @@ class Loader:
             )
         names = {int(n): r.name for n, r in self._realised.rule_sets.items()}
         self._actual = self._kernel.actual(self._realised, names, foresight.ipcache)
+        empty = self._actual.node_table is None and not self._actual.ipcache
+        if empty and foresight.ipcache and len(foresight.ipcache) <= self._actual.limits.ipcache:
+            first = plan.Plan((plan.UpsertIpcache(foresight.ipcache),), (), 0)
+            if apply(first, self._kernel, self._actual):
+                self._actual = self._kernel.actual(self._realised, names)
+        if self._actual.ipcache is foresight.ipcache:
+            self._actual.ipcache_parts = foresight.parts
         # Without a word of how it ended, the last apply may have missed its bump.
         self._actual.interrupted = self._paths.applying.exists()
 
@@ -437,14 +461,22 @@ class _Foresight(threading.Thread):
         super().__init__(daemon=True)
         self._source = source
         self._builder = builder
+        self.interfaces: Mapping[str, LocalInterface] = {}
+        """Those that the first cycle will gate."""
+        self.parts: tuple[Part, ...] = ()
         self.ipcache: dict[bytes, int] | None = None
-        """What the kernel holds if nothing changed since it was last written."""
+        """All parts: what the kernel holds if nothing changed since it was last written."""
 
     def run(self) -> None:
         with contextlib.suppress(Stalled, MapsError, RuleSetError, OSError):
             interfaces, _ = self._source.interfaces()
+            state = self._source.state()
+            if state.node.spec.mode == "Detached":
+                return
+            self.interfaces = interfaces
+            self.parts = self._builder.build(state, interfaces).ipcache
             merged: dict[bytes, int] = {}
-            for part in self._builder.build(self._source.state(), interfaces).ipcache:
+            for part in self.parts:
                 merged.update(part)
             self.ipcache = merged
 

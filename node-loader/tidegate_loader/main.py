@@ -24,7 +24,7 @@ from tidegate_bpf import BpfError, netns
 from tidegate_loader import attach, cni, log
 from tidegate_loader.loader import Loader
 from tidegate_loader.local import NodePaths, leave
-from tidegate_loader.source import Source, Watch
+from tidegate_loader.source import Source
 
 if TYPE_CHECKING:
     from tidegate_loader.mirror import Mirror
@@ -105,9 +105,13 @@ class _Signals:
 
 
 def _run(loader: Loader, paths: NodePaths, signals: _Signals, turned: Callable[[], None]) -> None:
+    loader.cycle()
+    # Imported when the state is in force: what a start imports delays it.
+    from tidegate_loader.watch import Watch  # noqa: PLC0415
+
     watch = Watch(paths, signals.wake_fd)
     retry = RETRY_FIRST
-    loader.cycle()
+    loader.cycle()  # for what came before there was a watch
     verified = time.monotonic()
     while not signals.stop:
         turned()
@@ -179,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _arguments(argv)
     # Cycles are few and small here, a hundred thousand addresses are neither.
     gc.set_threshold(100_000, 50, 1000)
+    gc.enable()
     logger = log.logger(options.node, options.log_level)
     paths = NodePaths(options.run_dir, options.node)
     with contextlib.ExitStack() as stack:

@@ -11,7 +11,8 @@ import pytest
 from support import loader_world as world
 from tidegate_api import state as api
 from tidegate_loader.local import NodePaths
-from tidegate_loader.source import Source, Stalled, Watch
+from tidegate_loader.source import Source, Stalled
+from tidegate_loader.watch import Watch
 
 
 @pytest.fixture
