@@ -1,8 +1,8 @@
-"""What a wheel carries beside Python: the eBPF objects, and the list of their sums.
+"""What a wheel carries beside Python: the eBPF objects, the list of their sums, the manifests.
 
-They go where the installation's data goes, as lib/tidegate/objects: /usr/lib/tidegate/objects in
-the image, PREFIX/lib/tidegate/objects in a virtual environment. An editable installation has
-none of it: there the source tree's own build is used.
+They go where the installation's data goes, below lib/tidegate: /usr/lib/tidegate/objects in the
+image, PREFIX/lib/tidegate/objects in a virtual environment. An editable installation has none
+of it: there the source tree is used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 BUILD = Path("datapath/build")
 OBJECTS = ("pod.o", "sock.o")
 TARGET = "lib/tidegate/objects"
+MANIFESTS = ("manifests/base/namespace.yaml", "manifests/base/tidegate.yaml")
+CRDS = "crds/tidegate.dev_*.yaml"
+MANIFESTS_TARGET = "lib/tidegate/manifests"
 SUMS = "SHA256SUMS"
 
 
@@ -43,3 +46,5 @@ class ObjectsHook(BuildHookInterface):
         )
         for name, path in {**objects, SUMS: sums}.items():
             build_data["shared_data"][str(path)] = f"{TARGET}/{name}"
+        for path in (*(root / name for name in MANIFESTS), *sorted(root.glob(CRDS))):
+            build_data["shared_data"][str(path)] = f"{MANIFESTS_TARGET}/{path.name}"

@@ -15,6 +15,7 @@ from typing import Any
 
 from tidegate_cli import commands, matrix
 from tidegate_cli.arguments import add_cluster, add_common, add_local
+from tidegate_cli.cluster import commands as cluster
 from tidegate_cli.errors import CliError
 from tidegate_cli.standalone import commands as standalone
 
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     standalone.add_parser(subparsers)
     matrix.add_parser(subparsers)
     commands.add_parser(subparsers)
+    cluster.add_parser(subparsers)
     return parser
 
 

@@ -10,7 +10,6 @@ from tidegate_kube import resources
 
 from tidegate_cli.cluster.state import DAEMON_SETS, KINDS, LOADER_SELECTOR, ClusterState
 from tidegate_cli.doctor import Line
-from tidegate_cli.errors import CliError
 
 OLDEST = (1, 32)
 """Of Kubernetes."""
@@ -95,9 +94,12 @@ def _proxy(place: ClusterState) -> Line:
 
 def _nodes(place: ClusterState, only: str | None) -> Iterator[Line]:
     asked = place.ask(place.nodes(only), lambda _node: ["doctor"])
-    for node, lines in asked.answers.items():
+    for node, answer in asked.answers.items():
+        try:
+            lines = msgspec.convert(answer, list[Line])
+        except msgspec.ValidationError as error:
+            lines = [Line("FAIL", "loader", f"is of another version: {error}", "upgrade it")]
         for line in lines:
-            found = msgspec.convert(line, Line)
-            yield Line(found.grade, f"{node} {found.name}", found.detail, found.remedy)
+            yield Line(line.grade, f"{node} {line.name}", line.detail, line.remedy)
     for node, text in asked.failed.items():
-        yield Line("FAIL", f"{node} loader", str(CliError(text)), "is its pod running?")
+        yield Line("FAIL", f"{node} loader", text, "is its pod running?")

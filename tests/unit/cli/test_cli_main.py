@@ -20,10 +20,23 @@ COMMANDS = [
     [],
     *(
         [name]
-        for name in ("up", "down", "exec", "matrix", "status", "explain", "compile", "doctor")
+        for name in (
+            "up",
+            "down",
+            "exec",
+            "matrix",
+            "status",
+            "explain",
+            "compile",
+            "doctor",
+            "answer",
+        )
     ),
     *([name, "list"] for name in ("identity", "endpoint", "lb", "ct", "ipcache", "metrics")),
     ["policy", "get"],
+    ["install"],
+    ["uninstall"],
+    ["sysdump"],
 ]
 
 
