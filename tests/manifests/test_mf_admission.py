@@ -46,7 +46,7 @@ def test_applying_again_changes_nothing(installed: Installed) -> None:
     assert versions[0] == versions[1]
 
 
-@pytest.mark.parametrize("name", ["overlays/kind", "overlays/ha"])
+@pytest.mark.parametrize("name", ["overlays/kind", "overlays/ha", "cleanup"])
 def test_overlays_apply(installed: Installed, name: str) -> None:
     installed.kubectl(
         *("apply", "--server-side", "--validate=strict", "--dry-run=server"),
