@@ -21,6 +21,7 @@ def add_parser(subparsers: Any) -> None:
     _status(subparsers)
     _explain(subparsers)
     _answer(subparsers)
+    _probe(subparsers)
     _lists(subparsers)
     _compile(subparsers)
     _doctor(subparsers)
@@ -85,6 +86,17 @@ def _answer(subparsers: Any) -> None:
         "Used by `tidegate explain` inside the loader's pod.",
     )
     parser.add_argument("questions", metavar="JSON", help="list of questions")
+
+
+def _probe(subparsers: Any) -> None:
+    parser = _command(
+        subparsers,
+        "probe",
+        _later("cluster.probe", "probe"),
+        "what matrix asks of a node; prints JSON",
+        "Used by `tidegate matrix` in its pod on the node.",
+    )
+    parser.add_argument("task", metavar="TASK", help="who connects to whom")
 
 
 def _lists(subparsers: Any) -> None:

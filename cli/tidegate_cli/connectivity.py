@@ -26,7 +26,7 @@ from tidegate_cli import model, objects, prober
 from tidegate_cli.prober import Result
 from tidegate_cli.standalone import enter
 from tidegate_cli.standalone.errors import StandaloneError
-from tidegate_cli.standalone.rundir import Pod, RunDir, Supervisor
+from tidegate_cli.standalone.rundir import Pod, RunDir
 
 # A cell that the model allows and nobody answered is asked once more, with more
 # time: a busy machine is no policy. A denied cell is never asked twice.
@@ -81,14 +81,17 @@ def of_cluster(run_dir: Path, families: Sequence[int], seconds: float) -> list[C
     state = RunDir.at(run_dir).require()
     desired = model.Model.from_objects(objects.RunObjects(run_dir).all())
     columns = [
-        column for family in families for column in destinations(state, desired.services, family)
+        column
+        for family in families
+        for column in destinations(state.pods, desired.services, family)
     ]
-    return measure(state.pods, columns, _judge(state, desired), seconds)
+    nodes = {address: node.name for node in state.nodes for address in node.addresses}
+    return measure(state.pods, columns, judge_by(desired, state.pods, nodes), seconds)
 
 
-def _judge(state: Supervisor, desired: model.Model) -> Judge:
-    node_of = {address: pod.node for pod in state.pods for address in pod.addresses}
-    node_of |= {address: node.name for node in state.nodes for address in node.addresses}
+def judge_by(desired: model.Model, pods: Sequence[Pod], nodes: Mapping[str, str]) -> Judge:
+    """The model's verdicts. `nodes`: address of a node → its name."""
+    node_of = {address: pod.node for pod in pods for address in pod.addresses} | dict(nodes)
 
     def judge(source: Pod, address: str, port: int, protocol: str) -> bool | None:
         own = address_of(source.addresses, 6 if ":" in address else 4)
@@ -110,18 +113,18 @@ def address_of(addresses: Sequence[str], family: int) -> str | None:
 
 
 def destinations(
-    state: Supervisor, services: Mapping[str, Sequence[ServicePort]], family: int
+    pods: Sequence[Pod], services: Mapping[str, Sequence[ServicePort]], family: int
 ) -> list[Destination]:
     """The columns of one family: pods' ports, then services' (`services`:
     "namespace/name" -> ServicePorts). SCTP has no sockets here and no column."""
     found = []
     owners = {
         (address, port.port, port.protocol): pod
-        for pod in state.pods
+        for pod in pods
         for address in pod.addresses
         for port in pod.ports
     }
-    for pod in sorted(state.pods, key=lambda pod: pod.key):
+    for pod in sorted(pods, key=lambda pod: pod.key):
         address = address_of(pod.addresses, family)
         for port in pod.ports if address else ():
             if port.protocol != "SCTP" and address:
@@ -142,7 +145,7 @@ def destinations(
             for front in entry.frontends:
                 if front.protocol == "SCTP" or (":" in front.address) != (family == 6):
                     continue
-                pods = [
+                behind = [
                     (b, owners.get((b.address, b.port, front.protocol))) for b in entry.backends
                 ]
                 found.append(
@@ -152,42 +155,56 @@ def destinations(
                         front.address,
                         front.port,
                         front.protocol,
-                        tuple((b.address, b.port, pod.key if pod else "") for b, pod in pods),
-                        any(pod is None or pod.command for _, pod in pods),
+                        tuple((b.address, b.port, pod.key if pod else "") for b, pod in behind),
+                        any(pod is None or pod.command for _, pod in behind),
                     )
                 )
     return found
+
+
+Rows = Sequence[tuple[Pod, Sequence[Destination]]]
+"""Each source with what it is to ask."""
+
+
+class Prober(Protocol):
+    """Every row's results, in order; each probe has `seconds`."""
+
+    def __call__(self, rows: Rows, seconds: float) -> list[list[Result]]: ...
 
 
 # ---- measuring ------------------------------------------------------------------
 
 
 def measure(
-    sources: Sequence[Pod], columns: Sequence[Destination], judge: Judge, seconds: float
+    sources: Sequence[Pod],
+    columns: Sequence[Destination],
+    judge: Judge,
+    seconds: float,
+    probe: Prober | None = None,
 ) -> list[Cell]:
-    """Row by row. Raises StandaloneError where a pod cannot be entered."""
+    """Row by row; `probe` asks (default: from inside pods of this machine). Raises
+    StandaloneError where a pod cannot be entered."""
+    probe = probe or probe_forked
     rows = sorted(sources, key=lambda pod: pod.key)
     # A pod without an address of the family has nothing to ask from.
     asked = [
         [column for column in columns if address_of(pod.addresses, column.family)] for pod in rows
     ]
-    cells = _ask(list(zip(rows, asked, strict=True)), judge, seconds)
+    cells = _ask(list(zip(rows, asked, strict=True)), judge, seconds, probe)
     again = [
         (pod, [cell.destination for cell in row if cell.differs and cell.expected])
         for pod, row in zip(rows, cells, strict=True)
     ]
     if any(wanted for _, wanted in again):
-        second = _ask(again, judge, seconds * SECOND_ASK_FACTOR)
+        second = _ask(again, judge, seconds * SECOND_ASK_FACTOR, probe)
         for row, newer in zip(cells, second, strict=True):
             answers = {cell.destination: cell for cell in newer}
             row[:] = [answers.get(cell.destination, cell) for cell in row]
     return [cell for row in cells for cell in row]
 
 
-def _ask(
-    rows: Sequence[tuple[Pod, Sequence[Destination]]], judge: Judge, seconds: float
-) -> list[list[Cell]]:
-    results = _probe_all(rows, seconds)
+def _ask(rows: Rows, judge: Judge, seconds: float, probe: Prober) -> list[list[Cell]]:
+    results = probe(rows, seconds)
     return [
         [cell_of(pod, column, result, judge) for column, result in zip(columns, row, strict=True)]
         for (pod, columns), row in zip(rows, results, strict=True)
@@ -205,14 +222,12 @@ def cell_of(pod: Pod, column: Destination, result: Result, judge: Judge) -> Cell
     return Cell(pod.key, column, reached, expected, answer)
 
 
-def _probe_all(
-    rows: Sequence[tuple[Pod, Sequence[Destination]]], seconds: float
-) -> list[list[Result]]:
-    """One forked process a row, all at once."""
+def probe_forked(rows: Rows, seconds: float) -> list[list[Result]]:
+    """One forked process a row, all at once. Raises StandaloneError."""
     buffers: dict[int, bytearray] = {}
     pids: dict[int, int] = {}
     most = max((len(columns) for _, columns in rows), default=0)
-    deadline = time.monotonic() + _bound(most, seconds)
+    deadline = time.monotonic() + bound(most, seconds)
     try:
         with selectors.DefaultSelector() as selector:
             for index, (pod, columns) in enumerate(rows):
@@ -237,7 +252,8 @@ def _probe_all(
     return [_results(pod, bytes(buffers[i]), len(columns)) for i, (pod, columns) in enumerate(rows)]
 
 
-def _bound(probes: int, seconds: float) -> float:
+def bound(probes: int, seconds: float) -> float:
+    """Seconds that so many probes of one row take at the most."""
     return (probes // prober.MAX_OPEN + 1) * seconds + GRACE_SECONDS
 
 

@@ -160,4 +160,6 @@ def ask(
     if other is not None and other.row.id == subject.row.id:
         return Look(True, 0, SELF)
     policy = getattr(subject.row, direction.lower())
-    return check(policy, rules_of(maps, policy), Question(peer, identity, *flow))
+    # Slot 0 of a row that isolates nobody is somebody else's.
+    rules = rules_of(maps, policy) if policy.flags & ISOLATED else None
+    return check(policy, rules, Question(peer, identity, *flow))

@@ -23,7 +23,7 @@ EXIT_CODES = """\
 exit codes: 0 done, or the answer is yes; 1 the answer is no (denied, a difference, a FAIL), where
 the command says so; 2 wrong usage, or it could not be done"""
 
-HERE = ("up", "demo", "down", "exec", "compile", "matrix")
+HERE = ("up", "demo", "down", "exec", "compile")
 """Commands of this machine alone."""
 
 SIGPIPE_EXIT, INTERRUPT_EXIT = 141, 130

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidegate_cli.arguments import command
+from tidegate_cli.arguments import add_cluster, command
+from tidegate_cli.errors import CliError
 
 DEFAULT_SECONDS = 1.0
 MAX_SECONDS = 60.0
@@ -30,8 +31,12 @@ def add_parser(subparsers: Any) -> None:
         "open real connections between all pods and services, and compare with the model",
         description="Connects from inside every pod to every declared TCP and UDP port of every "
         "pod and service. `.` = the right pod answered, `X` = it did not, `!` = differs from the "
-        "model. Exits 1 if a cell differs.",
+        "model. Exits 1 if a cell differs. In a cluster: TCP only, by a privileged pod on each "
+        "node that is gone again afterwards.",
     )
+    add_cluster(parser)
+    only = "only this namespace's pods and services; more than one may be given (cluster)"
+    parser.add_argument("-n", "--namespace", action="append", metavar="NAME", help=only)
     parser.add_argument("-6", dest="ipv6", action="store_true", help="probe IPv6 too")
     parser.add_argument(
         "--timeout",
@@ -51,6 +56,21 @@ def _seconds(text: str) -> float:
 
 
 def _main(arguments: argparse.Namespace) -> int:
+    # Late, as `--help` must be quick.
+    from tidegate_cli import connectivity, target  # noqa: PLC0415
+    from tidegate_cli.objects import RunObjects  # noqa: PLC0415
+
+    place = target.choose(arguments)
+    if not isinstance(place, RunObjects):
+        from tidegate_cli.cluster import matrix as cluster  # noqa: PLC0415
+
+        families = (4, 6) if arguments.ipv6 else (4,)
+        chosen = arguments.namespace or []
+        cells = cluster.of_cluster(place, chosen, families, arguments.timeout)
+        print(connectivity.render(cells, arguments.output))
+        return 1 if any(cell.differs for cell in cells) else 0
+    if arguments.namespace:
+        raise CliError("--namespace is for a cluster", "give --context, or leave it away")
     return run(
         MatrixOptions(
             run_dir=Path(arguments.run_dir),

@@ -52,15 +52,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Kind:
-    """One CRD. `columns`: name, JSONPath, type; the name of the object comes first anyway.
-    `wide`: those that only `-o wide` shows."""
+    """One CRD. `columns`: name, JSONPath, type; the name of the object comes first anyway."""
 
     struct: type[msgspec.Struct]
     plural: str
     short: str
     columns: tuple[tuple[str, str, str], ...]
     rules: tuple[Rule, ...] = ()
-    wide: tuple[tuple[str, str, str], ...] = ()
     namespaced: bool = False
     people: type[BaseModel] | None = None
     """The model of `spec` where people write it: stricter than the loader needs it."""
@@ -149,7 +147,6 @@ KINDS = (
         "tgrs",
         (("DIRECTION", ".spec.direction", "string"), AGE),
         (Rule("spec", IMMUTABLE, "a rule set is named by its content and never edited"),),
-        wide=(("POLICIES", ".spec.policies", "string"),),
     ),
     Kind(
         state.StateSlice,
@@ -175,12 +172,7 @@ def file_name(kind: Kind) -> str:
 
 def definition(kind: Kind) -> Schema:
     """The CustomResourceDefinition as plain data, ready to be written as YAML."""
-    columns: list[Schema] = [
-        {"name": name, "type": of, "jsonPath": path} for name, path, of in kind.columns
-    ]
-    columns += [
-        {"name": name, "type": of, "jsonPath": path, "priority": 1} for name, path, of in kind.wide
-    ]
+    columns = [{"name": name, "type": of, "jsonPath": path} for name, path, of in kind.columns]
     version: Schema = {
         "name": VERSION,
         "served": True,

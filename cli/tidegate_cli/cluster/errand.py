@@ -1,27 +1,30 @@
 """Something that has to be done on nodes themselves: a privileged pod on each, for a moment.
 
-Made like the loader's own `node-setup` container: same image, same mounts, same tolerations. Gone
+Of the loader's image, where the loader would run too, with the node's file system at HOST. Gone
 again afterwards, whatever became of it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tidegate_kube import resources
 
 from tidegate_cli.cluster.api import Api
+from tidegate_cli.cluster.state import LOADER_CONTAINER
 from tidegate_cli.errors import CliError
 
-SETUP = "node-setup"
+HOST = "/host"
+"""Where the node's file system is."""
 LABELS = {"app.kubernetes.io/part-of": "tidegate", "app.kubernetes.io/name": "tidegate-errand"}
 SELECTOR = "app.kubernetes.io/name=tidegate-errand"
 POLL_SECONDS = 0.5
-OF_POD = ("hostNetwork", "dnsPolicy", "imagePullSecrets", "tolerations", "priorityClassName")
-"""What is taken over from the loader's pod template."""
+OF_POD = ("imagePullSecrets", "tolerations", "priorityClassName")
+"""What is taken over from the loader's pod template, and of its container:"""
+OF_CONTAINER = ("image", "imagePullPolicy")
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,20 @@ class Outcome:
 
 
 def pod(daemon_set: Any, node: str, name: str, command: Sequence[str]) -> Any:
-    """The pod for one node. CliError: the DaemonSet has no container to take after."""
+    """The pod for one node. CliError: the DaemonSet has no container of the loader's name."""
     spec = daemon_set["spec"]["template"]["spec"]
-    setup = [c for c in spec.get("initContainers") or () if c["name"] == SETUP]
-    if not setup:
-        raise CliError(f"the loader's DaemonSet has no init container {SETUP}")
-    container = {key: value for key, value in setup[0].items() if key not in ("args", "command")}
-    mounted = {mount["name"] for mount in container.get("volumeMounts") or ()}
-    volumes = [volume for volume in spec.get("volumes") or () if volume["name"] in mounted]
+    found = [c for c in spec["containers"] if c["name"] == LOADER_CONTAINER]
+    if not found:
+        raise CliError(f"the loader's DaemonSet has no container {LOADER_CONTAINER}")
+    mount = {"name": "host", "mountPath": HOST, "mountPropagation": "Bidirectional"}
+    container = {
+        **{key: found[0][key] for key in OF_CONTAINER if key in found[0]},
+        "name": "errand",
+        "command": list(command),
+        "env": [{"name": "NODE_NAME", "value": node}],
+        "securityContext": {"privileged": True, "runAsUser": 0, "readOnlyRootFilesystem": True},
+        "volumeMounts": [mount],
+    }
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -48,27 +57,29 @@ def pod(daemon_set: Any, node: str, name: str, command: Sequence[str]) -> Any:
         "spec": {
             **{key: spec[key] for key in OF_POD if key in spec},
             "nodeName": node,
+            "hostNetwork": True,
+            "hostPID": True,
             "restartPolicy": "Never",
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
-            "containers": [{**container, "name": "errand", "command": list(command)}],
-            "volumes": volumes,
+            "containers": [container],
+            "volumes": [{"name": "host", "hostPath": {"path": "/", "type": "Directory"}}],
         },
     }
 
 
 def run(
-    api: Api, daemon_set: Any, nodes: Sequence[str], command: Sequence[str], seconds: float
+    api: Api, daemon_set: Any, commands: Mapping[str, Sequence[str]], seconds: float
 ) -> list[Outcome]:
-    """Run `command` on every node at once, and wait. A node that does not manage it in time is
-    an outcome, no error."""
+    """Run each node's command there, all at once, and wait. A node that does not manage it in
+    time is an outcome, no error."""
     namespace = daemon_set["metadata"]["namespace"]
     base = resources.PODS.path(namespace)
     stamp = format(int(time.time()), "x")
-    names = {node: f"tidegate-errand-{stamp}-{index}" for index, node in enumerate(nodes)}
+    names = {node: f"tidegate-errand-{stamp}-{index}" for index, node in enumerate(commands)}
     try:
         for node, name in names.items():
-            api.create(base, pod(daemon_set, node, name, command))
+            api.create(base, pod(daemon_set, node, name, commands[node]))
         return _await(api, namespace, names, time.monotonic() + seconds)
     finally:
         for name in names.values():

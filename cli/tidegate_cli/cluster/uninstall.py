@@ -32,7 +32,7 @@ from tidegate_cli.errors import CliError
 PART_OF = "app.kubernetes.io/part-of=tidegate"
 TAINT = "tidegate.dev/agent-not-ready"
 GROUP = "tidegate.dev"
-CLEANUP = ("tidegate-node-setup", "cleanup")
+CLEANUP = ("tidegate-node-setup", "cleanup", "--root", errand.HOST)
 _RBAC, _ADMISSION = "rbac.authorization.k8s.io", "admissionregistration.k8s.io"
 OURS = (
     Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", True),
@@ -176,14 +176,14 @@ def _clean(api: Api, daemon_set: Any, seconds: float, force: bool) -> list[str]:
     dead = [
         item["metadata"]["name"] for item in api.items(resources.NODES) if not _ready_node(item)
     ]
-    outcomes = errand.run(api, daemon_set, nodes, CLEANUP, seconds)
+    outcomes = errand.run(api, daemon_set, dict.fromkeys(nodes, CLEANUP), seconds)
     bad = [f"{o.node}: {o.said}" for o in outcomes if not o.done]
     bad += [f"{node}: the node is not ready" for node in dead]
     for outcome in outcomes:
         if outcome.done:
             _say(f"{outcome.node} is clean")
     if bad and not force:
-        remedy = f"run `{' '.join(CLEANUP)}` of the image there; --force goes on without"
+        remedy = f"run `{' '.join(CLEANUP[:2])}` of the image there; --force goes on without"
         raise CliError(f"nodes that are not cleaned: {'; '.join(bad)}", remedy)
     return [f"not cleaned: {text}" for text in bad]
 

@@ -80,7 +80,7 @@ WEB = ServicePort(
     ],
 )
 def test_columns(family: int, expected: list[tuple[str, str, bool]]) -> None:
-    columns = connectivity.destinations(STATE, {"default/web": [WEB]}, family)
+    columns = connectivity.destinations(STATE.pods, {"default/web": [WEB]}, family)
     assert expected == [(c.label, c.address, c.handshake) for c in columns]
 
 
