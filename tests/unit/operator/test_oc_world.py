@@ -430,3 +430,35 @@ def test_incremental_is_from_scratch(states: list[dict[Any, Tree | None]]) -> No
             encode(item) for item in render(want, ledger)
         ]
         assert got.problems == want.problems
+
+
+def _follow(*states: list[Tree]) -> list[Desired]:
+    """What one compiler that lives through the states makes of each."""
+    reader, compiler, ledger = Reader(), Compiler(), EMPTY_LEDGER
+    world: ClusterWorld | None = None
+    found = []
+    for state in states:
+        world, _ = build(reader.snapshot(state), world)
+        ledger = identities.allocate(world, ledger)
+        found.append(compiler.compile(world, ledger))
+    return found
+
+
+def test_node_made_anew_owns_its_state() -> None:
+    again = node("n1")
+    again["metadata"]["uid"] = "another"
+    first, second = _follow([node("n1"), pod("a")], [again, pod("a")])
+    assert (first.nodes["n1"].uid, second.nodes["n1"].uid) == ("Node--n1", "another")
+    assert first.nodes["n1"].endpoints == second.nodes["n1"].endpoints
+
+
+def test_selector_that_comes_to_pick_nobody_is_said() -> None:
+    """No pod changed, only the labels of its namespace."""
+    peer = {"namespaceSelector": {"matchLabels": {"team": "red"}}}
+    rest = [node("n1"), pod("a"), tree("NetworkPolicy", "p", spec={"ingress": [{"from": [peer]}]})]
+    first, second, third = _follow(
+        *([*rest, tree("Namespace", "default", "", labels={"team": team})]
+          for team in ("red", "blue", "red"))
+    )  # fmt: skip
+    said = [[problem.message for problem in item.problems] for item in (first, second, third)]
+    assert said == [[], ["selects no peer now"], []]

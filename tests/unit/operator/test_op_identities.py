@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from tidegate_api.state import FIRST_IDENTITY, IDENTITY_BITS
 from tidegate_operator import identities
-from tidegate_operator.identities import EMPTY_LEDGER, allocate
-from tidegate_operator.objects import World
+from tidegate_operator.identities import EMPTY_LEDGER, allocate, give_way
+from tidegate_operator.objects import IdentityKey, World
 from unit.operator.given import make, pod
 
 PODS = {name: pod(name, f"{{app: {name}}}") for name in "abcd"}
@@ -17,6 +17,10 @@ PODS = {name: pod(name, f"{{app: {name}}}") for name in "abcd"}
 
 def _world(names: frozenset[str] | str) -> World:
     return make("".join(PODS[name] for name in sorted(names)))
+
+
+def _key(name: str) -> IdentityKey:
+    return IdentityKey("default", (("app", name),))
 
 
 WORLDS = {
@@ -80,3 +84,40 @@ def test_numbers_are_distinct_and_stay(states: list[frozenset[str]]) -> None:
 def test_numbers_are_in_range() -> None:
     numbers = allocate(_world("abcd"), EMPTY_LEDGER).live.values()
     assert all(FIRST_IDENTITY <= number < 1 << IDENTITY_BITS for number in numbers)
+
+
+# ---- Counted by time, in a cluster ----------------------------------------------------------
+
+REST = 3600
+
+
+def test_numbers_rest_for_their_time() -> None:
+    first = allocate(_world("ab"), EMPTY_LEDGER, 1000, REST)
+    second = allocate(_world("a"), first, 2000, REST)
+    assert list(second.released.values()) == [(_key("b"), 2000)]
+    assert allocate(_world("a"), second, 2000 + REST, REST) is second
+    assert allocate(_world("a"), second, 2001 + REST, REST).released == {}
+    back = allocate(_world("ab"), second, 2001 + REST, REST)
+    assert back.live == first.live
+
+
+def test_clock_that_goes_back_shortens_no_rest() -> None:
+    ledger = allocate(_world("ab"), EMPTY_LEDGER, 5000, REST)
+    ledger = allocate(_world("a"), ledger, 5000, REST)
+    ledger = allocate(_world(""), ledger, 100, REST)
+    assert [count for _, count in ledger.released.values()] == [5000, 5000]
+
+
+def test_number_that_is_somebody_elses_is_given_up() -> None:
+    ledger = allocate(_world("ab"), EMPTY_LEDGER, 1000, REST)
+    number = ledger.live[_key("a")]
+    after = allocate(_world("ab"), give_way(ledger, number, _key("d")), 1001, REST)
+    assert after.live[_key("b")] == ledger.live[_key("b")]
+    assert after.live[_key("a")] != number
+    assert after.released[number][0] == _key("d")
+    assert allocate(_world("abd"), after, 1002, REST).live[_key("d")] == number
+
+
+def test_number_that_is_ours_after_all_stays() -> None:
+    ledger = allocate(_world("ab"), EMPTY_LEDGER, 1000, REST)
+    assert give_way(ledger, ledger.live[_key("a")], _key("a")) is ledger
