@@ -16,13 +16,6 @@ from tidegate_api import state as api
 from tidegate_kube import AlreadyExists, Client, Conflict, KubeError, NotFound, Resource, resources
 from tidegate_loader.mirror import KINDS
 
-RULES = [
-    {"apiGroups": ["tidegate.dev"], "resources": ["nodestates"], "verbs": ["list", "watch"]},
-    {"apiGroups": ["tidegate.dev"], "resources": ["stateslices"], "verbs": ["list", "watch"]},
-    {"apiGroups": ["tidegate.dev"], "resources": ["rulesets"], "verbs": ["get"]},
-    {"apiGroups": ["tidegate.dev"], "resources": ["nodestates/status"], "verbs": ["patch"]},
-]
-"""All that a loader may do, and does."""
 _RBAC = "rbac.authorization.k8s.io"
 ROLES = Resource(_RBAC, "v1", "clusterroles", "ClusterRole", False)
 BINDINGS = Resource(_RBAC, "v1", "clusterrolebindings", "ClusterRoleBinding", False)
@@ -35,7 +28,7 @@ def install(server: ApiServer) -> None:
     for path in sorted((world.ROOT / "crds").glob("tidegate.dev_*.yaml")):
         create(client, resources.CRDS, yaml.safe_load(path.read_text()))
     role = {"apiVersion": f"{_RBAC}/v1", "kind": "ClusterRole", "metadata": {"name": "loader"}}
-    create(client, ROLES, role | {"rules": RULES})
+    create(client, ROLES, role | {"rules": rules()})
     binding = {
         "apiVersion": f"{_RBAC}/v1",
         "kind": "ClusterRoleBinding",
@@ -60,6 +53,17 @@ def served(client: Client, resource: Resource, seconds: float = 30.0) -> None:
             time.sleep(0.05)
         else:
             return
+
+
+def rules() -> list[dict[str, Any]]:
+    """All that a loader may do in a cluster: what the manifests grant it, a rule for each kind."""
+    manifest = (world.ROOT / "manifests" / "base" / "tidegate.yaml").read_text()
+    role = next(
+        item
+        for item in yaml.safe_load_all(manifest)
+        if (item["kind"], item["metadata"]["name"]) == ("ClusterRole", "tidegate-loader")
+    )
+    return [{**rule, "resources": [kind]} for rule in role["rules"] for kind in rule["resources"]]
 
 
 def account(server: ApiServer, directory: Path) -> Path:
