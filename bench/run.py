@@ -19,12 +19,20 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [
-    str(ROOT / part) for part in ("tests/support", "crds", "operator", "node-loader", "cli")
+    str(ROOT / part)
+    for part in ("tests", "tests/support", "crds", "operator", "node-loader", "cli")
 ]
 
 from measure import Result, Unmeasurable  # noqa: E402
 
-MODULES = ("row_datapath", "row_packets", "row_loader", "row_compile", "row_cluster")
+MODULES = (
+    "row_datapath",
+    "row_packets",
+    "row_loader",
+    "row_compile",
+    "row_cluster",
+    "row_operator",
+)
 
 
 def report(line: dict[str, object]) -> None:

@@ -74,6 +74,8 @@ def _page(kind: Kind) -> str:
     made = definition(kind)["spec"]
     schema = made["versions"][0]["schema"]["openAPIV3Schema"]
     columns = ", ".join(f"`{name}`" for name, _, _ in kind.columns)
+    if kind.wide:
+        columns += f"; with `-o wide` {', '.join(f'`{name}`' for name, _, _ in kind.wide)}"
     rows = "".join(_row(*row) for row in _fields(schema, ""))
     return (
         f"\n## {kind.name}\n\n{schema['description']}\n\n"

@@ -14,7 +14,7 @@ from types import FrameType
 import pytest
 
 from kind import cluster
-from rig import install, pods, sysdump
+from rig import asking, install, pods, sysdump
 
 KEEP = os.environ.get("KEEP") == "1"
 DUMPS = Path(__file__).parents[1] / ".cache" / "e2e"
@@ -48,8 +48,8 @@ def tidegate(bare_cluster: None) -> None:
 
 
 @pytest.fixture(scope="session")
-def askers(tidegate: None) -> Iterator[pods.Askers]:
-    made = pods.Askers()
+def askers(tidegate: None) -> Iterator[asking.Askers]:
+    made = asking.Askers()
     yield made
     made.close()
 

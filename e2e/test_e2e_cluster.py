@@ -8,7 +8,7 @@ import re
 import pytest
 
 from kind import cluster
-from rig import install, pods
+from rig import asking, install, pods
 
 pytestmark = pytest.mark.kind
 SPACE = "e2e-cluster"
@@ -58,15 +58,15 @@ def test_every_node_is_ready_and_nothing_of_kube_proxy_is_there(tidegate: None) 
 
 
 def test_names_resolve_from_every_node(
-    askers: pods.Askers, one_a_node: dict[str, pods.Pod]
+    askers: asking.Askers, one_a_node: dict[str, pods.Pod]
 ) -> None:
     service = json.loads(cluster.kubectl("get", "service", "-n", SPACE, "web", "-o", "json"))
     for pod in one_a_node.values():
         answers = askers.of(pod).ask(
             [
-                pods.Question(KUBERNETES, op="resolve", seconds=5),
-                pods.Question(f"web.{SPACE}", op="resolve", seconds=5),
-                pods.Question("web", op="resolve", seconds=5),
+                asking.Question(KUBERNETES, op="resolve", seconds=5),
+                asking.Question(f"web.{SPACE}", op="resolve", seconds=5),
+                asking.Question("web", op="resolve", seconds=5),
             ]
         )
         own = (service["spec"]["clusterIP"],)
@@ -75,32 +75,40 @@ def test_names_resolve_from_every_node(
 
 @pytest.mark.parametrize(("port", "protocol"), [(8000, "TCP"), (53, "UDP")])
 def test_a_service_reaches_all_its_pods_from_every_node(
-    askers: pods.Askers, one_a_node: dict[str, pods.Pod], port: int, protocol: str
+    askers: asking.Askers, one_a_node: dict[str, pods.Pod], port: int, protocol: str
 ) -> None:
     address = cluster.kubectl(
         "get", "service", "-n", SPACE, "web", "-o", "jsonpath={.spec.clusterIP}"
     )
     for pod in one_a_node.values():
-        answers = askers.of(pod).ask([pods.Question(address, port, protocol, seconds=3)] * 60)
+        answers = askers.of(pod).ask([asking.Question(address, port, protocol, seconds=3)] * 60)
         assert {a.pod for a in answers} == set(one_a_node), [a.detail for a in answers if a.detail]
 
 
 def test_the_api_server_is_reached_by_its_service_from_every_node(
-    askers: pods.Askers, one_a_node: dict[str, pods.Pod]
+    askers: asking.Askers, one_a_node: dict[str, pods.Pod]
 ) -> None:
     for pod in one_a_node.values():
-        (answer,) = askers.of(pod).ask([pods.Question("10.96.0.1", 443, seconds=5)])
+        (answer,) = askers.of(pod).ask([asking.Question("10.96.0.1", 443, seconds=5)])
         assert "HTTP request to an HTTPS server" in answer.body, answer
 
 
 def test_identities_and_node_states_are_there_to_read(one_a_node: dict[str, pods.Pod]) -> None:
     install.wait_realised()
-    identities = cluster.kubectl("get", "identities").splitlines()
-    assert re.match(r"NAME +ID +NAMESPACE +LABELS +ENDPOINTS +READY +AGE", identities[0])
-    (row,) = [line for line in identities if f" {SPACE} " in line]
-    assert "app=web" in row
+    # Their status follows at its leisure: it is for people.
+    pods.eventually(lambda: _identity()[3:] == ["app=web", "3", "True"], "the identity's status")
+    name, number, space = _identity()[:3]
+    assert (name, space) == (number, SPACE)
     states = cluster.kubectl("get", "nodestates").splitlines()
     assert re.match(r"NAME +DESIRED +REALISED +ENDPOINTS +DRIFT +READY +AGE", states[0])
     for node, line in zip(sorted(cluster.nodes()), states[1:], strict=True):
         name, desired, realised, *_ = line.split()
         assert (name, desired) == (node, realised)
+
+
+def _identity() -> list[str]:
+    """The columns of the identity of this test's pods, but its age."""
+    head, *lines = cluster.kubectl("get", "identities").splitlines()
+    assert re.match(r"NAME +ID +NAMESPACE +LABELS +ENDPOINTS +READY +AGE", head)
+    (line,) = [line for line in lines if SPACE in line.split()]
+    return line.split()[:-1]

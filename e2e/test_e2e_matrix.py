@@ -10,7 +10,7 @@ import pytest
 from support import clusters
 
 from kind import cluster
-from rig import apps, matrix, pods
+from rig import apps, asking, matrix, pods
 
 pytestmark = pytest.mark.kind
 SHOP = Path(__file__).parents[1] / "examples/shop"
@@ -21,7 +21,7 @@ SEEDS = (1, 4)
 
 
 def agree(
-    askers: pods.Askers, sources: Sequence[pods.Pod], columns: Sequence[matrix.Target]
+    askers: asking.Askers, sources: Sequence[pods.Pod], columns: Sequence[matrix.Target]
 ) -> list[matrix.Cell]:
     """The cells, all as the oracle says, and of both kinds."""
     cells = matrix.settle(askers, sources, columns, matrix.judge())
@@ -46,7 +46,7 @@ def declared(spaces: Sequence[str]) -> list[matrix.Target]:
 
 
 @pytest.mark.parametrize("folder", [SHOP, *([Path(OWN)] if OWN else [])], ids=lambda p: p.name)
-def test_an_application_with_its_policies(askers: pods.Askers, folder: Path) -> None:
+def test_an_application_with_its_policies(askers: asking.Askers, folder: Path) -> None:
     spaces = apps.run(folder)
     cells = agree(askers, matrix.pods_of(*spaces), declared(spaces))
     assert {cell.allowed for cell in cells} == {True, False}
@@ -54,7 +54,7 @@ def test_an_application_with_its_policies(askers: pods.Askers, folder: Path) -> 
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_generated_cluster(askers: pods.Askers, seed: int) -> None:
+def test_a_generated_cluster(askers: asking.Askers, seed: int) -> None:
     made = clusters.random_cluster(seed)
     pods.remove_namespaces(*GENERATED[1:])
     cluster.kubectl("delete", "pods,networkpolicies", "-n", "default", "--all", "--timeout=60s")

@@ -52,13 +52,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Kind:
-    """One CRD. `columns`: name, JSONPath, type; the name of the object comes first anyway."""
+    """One CRD. `columns`: name, JSONPath, type; the name of the object comes first anyway.
+    `wide`: those that only `-o wide` shows."""
 
     struct: type[msgspec.Struct]
     plural: str
     short: str
     columns: tuple[tuple[str, str, str], ...]
     rules: tuple[Rule, ...] = ()
+    wide: tuple[tuple[str, str, str], ...] = ()
     namespaced: bool = False
     people: type[BaseModel] | None = None
     """The model of `spec` where people write it: stricter than the loader needs it."""
@@ -147,6 +149,7 @@ KINDS = (
         "tgrs",
         (("DIRECTION", ".spec.direction", "string"), AGE),
         (Rule("spec", IMMUTABLE, "a rule set is named by its content and never edited"),),
+        wide=(("POLICIES", ".spec.policies", "string"),),
     ),
     Kind(
         state.StateSlice,
@@ -172,7 +175,12 @@ def file_name(kind: Kind) -> str:
 
 def definition(kind: Kind) -> Schema:
     """The CustomResourceDefinition as plain data, ready to be written as YAML."""
-    columns = [{"name": name, "type": of, "jsonPath": path} for name, path, of in kind.columns]
+    columns: list[Schema] = [
+        {"name": name, "type": of, "jsonPath": path} for name, path, of in kind.columns
+    ]
+    columns += [
+        {"name": name, "type": of, "jsonPath": path, "priority": 1} for name, path, of in kind.wide
+    ]
     version: Schema = {
         "name": VERSION,
         "served": True,

@@ -47,8 +47,8 @@ SERVER_ERRORS = 5
 SHORT_SECONDS = 1.0
 """A watch that ended sooner, without a message, was refused in effect."""
 QUIET_WATCHES = 2
-"""As many without one message, not even a bookmark: the position may be one that the server
-has not reached and is waiting for."""
+"""As many that were steady but without one message, not even a bookmark: the position may be
+one that the server has not reached and is waiting for."""
 STOP_SECONDS = 5.0
 
 Key = tuple[str, str]
@@ -387,13 +387,20 @@ class Reflector(Generic[_T]):
                 self._watch = None
             watch.close()
             lived = time.monotonic() - begun
-            if messages or lived >= STEADY_SECONDS:
-                self._backoff.succeeded()
-            self._quiet_watches = 0 if messages else self._quiet_watches + 1
-            if self._quiet_watches >= QUIET_WATCHES:
-                self._position, self._quiet_watches = None, 0
+            self._judge(messages, lived)
         if not messages and lived < SHORT_SECONDS and not self._stopping.is_set():
             raise Unreachable(f"watch {self.resource.plural}", "ended as soon as it began")
+
+    def _judge(self, messages: int, lived: float) -> None:
+        """What a watch that has ended says about the next."""
+        if messages or lived >= STEADY_SECONDS:
+            self._backoff.succeeded()
+        if messages:
+            self._quiet_watches = 0
+        elif lived >= STEADY_SECONDS:
+            self._quiet_watches += 1
+        if self._quiet_watches >= QUIET_WATCHES:
+            self._position, self._quiet_watches = None, 0
 
     def _open(self, position: str) -> Watch:
         watch = self._client.watch(
@@ -428,27 +435,21 @@ class Reflector(Generic[_T]):
             self._changed()
 
     def _apply(self, type: str, key: Key, head: _Head, data: bytes) -> bool:
-        """Whether anything visible changed. Under the lock. _OutOfOrder.
+        """Whether anything visible changed. Under the lock.
 
-        An event that is not newer than what is held of its object says nothing: a duplicate,
-        or from before a write of our own. Any other that is older than its stream came late,
-        and what else came late or never cannot be known."""
-        held = self._heads.get(key)
-        if held is not None and (held == head and type != "DELETED"):
-            stale = True
-        elif held is not None:
-            stale = _older(head.version, held.version)
-        else:
-            stale = type == "DELETED"
-        late = _older(head.version, self._brought)
-        if late and not stale:
+        _OutOfOrder: the event is older than one before it; what else came late, or never,
+        cannot be known. One that is no newer than what is held says nothing: the last event
+        once more, or one from before a write of our own."""
+        if _older(head.version, self._brought):
             raise _OutOfOrder(f"{'/'.join(filter(None, key))} came late")
-        if not late:
-            self._advance(head.version)
-        if stale:
+        self._advance(head.version)
+        held = self._heads.get(key)
+        if held is not None and _older(head.version, held.version):
             return False
         if type == "DELETED":
             return self._drop(key)
+        if held == head:
+            return False
         return self._take(key, head, data)
 
     def _advance(self, version: str) -> None:

@@ -109,7 +109,12 @@ def inside(name: str, *command: str, stdin: str = "") -> str:
 
 def configuration() -> dict[str, Any]:
     """What kind is asked for."""
-    kubelet: dict[str, Any] = {"kind": "KubeletConfiguration"}
+    kubelet: dict[str, Any] = {
+        "kind": "KubeletConfiguration",
+        # Tests kill the same container again and again.
+        "crashLoopBackOff": {"maxContainerRestartPeriod": "2s"},
+        "featureGates": {"KubeletCrashLoopBackOffMax": True},
+    }
     if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
         # Kubernetes refuses cgroup v1 unless asked.
         kubelet["failCgroupV1"] = False

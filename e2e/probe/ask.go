@@ -28,7 +28,7 @@ const (
 	maxAnswerBytes = 65536
 )
 
-// question is one line of input. Op is "probe", "resolve", "stream" or "stop".
+// question is one line of input. Op is "probe", "resolve", "stream", "peek" or "stop".
 type question struct {
 	ID       int     `json:"id"`
 	Op       string  `json:"op"`
@@ -37,7 +37,7 @@ type question struct {
 	Protocol string  `json:"protocol"` // TCP or UDP
 	Seconds  float64 `json:"seconds"`  // how long to wait; of "stream": between two requests
 	Path     string  `json:"path"`     // of HTTP, with its slash
-	Stream   int     `json:"stream"`   // of "stop": the id of the question that began it
+	Stream   int     `json:"stream"`   // of "peek" and "stop": the id of the question that began it
 }
 
 // result is one line of output.
@@ -49,8 +49,8 @@ type result struct {
 	Body   string `json:"body,omitempty"`
 
 	Addresses []string `json:"addresses,omitempty"` // of "resolve"
-	Answered  int      `json:"answered"`            // of "stop": requests that were
-	Gap       float64  `json:"gap"`                 // of "stop": the longest time without an answer, seconds
+	Answered  int      `json:"answered"`            // of "peek" and "stop": requests that were
+	Gap       float64  `json:"gap"`                 // of "peek" and "stop": the longest time without an answer, seconds
 }
 
 // asker holds what outlives one question.
@@ -93,8 +93,8 @@ func (a *asker) one(q question) result {
 		return resolve(q)
 	case q.Op == "stream":
 		return a.begin(q)
-	case q.Op == "stop":
-		return a.stop(q)
+	case q.Op == "peek", q.Op == "stop":
+		return a.look(q)
 	case q.Protocol == "UDP":
 		return echo(q)
 	}
@@ -196,8 +196,12 @@ func echo(q question) result {
 // ---- streams: one connection, a request every so often, until it breaks or is stopped ---------------
 
 type stream struct {
-	end  chan struct{}
-	done chan result
+	connection net.Conn
+	pause      time.Duration
+
+	mu   sync.Mutex
+	last time.Time // of the latest answer
+	so   result    // so far
 }
 
 func (a *asker) begin(q question) result {
@@ -205,65 +209,59 @@ func (a *asker) begin(q question) result {
 	if err != nil {
 		return result{Detail: said(err)}
 	}
-	s := &stream{end: make(chan struct{}), done: make(chan result, 1)}
+	s := &stream{connection: connection, pause: seconds(q.Seconds), last: time.Now()}
+	reader := bufio.NewReader(connection)
+	connection.SetDeadline(time.Now().Add(5 * time.Second))
+	first := request(connection, reader, q)
+	if first.Detail != "" {
+		connection.Close()
+		return first
+	}
+	connection.SetDeadline(time.Time{})
 	a.mu.Lock()
 	a.streams[q.ID] = s
 	a.mu.Unlock()
-	reader := bufio.NewReader(connection)
-	first := request(connection, reader, q)
-	go s.run(connection, reader, q)
+	go s.run(reader, q)
 	return first
 }
 
-// run asks until told to end. An answer that never comes shows as a gap that lasts to the end.
-func (s *stream) run(connection net.Conn, reader *bufio.Reader, q question) {
-	defer connection.Close()
-	var r result
-	answers := make(chan result)
-	again := make(chan struct{}, 1)
-	go func() {
-		for range again {
-			answers <- request(connection, reader, q)
-		}
-	}()
-	last := time.Now()
-	for r.Detail == "" {
-		again <- struct{}{}
-		select {
-		case answer := <-answers:
-			r.Gap = max(r.Gap, time.Since(last).Seconds())
-			if answer.Detail != "" {
-				r.Detail = answer.Detail
-				break
-			}
-			last, r.Pod = time.Now(), answer.Pod
-			r.Answered++
-			time.Sleep(seconds(q.Seconds))
-		case <-s.end:
-			r.Gap = max(r.Gap, time.Since(last).Seconds())
-			s.done <- r
+// run asks until the connection ends: by an error, or because look closed it.
+func (s *stream) run(reader *bufio.Reader, q question) {
+	for {
+		time.Sleep(s.pause)
+		answer := request(s.connection, reader, q)
+		s.mu.Lock()
+		s.so.Gap = max(s.so.Gap, time.Since(s.last).Seconds())
+		s.last = time.Now()
+		s.so.Pod, s.so.Detail = answer.Pod, answer.Detail
+		if answer.Detail != "" {
+			s.mu.Unlock()
 			return
 		}
-		select {
-		case <-s.end:
-			s.done <- r
-			return
-		default:
-		}
+		s.so.Answered++
+		s.mu.Unlock()
 	}
-	<-s.end
-	r.Gap = max(r.Gap, time.Since(last).Seconds())
-	s.done <- r
 }
 
-func (a *asker) stop(q question) result {
+// look tells how a stream goes, and with "stop" ends it. A request under way counts as a gap.
+func (a *asker) look(q question) result {
 	a.mu.Lock()
 	s := a.streams[q.Stream]
-	delete(a.streams, q.Stream)
+	if q.Op == "stop" {
+		delete(a.streams, q.Stream)
+	}
 	a.mu.Unlock()
 	if s == nil {
 		return result{Detail: "no such stream"}
 	}
-	close(s.end)
-	return <-s.done
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.so
+	if r.Detail == "" {
+		r.Gap = max(r.Gap, time.Since(s.last).Seconds())
+	}
+	if q.Op == "stop" {
+		s.connection.Close()
+	}
+	return r
 }

@@ -64,3 +64,8 @@ def loaders() -> dict[str, pods.Pod]:
     """Node → its loader's pod."""
     found = pods.running(NAMESPACE, "app.kubernetes.io/name=tidegate-loader")
     return {pod.node: pod for pod in found.values()}
+
+
+def operators() -> dict[str, pods.Pod]:
+    """key → the operators' pods."""
+    return pods.running(NAMESPACE, "app.kubernetes.io/name=tidegate-operator")

@@ -13,7 +13,8 @@ from typing import Any
 from support import oracle
 
 from kind import cluster
-from rig.pods import ANSWER_SECONDS, Answer, Asker, Askers, Pod, Question, running
+from rig.asking import ANSWER_SECONDS, Answer, Asker, Askers, Question
+from rig.pods import Pod, running
 
 # A busy machine may be late with an answer that policy allows: asked again, with more patience.
 PATIENT_SECONDS = 5.0

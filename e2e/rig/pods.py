@@ -1,18 +1,11 @@
-"""Pods of the test image, and questions asked from inside them.
-
-A pod is asked by a process inside its container that the node's container runtime starts, not by
-`kubectl exec`: so it can be asked while the API server is away, and many times without much ado."""
+"""Pods of the test image."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 import json
-import subprocess
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from support.waiting import until
@@ -21,11 +14,6 @@ from kind import cluster, golang, images, settings
 
 IMAGE = "tidegate-probe:dev"
 READY_SECONDS = 90.0
-ANSWER_SECONDS = 1.0
-# How long an asker may take beyond what its questions may.
-GRACE_SECONDS = 30.0
-# So many lines fit into a pipe that nobody reads yet.
-MAX_LINES = 200
 PORTS = ("TCP:80", "TCP:8080", "UDP:53")
 
 Manifest = dict[str, Any]
@@ -51,119 +39,6 @@ class Pod:
     @property
     def address(self) -> str:
         return self.addresses[0]
-
-
-@dataclass(frozen=True)
-class Question:
-    """What `probe ask` reads; see e2e/probe/ask.go."""
-
-    address: str
-    port: int = 0
-    protocol: str = "TCP"
-    op: str = "probe"
-    seconds: float = ANSWER_SECONDS
-    path: str = ""
-    stream: int = 0
-
-
-@dataclass(frozen=True)
-class Answer:
-    pod: str
-    detail: str
-    client: str = ""
-    body: str = ""
-    addresses: tuple[str, ...] = ()
-    answered: int = 0
-    gap: float = 0.0
-
-
-class Asker:
-    """A process in a pod that answers questions as long as this object is open."""
-
-    _ids = itertools.count(1)
-
-    def __init__(self, pod: Pod) -> None:
-        self.pod = pod
-        self._process = subprocess.Popen(
-            ["docker", "exec", "-i", pod.node, "ctr", "-n", "k8s.io", "tasks", "exec",
-             "--exec-id", f"ask-{time.monotonic_ns()}", pod.container, "/probe", "ask"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """Every question's answer, in their order; all are under way at once."""
-        answers: list[Answer] = []
-        for start in range(0, len(questions), MAX_LINES):
-            ids = [self._send(q) for q in questions[start : start + MAX_LINES]]
-            found = dict(self._receive() for _ in ids)
-            answers += [found[i] for i in ids]
-        return answers
-
-    def begin_stream(self, question: Question) -> int:
-        """Opens a connection on which requests follow each other every `seconds`; its number.
-
-        The first must be answered."""
-        number = self._send(dataclasses.replace(question, op="stream"))
-        _, first = self._receive()
-        assert not first.detail, f"{self.pod.key} -> {question.address}: {first.detail}"
-        return number
-
-    def end_stream(self, number: int) -> Answer:
-        """How it went: how many answers, the longest gap, what ended it early."""
-        self._send(Question("", op="stop", stream=number))
-        return self._receive()[1]
-
-    def close(self) -> None:
-        process = self._process
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for pipe in (process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
-
-    def _send(self, question: Question) -> int:
-        number = next(self._ids)
-        assert self._process.stdin is not None
-        line = json.dumps({"id": number, **dataclasses.asdict(question)}).encode() + b"\n"
-        try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # why it ended is said where its answer is read
-        return number
-
-    def _receive(self) -> tuple[int, Answer]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            _, said = self._process.communicate()
-            raise AssertionError(f"cannot ask from {self.pod.key}: {said.decode().strip()}")
-        fields = json.loads(line)
-        number = fields.pop("id")
-        return number, Answer(**{**fields, "addresses": tuple(fields.get("addresses", ()))})
-
-
-@dataclass
-class Askers:
-    """One asker a pod, opened when first needed."""
-
-    _open: dict[str, Asker] = field(default_factory=dict)
-
-    def of(self, pod: Pod) -> Asker:
-        if pod.container not in self._open:
-            self._open[pod.container] = Asker(pod)
-        return self._open[pod.container]
-
-    def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
 
 
 def manifest(

@@ -179,6 +179,14 @@ def _mirror(
     return found
 
 
+def _hint() -> str:
+    """What a kernel's refusal does not say: which capability it was about."""
+    from tidegate_bpf import features  # noqa: PLC0415
+
+    found = features.capabilities()
+    return "" if found.ok else f" ({found.detail}; {found.remedy})"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = _arguments(argv)
     # Cycles are few and small here, a hundred thousand addresses are neither.
@@ -203,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0 if loader.realised_now else 1
             detached = _serve(options, paths, logger, stack, api)
         except (BpfError, OSError) as error:
-            print(f"tidegate-loader: {error}", file=sys.stderr)
+            print(f"tidegate-loader: {error}{_hint()}", file=sys.stderr)
             return 1
     if detached and options.kube:
         leave(paths)

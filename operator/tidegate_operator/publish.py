@@ -64,8 +64,8 @@ no more keys than this: what one change makes every loader read again."""
 Sizes = Mapping[Table, int]
 """Keys a shard, on average, of the tables that are not cut by SHARD_ENTRIES."""
 FOLDER_SIZES: Sizes = {}
-CLUSTER_SIZES: Sizes = {"ipcache": 64, "services": 8, "peers": 16}
-"""Where every shard that changes is sent to every node: some 4 KiB each. The folder's nodes
+CLUSTER_SIZES: Sizes = {"ipcache": 32, "services": 4, "peers": 16}
+"""Where every shard that changes is sent to every node: some 2 KiB each. The folder's nodes
 read from a disk, and reading few large files costs them less."""
 FIRST_EPOCH = 1
 TABLE_LABEL = "tidegate.dev/table"

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from support import cni_step, loader_node
+from support import apiserver, cni_step, loader_node
 from support import loader_world as world
 from support.cni_step import Pod, call, config, finish, pod, start
 from support.loader_node import Node, ip, poll
@@ -282,6 +283,56 @@ def test_a_detached_node_lets_pods_through(real: Node) -> None:
         poll("nothing to be left", lambda: not any(node.pin_dir.iterdir()))
         assert not node.paths.enforcing.exists()
         assert call("ADD", _add(node, found, **marker), found).code == 0
+
+
+def _plugin(name: str, command: str, given: dict[str, Any], found: Pod) -> dict[str, Any]:
+    """One of the CNI project's own plugins, in the node's namespace."""
+    program = apiserver.binary(name)
+    environment = cni_step.environment(command, found, CNI_PATH=str(program.parent))
+    done = subprocess.run(
+        ["nsenter", f"--net=/run/netns/{found.node.namespace}", str(program)],
+        input=json.dumps(given),
+        env={"PATH": os.environ["PATH"]} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return dict(json.loads(done.stdout)) if done.stdout.strip() else {}
+
+
+PLUGINS = [{"type": "ptp"}, {"type": "bridge", "bridge": "cni0", "isGateway": True}]
+
+
+@pytest.mark.parametrize("version", ["0.3.1", "1.0.0"])
+@pytest.mark.parametrize("main", PLUGINS, ids=lambda v: str(v["type"]))
+def test_behind_the_plugins_that_clusters_use(
+    real: Node, tmp_path: Path, main: dict[str, Any], version: str
+) -> None:
+    """A whole chain, up and down, as libcni runs it."""
+    node = real
+    store = {"type": "host-local", "subnet": "10.0.0.0/24", "dataDir": str(tmp_path / "ipam")}
+    common = {"cniVersion": version, "name": "net"}
+    first = common | main | {"ipam": store}
+    wanted = world.World(shards=1, endpoints=[world.endpoint(1, 300)])
+    node.write(wanted)
+    _start(node)
+    node.wait_for(wanted, 0)
+    found = Pod(node, 1)
+    ip("netns", "add", found.netns)
+    try:
+        made = _plugin(main["type"], "ADD", first, found)
+        answer = call("ADD", config(node, prevResult=made, **common), found)
+        assert (answer.code, answer.output) == (0, made)
+        (address,) = (entry["address"] for entry in made["ips"])
+        assert node.realised().endpoints["uid-1"].addresses == [address.partition("/")[0]]
+        if version != "0.3.1":  # it knows no CHECK
+            assert call("CHECK", config(node, prevResult=made, **common), found).code == 0
+        assert call("DEL", config(node, prevResult=made, **common), found).code == 0
+        _plugin(main["type"], "DEL", first | {"prevResult": made}, found)
+        poll("the file to go", lambda: _files(node) == set())
+    finally:
+        ip("netns", "del", found.netns)
 
 
 SEND = """

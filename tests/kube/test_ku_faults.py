@@ -1,8 +1,9 @@
 """Reflectors behind a proxy that breaks what it can: after quiet they hold what a fresh list says.
 
-Seen to find, when put into the reflector on purpose: not noticing lines out of order, resuming
-a watch from before what was already brought, keeping what a list no longer names, undoing a
-write of our own by an older event, a delete by name alone of an object made again.
+Seen to find, when put into the reflector on purpose: lists that add to what is held, and
+objects that stay invalid when they are gone; in full also lines out of order that nobody
+notices, and a bookmark taken for one more than it says. Never found by it: what heals by the
+next event (an older event that undoes a write of our own); `tests/unit/kube` has those.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ There are no controllers and no kubelets, so nothing runs: this is about what is
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +57,21 @@ class Installed:
     def account(self, name: str, namespace: str = NAMESPACE) -> Client:
         """As a service account of Tidegate's, with a token that is bound to no pod."""
         return self.client(self.server.account(name, namespace))
+
+    def kubeconfig_of(self, account: str, path: Path) -> Path:
+        """For a process that is to run as a service account of Tidegate's."""
+        token = self.server.token(account, NAMESPACE)
+        cluster = {"server": self.server.url, "certificate-authority": str(self.server.ca)}
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "test", "cluster": cluster}],
+            "users": [{"name": account, "user": {"token": token}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": account}}],
+            "current-context": "test",
+        }
+        path.write_bytes(msgspec.json.encode(config))
+        return path
 
     def loader(self, node: str) -> Client:
         """As the loader of a node: with a token as the kubelet gets it for the pod there."""
@@ -146,9 +162,9 @@ def _policies_in_force(client: Client) -> bool:
     return False
 
 
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-    directory = tmp_path_factory.mktemp("installed")
+@contextlib.contextmanager
+def install(directory: Path) -> Iterator[Installed]:
+    """A server of one's own with everything applied; its audit log is `directory`/audit.log."""
     audit = f"--audit-policy-file={ROOT / 'tests' / 'support' / 'audit-policy.yaml'}"
     log = f"--audit-log-path={directory / 'audit.log'}"
     with running(directory, audit, log) as server:
@@ -166,3 +182,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
         yield found
         for client in found.clients:
             client.close()
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+    with install(tmp_path_factory.mktemp("installed")) as found:
+        yield found

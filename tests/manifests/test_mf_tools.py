@@ -94,6 +94,19 @@ def test_columns_of_policy_statuses(filled: Installed) -> None:
     assert row[:-1] == ["networkpolicy.web", "NetworkPolicy", "web", "2", "2", "True"]
 
 
+def test_wide_columns_of_rule_sets(installed: Installed) -> None:
+    operator = installed.account("tidegate-operator")
+    policy = {"kind": "NetworkPolicy", "namespace": "shop", "name": "web"}
+    spec = {"format": 1, "direction": "Ingress", "policies": [policy], "rules": [], "terms": []}
+    item = {"apiVersion": "tidegate.dev/v1alpha1", "kind": "RuleSet", "spec": spec}
+    item["metadata"] = {"name": "shown"}
+    operator.create(BY_KIND["RuleSet"], msgspec.json.encode(item))
+    assert _table(installed, "rulesets", "shown")[0] == ["NAME", "DIRECTION", "AGE"]
+    head, row = _table(installed, "rulesets", "shown", "-o", "wide")
+    assert head == ["NAME", "DIRECTION", "AGE", "POLICIES"]
+    assert msgspec.json.decode(row[3]) == [policy]
+
+
 def test_short_names_and_category(filled: Installed) -> None:
     known = filled.kubectl("api-resources", "--categories=tidegate", "-o", "name").stdout.split()
     assert sorted(known) == sorted(kind.crd for kind in KINDS)

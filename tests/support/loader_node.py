@@ -44,11 +44,15 @@ class Node:
         self.paths.interfaces.mkdir(parents=True)
         self.process: subprocess.Popen[bytes] | None = None
         self.log = directory / "loader.log"
+        self.entered: tuple[str, ...] = ()
+        """What starts the loader inside the namespace; () where it enters it by itself."""
 
     def start(self, *more: str) -> None:
-        command = [sys.executable, "-m", "tidegate_loader", "--node", world.NODE]
+        command = [*self.entered, sys.executable, "-m", "tidegate_loader", "--node", world.NODE]
         command += ["--run-dir", str(self.run_dir), "--pin-dir", str(self.pin_dir)]
-        command += ["--objects", str(self.objects), "--netns", f"/run/netns/{self.namespace}"]
+        command += ["--objects", str(self.objects)]
+        if not self.entered:
+            command += ["--netns", f"/run/netns/{self.namespace}"]
         roots = ("crds", "node-loader")
         paths = os.pathsep.join(str(world.ROOT / r) for r in roots)
         with self.log.open("ab") as log:

@@ -106,7 +106,7 @@ def test_every_column_prints_a_field_that_there_is(kind: Kind) -> None:
     known = {
         path.removeprefix(kind.name).replace("[]", "") for path, _ in _schemas(schema, kind.name)
     }
-    for _, path, _ in kind.columns:
+    for _, path, _ in (*kind.columns, *kind.wide):
         if not path.startswith(".metadata."):
             assert re.sub(r"\[.*?\]", "", path) in known, path
 

@@ -13,7 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.waiting import until
-from tidegate_kube import Gone, KubeError, Pace, Page, Reflector, Unreachable, WatchEvent, resources
+from tidegate_kube import (
+    Gone,
+    KubeError,
+    Pace,
+    Page,
+    Reflector,
+    ServerError,
+    Unreachable,
+    WatchEvent,
+    reflector,
+    resources,
+)
+from tidegate_kube.reflector import QUIET_WATCHES, SERVER_ERRORS
 
 SECONDS = 30.0
 PACE = Pace(first_delay=0.001, longest_delay=0.002)
@@ -149,16 +161,17 @@ ROWS: list[tuple[str, list[WatchEvent], dict[str, Any], int]] = [
     ("twice", [_event("MODIFIED", _item("a", "11")), _event("MODIFIED", _item("a", "11"))],
      {"a": "11", "b": "2"}, 1),
     ("an older state of the same object", [_event("MODIFIED", _item("a", "12")),
-     _event("MODIFIED", _item("a", "11"))], {"a": "12", "b": "2"}, 1),
+     _event("MODIFIED", _item("a", "11"))], {"fresh": "9"}, 2),
     ("deleted twice", [_event("DELETED", _item("a", "11")), _event("DELETED", _item("a", "11"))],
      {"b": "2"}, 1),
     ("deleted, but made again since", [_event("DELETED", _item("a", "11")),
      _event("ADDED", _item("a", "12", uid="v")), _event("DELETED", _item("a", "11"))],
-     {"a": "12", "b": "2"}, 1),
+     {"fresh": "9"}, 2),
     ("of two objects, late", [_event("MODIFIED", _item("a", "12")),
      _event("MODIFIED", _item("b", "11"))], {"fresh": "9"}, 2),
     ("of one that is gone, late", [_event("DELETED", _item("a", "12")),
      _event("MODIFIED", _item("a", "11"))], {"fresh": "9"}, 2),
+    ("from before the list", [_event("ADDED", _item("c", "5"))], {"fresh": "9"}, 2),
     ("deleted without a version of its own", [_event("DELETED", _item("a", "1")),
      _event("MODIFIED", _item("b", "12"))], {"fresh": "9"}, 2),
     ("two at one version", [_event("DELETED", _item("a", "11")),
@@ -215,11 +228,35 @@ def test_an_invalid_object_is_not_another_of_its_name() -> None:
         }  # fmt: skip
 
 
+def test_nor_in_a_stream() -> None:
+    event = _event("MODIFIED", _item("a", "11", "invalid", uid="v"))
+    with Run(("10", [_item("a", "1")]), [event, CUT], []) as run:
+        run.ends_with({})
+        assert run.reflector.invalid == {("s", "a"): "told to be invalid"}
+
+
+def test_a_server_that_only_fails_is_listed_anew_in_the_end() -> None:
+    fails = ServerError("watch pods", "internal error", code=500)
+    steps = [("10", [_item("a", "1")]), *[[fails]] * SERVER_ERRORS, ("20", []), []]
+    with Run(*steps) as run:
+        run.ends_with({})
+        assert run.script.asked == ["list", *["10"] * SERVER_ERRORS, "list", "20"]
+
+
+def test_a_position_from_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that went back waits there, and says nothing."""
+    monkeypatch.setattr(reflector, "STEADY_SECONDS", 0.0)
+    steps = [("10", [_item("a", "1")]), *[[CUT]] * QUIET_WATCHES, ("5", []), []]
+    with Run(*steps) as run:
+        run.ends_with({})
+
+
 def test_a_list_that_is_too_old_for_our_own_write() -> None:
     run = Run(
         ("10", [_item("a", "1"), _item("b", "2")]),
         [GONE],
         ("20", [_item("a", "1"), _item("b", "2")]),
+        [_event("MODIFIED", _item("a", "22")), _event("DELETED", _item("new", "23")), CUT],
         [],
     )
     run.reflector.remember(json.dumps(_item("a", "25")).encode())

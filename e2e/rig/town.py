@@ -1,0 +1,95 @@
+"""One small set of pods that the tests of traffic and of faults share.
+
+`server` may be asked by those whose role is `friend`, on port 80; `stranger` may not ask it. Each
+of them has a twin on another node. A Service of the same name stands before `server`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kind import cluster
+from rig import pods
+from rig.asking import Askers, Question
+from rig.pods import Manifest, Pod
+
+SPACE = "town"
+FRIENDS = ("friend-near", "friend-far")
+STRANGERS = ("stranger-near", "stranger-far")
+# Long enough for a packet to be sent again more than once.
+DENIED_SECONDS = 0.7
+
+
+@dataclass(frozen=True)
+class Town:
+    pods: dict[str, Pod]
+    """By name."""
+    service: str
+    """The ClusterIP."""
+
+    def refused(self, askers: Askers) -> None:
+        """No stranger gets an answer, by the pod's address or by the Service's."""
+        where = (self.pods["server"].address, self.service)
+        for name in STRANGERS:
+            answers = askers.of(self.pods[name]).ask(
+                [Question(address, 80, seconds=DENIED_SECONDS) for address in where]
+            )
+            assert not [a for a in answers if a.pod], f"{name} got an answer: {answers}"
+
+    def served(self, askers: Askers, *friends: str, seconds: float = 5.0) -> None:
+        """Every friend gets an answer by both."""
+        where = (self.pods["server"].address, self.service)
+        for name in friends or FRIENDS:
+            answers = askers.of(self.pods[name]).ask(
+                [Question(address, 80, seconds=seconds) for address in where]
+            )
+            assert [a.pod for a in answers] == [f"{SPACE}/server"] * 2, f"{name}: {answers}"
+
+
+def build() -> Town:
+    """Makes the town anew and waits until its policy is in force."""
+    pods.remove_namespaces(SPACE)
+    near, far = [n for n in cluster.nodes() if "worker" in n][:2]
+    pods.apply(
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SPACE}},
+        policy(),
+        pods.manifest("server", SPACE, {"app": "server"}, near),
+        *(pods.manifest(n, SPACE, {"role": "friend"}, _node(n, near, far)) for n in FRIENDS),
+        *(pods.manifest(n, SPACE, {"role": "stranger"}, _node(n, near, far)) for n in STRANGERS),
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "server", "namespace": SPACE},
+            "spec": {"selector": {"app": "server"}, "ports": [{"port": 80}]},
+        },
+    )
+    found = pods.wait_ready(SPACE)
+    service = cluster.kubectl(
+        "get", "service", "-n", SPACE, "server", "-o", "jsonpath={.spec.clusterIP}"
+    )
+    return Town({pod.name: pod for pod in found.values()}, service)
+
+
+def policy(*roles: str) -> Manifest:
+    """Who may ask the server: friends, and those of these roles."""
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "server", "namespace": SPACE},
+        "spec": {
+            "podSelector": {"matchLabels": {"app": "server"}},
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                {
+                    "from": [
+                        {"podSelector": {"matchLabels": {"role": role}}}
+                        for role in ("friend", *roles)
+                    ],
+                    "ports": [{"port": 80}],
+                }
+            ],
+        },
+    }
+
+
+def _node(name: str, near: str, far: str) -> str:
+    return near if name.endswith("near") else far
