@@ -98,6 +98,8 @@ def size(layers: Sequence[Path]) -> int:
 
 def extract(layers: Sequence[Path], root: Path) -> None:
     """The image's whole file system."""
+    # Debian 12's own Python is older than filters; newer ones want to be told.
+    how: dict[str, Any] = {"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}
     for path in layers:
         with tarfile.open(path) as archive:
-            archive.extractall(root, filter="tar")
+            archive.extractall(root, **how)
