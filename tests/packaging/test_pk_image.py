@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,21 @@ def test_the_user_is_not_root(image: Path) -> None:
         config = json.load(archive.extractfile(manifest["Config"]))  # type: ignore[arg-type]
     assert manifest["RepoTags"] == ["tidegate:dev"]
     assert config["config"]["User"] == "65532:65532"
+
+
+def test_the_dockerfile_says_the_same(image: Path) -> None:
+    """Who builds with Docker gets the same settings; the files are of the same script."""
+    with tarfile.open(image) as archive:
+        (manifest,) = json.load(archive.extractfile("manifest.json"))  # type: ignore[arg-type]
+        config = json.load(archive.extractfile(manifest["Config"]))["config"]  # type: ignore[arg-type]
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    said = dict(line.split(maxsplit=1) for line in lines if line.split(maxsplit=1)[1:])
+    assert said["ENV"].split() == config["Env"]
+    assert said["USER"] == config["User"]
+    assert json.loads(said["CMD"]) == config["Cmd"]
+    labels = dict(word.split("=", 1) for word in shlex.split(said["LABEL"]))
+    assert labels == config["Labels"]
+    assert "image/build.py --rootfs" in said["RUN"]
 
 
 def test_equal_input_is_an_equal_image(image: Path, tmp_path: Path) -> None:
