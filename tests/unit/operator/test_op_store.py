@@ -7,7 +7,16 @@ from typing import Any
 
 import msgspec
 import pytest
-from tidegate_api.state import Identity, NodeState, RuleSet, StateObject, StateSlice, encode
+from tidegate_api.state import (
+    DIGEST_ANNOTATION,
+    Identity,
+    NodeState,
+    RuleSet,
+    StateObject,
+    StateSlice,
+    digest,
+    encode,
+)
 from tidegate_operator import identities, world
 from tidegate_operator.compile import compile
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
@@ -271,7 +280,8 @@ def test_revision_that_no_table_will_reach_is_repaired() -> None:
         for table, ref in node.spec.tables.items()
     }
     spec = msgspec.structs.replace(node.spec, tables=far)
-    held["node-1"] = msgspec.structs.replace(node, spec=spec)
+    meta = msgspec.structs.replace(node.metadata, annotations={DIGEST_ANNOTATION: digest(spec)})
+    held["node-1"] = msgspec.structs.replace(node, spec=spec, metadata=meta)
     given.publisher = Publisher(given.store)
     assert given.publish(BASE) == ["nodestates/node-1.json"]
     assert {ref.min_revision for ref in held["node-1"].spec.tables.values()} == {1}
