@@ -21,9 +21,9 @@ def compile_folder(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise CliError(f"{folder} is no folder", "give the folder that holds the manifests")
     options = world.Options(nodes=args.nodes) if args.nodes is not None else world.DEFAULTS
-    desired, ledger, problems = standalone.compile_folder(folder, options)
+    desired, ledger, problems, sizes = standalone.compile_folder(folder, options)
     if desired is not None:
-        publish.write_stream(desired, ledger, sys.stdout, args.output)
+        publish.write_stream(desired, ledger, sys.stdout, args.output, sizes)
     for problem in problems:
         print(problem, file=sys.stderr)
     wrong = desired is None or any(problem.severity == "error" for problem in problems)

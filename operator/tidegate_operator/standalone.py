@@ -10,13 +10,17 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import watchfiles
 
 from tidegate_operator import identities, publish, world
+from tidegate_operator.cluster import dump
+from tidegate_operator.cluster import world as cluster_world
 from tidegate_operator.compile import Compiler, Desired
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.manifests import Folder, Input
+from tidegate_operator.objects import World
 from tidegate_operator.problems import Problem
 from tidegate_operator.store import FileStore
 from tidegate_operator.world import EMPTY_WORLD, MadeWorld
@@ -158,14 +162,29 @@ def _root(path: Path) -> tuple[int, int] | None:
     return (status.st_dev, status.st_ino)
 
 
-def compile_folder(
-    folder: Path, options: world.Options = world.DEFAULTS
-) -> tuple[Desired | None, Ledger, tuple[Problem, ...]]:
-    """What `tidegate compile` prints: one read of `folder`, numbers from scratch."""
+class Compiled(NamedTuple):
+    """`desired` None: the folder could not be read."""
+
+    desired: Desired | None
+    ledger: Ledger
+    problems: tuple[Problem, ...]
+    sizes: publish.Sizes = publish.FOLDER_SIZES
+
+
+def compile_folder(folder: Path, options: world.Options = world.DEFAULTS) -> Compiled:
+    """What `tidegate compile` prints: one read of `folder`, numbers from scratch. Of a folder
+    that holds a cluster, its real nodes and pods: what the operator publishes there."""
     read = Folder(folder).read()
     if not read.complete:
-        return None, EMPTY_LEDGER, read.problems
-    now, problems = world.build(read.documents, options)
+        return Compiled(None, EMPTY_LEDGER, read.problems)
+    now: World
+    if dump.is_cluster(read.documents):
+        snapshot, odd = dump.snapshot_of(read.documents)
+        now, problems = cluster_world.build(snapshot)
+        problems, sizes = (*odd, *problems), publish.CLUSTER_SIZES
+    else:
+        now, problems = world.build(read.documents, options)
+        sizes = publish.FOLDER_SIZES
     ledger = identities.allocate(now, EMPTY_LEDGER)
     desired = Compiler().compile(now, ledger)
-    return desired, ledger, (*read.problems, *problems, *desired.problems)
+    return Compiled(desired, ledger, (*read.problems, *problems, *desired.problems), sizes)

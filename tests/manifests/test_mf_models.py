@@ -247,7 +247,7 @@ def _folders() -> list[Path]:
 
 
 def _compiled(folder: Path) -> list[state.StateObject]:
-    desired, ledger, _ = compile_folder(folder)
+    desired, ledger, *_ = compile_folder(folder)
     assert desired is not None
     return publish.render(desired, ledger)
 

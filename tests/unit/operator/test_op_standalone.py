@@ -129,7 +129,7 @@ def test_folder_that_comes_late(tmp_path: Path, follow: Wait) -> None:
 
 def test_compile_folder(tmp_path: Path) -> None:
     put(tmp_path / "a.yaml", pod("a"))
-    desired, ledger, problems = compile_folder(tmp_path)
+    desired, ledger, problems, _ = compile_folder(tmp_path)
     assert desired is not None
     assert (len(desired.nodes), len(ledger.live), problems) == (2, 1, ())
     assert compile_folder(tmp_path / "absent")[0] is None
