@@ -31,6 +31,7 @@ MODULES = (
     "row_loader",
     "row_compile",
     "row_cluster",
+    "row_image",
     "row_operator",
 )
 
