@@ -46,6 +46,13 @@ def tidegate(*argv: str | Path, code: int = 0) -> str:
     return done.stdout
 
 
+def declaring(manifest: pods.Manifest) -> pods.Manifest:
+    """The pod with its TCP ports declared: a matrix asks for those."""
+    ports = [{"containerPort": number} for number in (80, 8080)]
+    manifest["spec"]["containers"][0]["ports"] = ports
+    return manifest
+
+
 @pytest.fixture(scope="module")
 def town(tidegate: None) -> dict[str, pods.Pod]:
     """A server on one node, a friend and a stranger on it and on another."""
@@ -61,7 +68,7 @@ def town(tidegate: None) -> dict[str, pods.Pod]:
     pods.apply(
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SPACE}},
         *(
-            pods.manifest(name, SPACE, {"role": name.partition("-")[0]}, node)
+            declaring(pods.manifest(name, SPACE, {"role": name.partition("-")[0]}, node))
             for name, node in places.items()
         ),
         {

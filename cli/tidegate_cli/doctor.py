@@ -80,13 +80,12 @@ def _examine(*more: Line) -> list[Line]:
         graded(features.capabilities, bad),
         graded(features.library, bad),
         graded(features.kernel_btf, bad),
-        graded(features.jit, "warn"),
         graded(features.cgroup2, bad),
         *more,
     ]
     if lines[2].grade != "ok":  # nothing below works without libbpf
         return lines
-    lines += [graded(features.tcx, "warn"), graded(features.batch, "warn")]
+    lines += [graded(probe, "warn") for probe in (features.jit, features.tcx, features.batch)]
     return [*lines, *_objects()]
 
 
