@@ -188,9 +188,11 @@ class Client:
         *,
         uid: str | None = None,
         resource_version: str | None = None,
+        grace: int | None = None,
         timeout: float | None = None,
     ) -> bytes:
-        """Conflict if the object is not (any more) the one named by `uid` or version."""
+        """Conflict if the object is not (any more) the one named by `uid` or version.
+        `grace`: seconds, where not the object's own; a pod is deleted at once with 0."""
         conditions = {"uid": uid, "resourceVersion": resource_version}
         given = {key: value for key, value in conditions.items() if value is not None}
         options: dict[str, Any] = {
@@ -200,6 +202,8 @@ class Client:
         }
         if given:
             options["preconditions"] = given
+        if grace is not None:
+            options["gracePeriodSeconds"] = grace
         body = msgspec.json.encode(options)
         return self._call("DELETE", resource, namespace, name, body=body, timeout=timeout)
 

@@ -60,7 +60,7 @@ class ApiServer:
         self._etcd_binary, self._binary = binary("etcd"), binary("kube-apiserver")
         self._etcd: subprocess.Popen[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._etcd_port, self._peer_port, self.port = _free_ports(3)
+        self._etcd_port, self._peer_port, self.port = free_ports(3)
         self.ca = certificates.make_authority(directory, "ca")
         self._serving = certificates.issue_server(self.ca, "server")
         self._client_ca = certificates.make_authority(directory, "client-ca")
@@ -261,7 +261,7 @@ def _ready(client: Client) -> bool:
     return True
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Of loopback; taken together, so that they differ."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]

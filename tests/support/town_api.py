@@ -98,5 +98,4 @@ def pod(name: str, node: str, ip: str = "", namespace: str = "default", **labels
 
 def remove(client: Client, resource: Resource, name: str, namespace: str = "") -> None:
     """At once: there is no kubelet that would end a pod."""
-    body = b'{"kind": "DeleteOptions", "apiVersion": "v1", "gracePeriodSeconds": 0}'
-    client._call("DELETE", resource, namespace, name, body=body)
+    client.delete(resource, name, namespace, grace=0)
