@@ -102,12 +102,14 @@ class Town:
         until(done, "settled", SECONDS)
 
     def writes(self) -> dict[tuple[str, str], int]:
-        """(kind, verb) -> objects written since the operator started."""
+        """(kind, verb) -> objects published since the operator started; no statuses."""
         return {
             (sample.labels["kind"], sample.labels["verb"]): int(sample.value)
             for metric in self.metrics.objects_written.collect()
             for sample in metric.samples
             if sample.name.endswith("_total")
+            and sample.labels["verb"] != "status"
+            and sample.labels["kind"] not in ("PolicyStatus", "Node")
         }
 
     def writes_since(self, before: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:

@@ -246,8 +246,11 @@ class Statuses:
         last = self._written.get(key)
         return 0.0 if last is None else max(0.0, last + least - time.monotonic())
 
-    def _send(self, key: object, request: Callable[[float], bytes]) -> bytes | None:
-        """The answer; None: somebody was faster, and the next round will see it."""
+    def _send(
+        self, key: object, about: tuple[str, str, int], request: Callable[[float], bytes]
+    ) -> bytes | None:
+        """The answer; None: somebody was faster, and the next round will see it. `about`: verb,
+        kind and bytes, for the metrics."""
         left = self._lead.check()
         try:
             answer = request(min(left, 10.0))
@@ -257,6 +260,8 @@ class Statuses:
             log.warning("a status was refused", object=str(key), error=str(error))
             answer = None
         self._written[key] = time.monotonic()
+        if answer is not None:
+            self._metrics.written(*about)
         return answer
 
     # ---- nodes ----
@@ -292,6 +297,7 @@ class Statuses:
             body = msgspec.json.encode(steps)
             self._send(
                 ("node", name),
+                ("patch", "Node", len(body)),
                 lambda left, name=name, body=body: self._client.patch(  # type: ignore[misc]
                     resources.NODES, name, body, kind="json", timeout=left
                 ),
@@ -316,6 +322,7 @@ class Statuses:
             if name not in wanted and kind == "NetworkPolicy":
                 self._send(
                     name,
+                    ("delete", "PolicyStatus", 0),
                     lambda left, at=name, item=item: self._client.delete(  # type: ignore[misc]
                         resources.POLICY_STATUSES, at[1], at[0], uid=item.uid, timeout=left
                     ),
@@ -360,6 +367,7 @@ class Statuses:
         )
         answer = self._send(
             name,
+            ("status", "PolicyStatus", len(body)),
             lambda left: self._client.update(
                 resources.POLICY_STATUSES, name[1], body, name[0], "status", timeout=left
             ),
@@ -394,6 +402,7 @@ class Statuses:
         resource = resources.POLICY_STATUSES
         answer = self._send(
             ("policy", name),
+            ("create" if held is None else "update", "PolicyStatus", len(body)),
             lambda left: (
                 self._client.create(resource, body, name[0], timeout=left)
                 if held is None
@@ -458,6 +467,7 @@ class Statuses:
         )
         answer = self._send(
             ("identity", name),
+            ("status", "Identity", len(body)),
             lambda left: self._client.update(
                 resources.IDENTITIES, name, body, subresource="status", timeout=left
             ),

@@ -13,6 +13,7 @@ import pytest
 from tidegate_bpf import ObjectFile
 from tidegate_cli import reasons
 from tidegate_cli.main import build_parser
+from tidegate_operator.cluster.metrics import Metrics
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -55,6 +56,33 @@ def test_every_command_is_documented() -> None:
     text = (DOCS / "cli.md").read_text()
     leaves = [c for c in _commands(build_parser()) if c not in {"tidegate " + g for g in GROUPS}]
     assert [command for command in leaves if f"`{command}" not in text] == []
+
+
+class _Nothing:
+    """An operator that has not begun."""
+
+    def restarts(self) -> dict[str, int]:
+        return {}
+
+    def unsynced(self) -> list[str]:
+        return []
+
+    def queue_age(self) -> float:
+        return 0.0
+
+    def leading(self) -> bool:
+        return False
+
+
+def test_every_metric_of_the_operator_is_documented() -> None:
+    metrics = Metrics()
+    metrics.watch(_Nothing())
+    real = {
+        metric.name + ("_total" if metric.type == "counter" else "")
+        for metric in metrics.registry.collect()
+    }
+    rows = re.findall(r"^\| `(tidegate_operator_\w+)`", (DOCS / "operator.md").read_text(), re.M)
+    assert set(rows) == real
 
 
 GROUPS = ("identity", "endpoint", "policy", "lb", "ct", "ipcache", "metrics")

@@ -21,7 +21,11 @@ import pytest
 from tidegate_cli.main import build_parser
 
 DOCS = Path(__file__).parents[3] / "docs"
-MODULES = {"tidegate-loader": "tidegate_loader", "tidegate-node-setup": "tidegate_loader.setup"}
+MODULES = {
+    "tidegate-loader": "tidegate_loader",
+    "tidegate-node-setup": "tidegate_loader.setup",
+    "tidegate-operator": "tidegate_operator",
+}
 """Programs that are no part of `tidegate` -> what runs them."""
 COLUMNS = "100"
 EMBEDDED = re.compile(r"^<!-- help: (.+?) -->\n```text\n(.*?)^```$", re.M | re.S)
