@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(target, "LOCAL_RUN_DIR", tmp_path / "lib")
     monkeypatch.setattr(target, "LOCAL_PIN_DIR", tmp_path / "pins")
     monkeypatch.setattr(sys, "argv", ["tidegate"])
+    monkeypatch.setattr(target, "_go_first", lambda: None)  # this process may stay
 
     class Fake:
         name, server = "fake", "https://fake"
@@ -93,6 +95,20 @@ def test_the_plugin_means_the_cluster(machine: Path, monkeypatch: pytest.MonkeyP
     lay(machine, "up", "node", "config")
     monkeypatch.setattr(sys, "argv", ["/usr/bin/kubectl-tidegate"])
     assert chosen(parse(), machine) == "cluster None None"
+
+
+def test_inside_the_loaders_pod_it_is_the_first_to_go(machine: Path) -> None:
+    """In a process of its own: it cannot be taken back."""
+    lay(machine, "node")
+    code = (
+        "import sys; from pathlib import Path; from tidegate_cli import target\n"
+        "target.LOCAL_RUN_DIR = Path(sys.argv[1])\n"
+        "target.local(); print(open('/proc/self/oom_score_adj').read())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, machine / "lib"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "1000"
 
 
 def test_the_environment_is_explicit(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
