@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -56,28 +58,51 @@ def test_overlays_apply(installed: Installed, name: str) -> None:
     )
 
 
-def test_no_policy_has_an_expression_of_wrong_type(installed: Installed) -> None:
-    # One controller of kube-controller-manager type-checks expressions where the kind is known.
-    command = [str(binary("kube-controller-manager")), f"--kubeconfig={installed.kubeconfig}"]
-    command += ["--controllers=validatingadmissionpolicy-status-controller"]
-    command += [
-        "--leader-elect=false",
-        "--secure-port=0",
-        "--use-service-account-credentials=false",
-    ]
+def test_another_tool_may_apply_the_same(installed: Installed) -> None:
+    # Without a conflict: what one has defaulted is what the other has written.
+    installed.kubectl(
+        *("apply", "--server-side", "--field-manager=other", "-k", "manifests/base"),
+    )
 
+
+@contextlib.contextmanager
+def _controller(installed: Installed, name: str) -> Iterator[None]:
+    """One controller of kube-controller-manager runs."""
+    command = [str(binary("kube-controller-manager")), f"--kubeconfig={installed.kubeconfig}"]
+    command += [f"--controllers={name}", "--leader-elect=false", "--secure-port=0"]
+    with open(installed.server.directory / "controllers.log", "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_who_may_view_sees_what_became_of_policies(installed: Installed) -> None:
+    def may(what: str, *where: str) -> bool:
+        asked = ("auth", "can-i", *what.split(), "--as=viewer", *where)
+        return installed.kubectl(*asked, check=False).stdout.strip() == "yes"
+
+    grant = ("create", "rolebinding", "viewer", "--clusterrole=view", "--user=viewer")
+    installed.kubectl(*grant, "-n", "default")
+    with _controller(installed, "clusterrole-aggregation-controller"):
+        eventually(lambda: may("get policystatuses", "-n", "default"), "the role is aggregated")
+    assert may("watch policystatuses", "-n", "default")
+    assert not may("get policystatuses", "-n", "kube-system")
+    assert not may("delete policystatuses", "-n", "default")
+    assert not may("list identities", "-A")
+
+
+def test_no_policy_has_an_expression_of_wrong_type(installed: Installed) -> None:
+    # Kubernetes' own controller type-checks expressions where the kind is known.
     def checked() -> list[dict[str, Any]]:
         listed = installed.kubectl("get", "validatingadmissionpolicy", "-o", "json").stdout
         items = msgspec.json.decode(listed)["items"]
         return [i["status"]["typeChecking"] for i in items if "typeChecking" in i.get("status", {})]
 
-    with open(installed.server.directory / "controllers.log", "wb") as log:
-        controllers = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
+    with _controller(installed, "validatingadmissionpolicy-status-controller"):
         eventually(lambda: len(checked()) == 2, "both policies are type-checked")
-    finally:
-        controllers.kill()
-        controllers.wait()
     assert [
         found["expressionWarnings"] for found in checked() if "expressionWarnings" in found
     ] == []
