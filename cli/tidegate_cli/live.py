@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tidegate_bpf
-from tidegate_bpf import BpfError, Codec, Map, ObjectFile
+from tidegate_bpf import BpfError, Codec, Map, MapSpec, ObjectFile
 from tidegate_loader import addresses
 from tidegate_loader.kernel import Layouts
 from tidegate_loader.local import Realised
@@ -144,8 +144,8 @@ class NodeMaps:
         self._opened.clear()
 
     def map(self, name: str) -> Map:
-        """The map pinned as maps/`name`."""
-        return self._open(self.pin_dir / "maps" / name)
+        """The map pinned as maps/`name`. CliError: it is not as our object has it."""
+        return self._fits(self._open(self.pin_dir / "maps" / name), self.spec.maps[name])
 
     def pins(self) -> dict[str, str]:
         """Name → path of every pinned map that the object declares."""
@@ -251,8 +251,9 @@ class NodeMaps:
         """Established flows, then the half-open shares."""
         for key, value in self.map("ct_v1").items():
             yield self._flow(self._ct_key.unpack(key), self._ct.unpack(value), "table")
+        shares = self._declared_inner("half_open_v1")
         for path in sorted((self.pin_dir / "half_open").glob("[0-9]*"), key=lambda p: int(p.name)):
-            for _, value in self._open(path).items():
+            for _, value in self._fits(self._open(path), shares).items():
                 for way in self._half_open_set.unpack(value).way if any(value) else ():
                     if way.ct.word not in (FREE, BUSY):
                         yield self._flow(way.key, way.ct, "half-open")
@@ -318,13 +319,32 @@ class NodeMaps:
         if value is None:
             return None
         (number,) = INDEX.unpack(value)
+        declared = self._declared_inner(outer)
         for pin in pins:
             if pin.exists() and self._open(pin).info.id == number:
-                return self._open(pin)
+                return self._fits(self._open(pin), declared)
         path = Path(outer) / str(number)
         if path not in self._opened:
             self._opened[path] = Map.from_id(number)
-        return self._opened[path]
+        return self._fits(self._opened[path], declared)
+
+    def _declared_inner(self, outer: str) -> MapSpec:
+        declared = self.spec.maps[outer].inner
+        assert declared is not None
+        return declared
+
+    def _fits(self, opened: Map, declared: MapSpec) -> Map:
+        """Bytes of another layout would be read as nonsense, or not at all."""
+        held = opened.info.key_size, opened.info.value_size
+        known = declared.key_size, declared.value_size
+        if held != known:
+            raise CliError(
+                f"{declared.name} in {self.pin_dir} has keys and values of {held[0]} and {held[1]} "
+                f"bytes, this command knows them with {known[0]} and {known[1]}",
+                "node and command are of different versions: use the command that came with the "
+                "node's loader, or bring the loader to this version",
+            )
+        return opened
 
     def _prefixes(self, opened: Map) -> list[tuple[str, int]]:
         rows = ((self.layouts.prefix.unpack(k), INDEX.unpack(v)[0]) for k, v in opened.items())
