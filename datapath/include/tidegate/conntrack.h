@@ -36,7 +36,19 @@ tg_inline __u32 tg_now(void)
 	return held;
 }
 
-/* Fills the key; returns whether the tuple's source is its end a. */
+/* Two ports as they lie in memory one after the other. */
+tg_inline __u32 tg_ports_word(__be16 first, __be16 second)
+{
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+	return first | (__u32)second << 16;
+#else
+	return (__u32)first << 16 | second;
+#endif
+}
+
+/* Fills the key; returns whether the tuple's source is its end a. Its last words
+ * are written whole, as the kernel's hash reads them: reading a word that was
+ * just written in pieces stalls. */
 tg_inline int tg_ct_key(const struct tg_tuple *t, struct tg_ct_key *key)
 {
 	const __u64 *src = (const __u64 *)&t->src, *dst = (const __u64 *)&t->dst;
@@ -51,16 +63,13 @@ tg_inline int tg_ct_key(const struct tg_tuple *t, struct tg_ct_key *key)
 	if (src_is_a) {
 		key->a = t->src;
 		key->b = t->dst;
-		key->aport = t->sport;
-		key->bport = t->dport;
+		((__u32 *)key)[8] = tg_ports_word(t->sport, t->dport);
 	} else {
 		key->a = t->dst;
 		key->b = t->src;
-		key->aport = t->dport;
-		key->bport = t->sport;
+		((__u32 *)key)[8] = tg_ports_word(t->dport, t->sport);
 	}
-	key->protocol = t->protocol;
-	key->pad[0] = key->pad[1] = key->pad[2] = 0;
+	((__u32 *)key)[9] = bpf_htonl((__u32)t->protocol << 24); /* and pad */
 	return src_is_a;
 }
 

@@ -74,8 +74,9 @@ tg_inline int tg_plain(struct __sk_buff *skb, struct tg_tuple *t)
 /* What to do with the packet, or TG_LONG_WAY. With a stack of its own. */
 static __noinline int tg_fast(struct __sk_buff *skb, int from_pod)
 {
+	const struct tg_forward *sender, *receiver;
 	struct tg_control *control;
-	struct tg_forward sender, receiver;
+	struct tg_forward forward;
 	struct tg_ct_key key;
 	struct tg_tuple t;
 	struct tg_ct *ct;
@@ -95,12 +96,16 @@ static __noinline int tg_fast(struct __sk_buff *skb, int from_pod)
 		return TG_LONG_WAY;
 	flags = ct->flags;
 	began = began == !!(flags & TG_CT_BEGAN_A);
-	sender = began ? ct->to_src : ct->to_dst;
-	receiver = began ? ct->to_dst : ct->to_src;
-	if ((flags & (TG_CT_NAT | TG_CT_SERVICE | TG_CT_HAIRPIN)) || tg_read_word(ct) != word ||
-	    skb->ifindex != (from_pod ? sender.ifindex : receiver.ifindex))
+	sender = began ? &ct->to_src : &ct->to_dst;
+	receiver = began ? &ct->to_dst : &ct->to_src;
+	if ((flags & (TG_CT_NAT | TG_CT_SERVICE | TG_CT_HAIRPIN)) ||
+	    skb->ifindex != (from_pod ? sender : receiver)->ifindex)
 		return TG_LONG_WAY;
-	return tg_deliver(skb, from_pod, &receiver);
+	forward = *receiver;
+	tg_barrier();
+	if (tg_read_word(ct) != word)
+		return TG_LONG_WAY;
+	return tg_deliver(skb, from_pod, &forward);
 }
 
 #endif
