@@ -20,6 +20,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from tidegate_api.state import NodeStateStatus, RuleSet, digest, encode
 from tidegate_kube import Client, KubeError, NotFound, Reflector
+from tidegate_kube.backoff import Backoff
 from tidegate_kube.resources import NODE_STATES, RULE_SETS, STATE_SLICES, Resource
 
 from tidegate_loader.local import NodePaths, write_atomic
@@ -80,20 +81,6 @@ def as_file(data: bytes) -> bytes:
     return encode(_decoder.decode(data))
 
 
-class Backoff:
-    """How long to wait after a failure."""
-
-    def __init__(self) -> None:
-        self._next = RETRY_FIRST
-
-    def failed(self, error: KubeError) -> float:
-        wait, self._next = self._next, min(self._next * 2, RETRY_LAST)
-        return max(error.retry_after or 0.0, wait * random.uniform(0.5, 1.0))
-
-    def succeeded(self) -> None:
-        self._next = RETRY_FIRST
-
-
 class Mirror:
     """Owns the reflectors, a thread that writes files, and one that writes the status."""
 
@@ -115,7 +102,7 @@ class Mirror:
         self._written: dict[str, bytes] = {}
         self._in_force: frozenset[str] | None = None
         self._collected: object = None
-        self._backoff = Backoff()
+        self._backoff = Backoff(RETRY_FIRST, RETRY_LAST)
         self._told = ""
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._reporter = Reporter(client, node, logger)
@@ -188,7 +175,7 @@ class Mirror:
             self._collect()
         except KubeError as error:
             self._log.warning("a rule set could not be read", error=str(error))
-            return self._backoff.failed(error)
+            return self._backoff.failed(error.retry_after)
         except OSError as error:  # a full disk: what is in force stays
             self._log.warning("objects could not be written", error=str(error))
             return RETRY_LAST
@@ -311,7 +298,7 @@ class Reporter(threading.Thread):
         self._ended = False
         self._status: NodeStateStatus | None = None
         self._sent: NodeStateStatus | None = None
-        self._backoff = Backoff()
+        self._backoff = Backoff(RETRY_FIRST, RETRY_LAST)
         self._failed = ""
 
     def report(self, status: NodeStateStatus) -> None:
@@ -352,7 +339,7 @@ class Reporter(threading.Thread):
             if type(error).__name__ != self._failed:
                 self._failed = type(error).__name__
                 self._log.warning("the status could not be written", error=str(error))
-            return self._backoff.failed(error)
+            return self._backoff.failed(error.retry_after)
         self._sent, self._failed = status, ""
         self._backoff.succeeded()
         return 0.0

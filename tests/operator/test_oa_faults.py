@@ -20,7 +20,7 @@ from support.operator_town import Town, clean, policy
 from support.town_api import apply, node, pod, remove
 from support.waiting import until
 from tidegate_api.state import NodeState
-from tidegate_kube import Client, Forbidden, NotFound, Reflector, Resource, resources
+from tidegate_kube import Client, Forbidden, KubeError, NotFound, Reflector, Resource, resources
 
 pytestmark = [pytest.mark.apiserver, pytest.mark.slow]
 
@@ -255,6 +255,36 @@ def test_stopped_for_thirty_seconds_under_churn(
         assert two.end() == 0
         _settled(server, one)
         terms.check()
+
+
+def test_etcd_stands_still(server: ApiServer, client: Client, tmp_path: Path) -> None:
+    """For longer than the Lease: nobody can renew it, nobody can take it, then somebody leads."""
+    kubeconfig = server.kubeconfig(tmp_path / "kubeconfig")
+    churn = Churn(client, seed=10)
+    with Terms(client) as terms, _operators(kubeconfig, tmp_path, "one", "two") as both:
+        for each in both:
+            each.start()
+        until(lambda: _moved(churn, terms, 0), "one of them writes", SECONDS)
+        until(lambda: all(each.ready() for each in both), "both are ready", SECONDS)
+        server.pause_etcd()
+        try:
+            until(lambda: any(e.said("lost the lease") for e in both), "gives up", SECONDS)
+        finally:
+            server.resume_etcd()
+        until(lambda: _written(churn), "takes writes again", SECONDS)
+        for _ in range(30):
+            churn.change()
+        _settled(server, both[0])
+        assert all(each.running() for each in both)
+        terms.check()
+
+
+def _written(churn: Churn) -> bool:
+    try:
+        churn.change()
+    except KubeError:
+        return False
+    return True
 
 
 def test_two_without_an_election(server: ApiServer, client: Client, tmp_path: Path) -> None:
