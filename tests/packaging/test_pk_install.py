@@ -7,6 +7,7 @@ these tests are about.
 from __future__ import annotations
 
 import json
+import subprocess
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tidegate_kube import Client, NotFound, resources
 pytestmark = [pytest.mark.apiserver, pytest.mark.slow]
 
 NAMESPACE = "tidegate-system"
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -236,6 +238,20 @@ def test_fields_of_another_manager_are_not_taken_over_unasked(
     assert "gitops" in said
     assert "--force-conflicts" in said
     assert cluster.run("install", "--wait", "0", "--force-conflicts") == 0
+
+
+def test_kubectl_may_follow_and_go_before(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`kubectl apply --server-side -k` of the same is no other manager."""
+    base = str(ROOT / "manifests/base")
+    command = [server.binary("kubectl"), f"--kubeconfig={cluster.kubeconfig}"]
+    command += ["apply", "--server-side", "-k", base]
+    for _ in range(2):
+        assert cluster.run("install", "--wait", "0") == 0
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "created" not in capsys.readouterr().out.partition("unchanged")[2]
 
 
 @pytest.mark.parametrize(

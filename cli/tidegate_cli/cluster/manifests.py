@@ -16,7 +16,8 @@ from tidegate_kube.resources import Resource
 from tidegate_cli.cluster.api import Api, ApiError
 from tidegate_cli.errors import CliError
 
-MANAGER = "tidegate-install"
+MANAGER = "kubectl"
+"""As `kubectl apply --server-side`, so that either may follow the other."""
 FIRST = ("Namespace", "CustomResourceDefinition")
 LAST = ("Deployment", "DaemonSet")
 """What starts something comes after all that it needs."""
