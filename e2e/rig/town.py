@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kind import cluster
 from rig import pods
-from rig.asking import Askers, Question
+from rig.asking import Answer, Askers, Question
 from rig.pods import Manifest, Pod
 
 SPACE = "town"
@@ -17,6 +17,7 @@ FRIENDS = ("friend-near", "friend-far")
 STRANGERS = ("stranger-near", "stranger-far")
 # Long enough for a packet to be sent again more than once.
 DENIED_SECONDS = 0.7
+SERVED_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,23 @@ class Town:
             )
             assert not [a for a in answers if a.pod], f"{name} got an answer: {answers}"
 
-    def served(self, askers: Askers, *friends: str, seconds: float = 5.0) -> None:
+    def served(self, askers: Askers) -> None:
         """Every friend gets an answer by both."""
-        where = (self.pods["server"].address, self.service)
-        for name in friends or FRIENDS:
-            answers = askers.of(self.pods[name]).ask(
-                [Question(address, 80, seconds=seconds) for address in where]
-            )
+        for name in FRIENDS:
+            answers = self.answers(askers, name)
             assert [a.pod for a in answers] == [f"{SPACE}/server"] * 2, f"{name}: {answers}"
+
+    def is_served(self, askers: Askers) -> bool:
+        """Whether every friend does."""
+        expected = [f"{SPACE}/server"] * 2
+        return all([a.pod for a in self.answers(askers, n)] == expected for n in FRIENDS)
+
+    def answers(self, askers: Askers, friend: str) -> list[Answer]:
+        """What a friend gets by the pod's address, and by the Service's."""
+        where = (self.pods["server"].address, self.service)
+        return askers.of(self.pods[friend]).ask(
+            [Question(address, 80, seconds=SERVED_SECONDS) for address in where]
+        )
 
 
 def build() -> Town:
