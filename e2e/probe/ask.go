@@ -4,7 +4,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,14 +27,14 @@ const (
 	maxAnswerBytes = 65536
 )
 
-// question is one line of input. Op is "probe", "resolve", "stream", "peek" or "stop".
+// question is one line of input. Op is "probe", "resolve", "stream", "pulse", "peek" or "stop".
 type question struct {
 	ID       int     `json:"id"`
 	Op       string  `json:"op"`
 	Address  string  `json:"address"` // an IP address; for "resolve" a name
 	Port     int     `json:"port"`
 	Protocol string  `json:"protocol"` // TCP or UDP
-	Seconds  float64 `json:"seconds"`  // how long to wait; of "stream": between two requests
+	Seconds  float64 `json:"seconds"`  // how long to wait; of "stream" and "pulse": between two
 	Path     string  `json:"path"`     // of HTTP, with its slash
 	Stream   int     `json:"stream"`   // of "peek" and "stop": the id of the question that began it
 }
@@ -51,6 +50,8 @@ type result struct {
 	Addresses []string `json:"addresses,omitempty"` // of "resolve"
 	Answered  int      `json:"answered"`            // of "peek" and "stop": requests that were
 	Gap       float64  `json:"gap"`                 // of "peek" and "stop": the longest time without an answer, seconds
+
+	Heard map[string][2]int64 `json:"heard,omitempty"` // of a pulse; see there
 }
 
 // asker holds what outlives one question.
@@ -58,11 +59,12 @@ type asker struct {
 	mu      sync.Mutex
 	out     *json.Encoder
 	streams map[int]*stream
+	pulses  map[int]*pulse
 }
 
 // ask answers questions, many at once and in no order, until there are no more.
 func ask(in io.Reader, out io.Writer) error {
-	a := &asker{out: json.NewEncoder(out), streams: map[int]*stream{}}
+	a := &asker{out: json.NewEncoder(out), streams: map[int]*stream{}, pulses: map[int]*pulse{}}
 	free := make(chan struct{}, maxAtOnce)
 	var under sync.WaitGroup
 	lines := bufio.NewScanner(in)
@@ -93,6 +95,8 @@ func (a *asker) one(q question) result {
 		return resolve(q)
 	case q.Op == "stream":
 		return a.begin(q)
+	case q.Op == "pulse":
+		return a.beat(q)
 	case q.Op == "peek", q.Op == "stop":
 		return a.look(q)
 	case q.Protocol == "UDP":
@@ -165,32 +169,36 @@ func request(connection net.Conn, reader *bufio.Reader, q question) result {
 	return result{Pod: fields.Pod, Client: fields.Client}
 }
 
+// echo sends again where no answer comes.
 func echo(q question) result {
+	r := result{Detail: timedOut}
+	for n := 0; n < datagramSends && r.Detail == timedOut; n++ {
+		r = echoOnce(q, seconds(q.Seconds/datagramSends))
+	}
+	return r
+}
+
+// echoOnce sends one datagram from a socket of its own.
+func echoOnce(q question, wait time.Duration) result {
 	socket, err := net.Dial("udp", q.target())
 	if err != nil {
 		return result{Detail: said(err)}
 	}
 	defer socket.Close()
-	buffer := make([]byte, maxAnswerBytes)
-	for range datagramSends {
-		if _, err := socket.Write([]byte(datagram)); err != nil {
-			return result{Detail: said(err)}
-		}
-		socket.SetReadDeadline(time.Now().Add(seconds(q.Seconds / datagramSends)))
-		n, err := socket.Read(buffer)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			continue
-		}
-		if err != nil {
-			return result{Detail: said(err)}
-		}
-		pod, rest, _ := strings.Cut(string(buffer[:n]), " ")
-		if rest != datagram {
-			return result{Detail: fmt.Sprintf("odd datagram %q", bytes.TrimSpace(buffer[:n]))}
-		}
-		return result{Pod: pod}
+	if _, err := socket.Write([]byte(datagram)); err != nil {
+		return result{Detail: said(err)}
 	}
-	return result{Detail: timedOut}
+	buffer := make([]byte, 2048)
+	socket.SetReadDeadline(time.Now().Add(wait))
+	n, err := socket.Read(buffer)
+	if err != nil {
+		return result{Detail: said(err)}
+	}
+	pod, rest, _ := strings.Cut(string(buffer[:n]), " ")
+	if rest != datagram {
+		return result{Detail: fmt.Sprintf("odd datagram %q", buffer[:n])}
+	}
+	return result{Pod: pod}
 }
 
 // ---- streams: one connection, a request every so often, until it breaks or is stopped ---------------
@@ -246,11 +254,15 @@ func (s *stream) run(reader *bufio.Reader, q question) {
 // look tells how a stream goes, and with "stop" ends it. A request under way counts as a gap.
 func (a *asker) look(q question) result {
 	a.mu.Lock()
-	s := a.streams[q.Stream]
+	s, p := a.streams[q.Stream], a.pulses[q.Stream]
 	if q.Op == "stop" {
 		delete(a.streams, q.Stream)
+		delete(a.pulses, q.Stream)
 	}
 	a.mu.Unlock()
+	if p != nil {
+		return p.look(q.Op == "stop")
+	}
 	if s == nil {
 		return result{Detail: "no such stream"}
 	}

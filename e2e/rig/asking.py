@@ -51,6 +51,9 @@ class Answer:
     addresses: tuple[str, ...] = ()
     answered: int = 0
     gap: float = 0.0
+    heard: dict[str, list[int]] = field(default_factory=dict)
+    """Of a pulse: pod → when the first question since the last look, and the latest, that it
+    answered were sent; nanoseconds of Unix time, 0 = none."""
 
 
 class Asker:
@@ -80,6 +83,12 @@ class Asker:
         number = self._send(dataclasses.replace(question, op="stream"))
         _, first = self._receive()
         assert not first.detail, f"{self.name} -> {question.address}: {first.detail}"
+        return number
+
+    def begin_pulse(self, question: Question) -> int:
+        """Asks by UDP every `seconds`, each time from a new socket; its number."""
+        number = self._send(dataclasses.replace(question, op="pulse"))
+        self._receive()
         return number
 
     def peek(self, number: int) -> Answer:

@@ -24,7 +24,9 @@ def install() -> None:
     # Here and not before the tests: it needs the Docker daemon that they started.
     run("make", "-C", ROOT, "image")
     cluster.load(IMAGE)
-    cluster.kubectl("apply", "--server-side", "-k", ROOT / "manifests/overlays/kind")
+    cluster.kubectl(
+        "apply", "--server-side", "--force-conflicts", "-k", ROOT / "manifests/overlays/kind"
+    )
     if before.returncode == 0:
         for kind in ("daemonset/tidegate-loader", "deployment/tidegate-operator"):
             cluster.kubectl("rollout", "restart", "-n", NAMESPACE, kind)
