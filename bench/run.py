@@ -33,6 +33,7 @@ MODULES = (
     "row_cluster",
     "row_image",
     "row_operator",
+    "row_kind",
 )
 
 
