@@ -30,6 +30,7 @@ def one_a_node(tidegate: None) -> dict[str, pods.Pod]:
             "kind": "Service",
             "metadata": {"name": "web", "namespace": SPACE},
             "spec": {
+                "ipFamilyPolicy": "RequireDualStack",
                 "selector": {"app": "web"},
                 "ports": [
                     {"name": "http", "port": 8000, "targetPort": 80},
@@ -60,7 +61,6 @@ def test_every_node_is_ready_and_nothing_of_kube_proxy_is_there(tidegate: None) 
 def test_names_resolve_from_every_node(
     askers: asking.Askers, one_a_node: dict[str, pods.Pod]
 ) -> None:
-    service = json.loads(cluster.kubectl("get", "service", "-n", SPACE, "web", "-o", "json"))
     for pod in one_a_node.values():
         answers = askers.of(pod).ask(
             [
@@ -69,17 +69,16 @@ def test_names_resolve_from_every_node(
                 asking.Question("web", op="resolve", seconds=5),
             ]
         )
-        own = (service["spec"]["clusterIP"],)
+        own = tuple(sorted(_addresses()))
         assert [a.addresses for a in answers] == [("10.96.0.1",), own, own], (pod, answers)
 
 
+@pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize(("port", "protocol"), [(8000, "TCP"), (53, "UDP")])
 def test_a_service_reaches_all_its_pods_from_every_node(
-    askers: asking.Askers, one_a_node: dict[str, pods.Pod], port: int, protocol: str
+    askers: asking.Askers, one_a_node: dict[str, pods.Pod], port: int, protocol: str, family: int
 ) -> None:
-    address = cluster.kubectl(
-        "get", "service", "-n", SPACE, "web", "-o", "jsonpath={.spec.clusterIP}"
-    )
+    (address,) = (a for a in _addresses() if (":" in a) == (family == 6))
     for pod in one_a_node.values():
         answers = askers.of(pod).ask([asking.Question(address, port, protocol, seconds=3)] * 60)
         assert {a.pod for a in answers} == set(one_a_node), [a.detail for a in answers if a.detail]
@@ -104,6 +103,13 @@ def test_identities_and_node_states_are_there_to_read(one_a_node: dict[str, pods
     for node, line in zip(sorted(cluster.nodes()), states[1:], strict=True):
         name, desired, realised, *_ = line.split()
         assert (name, desired) == (node, realised)
+
+
+def _addresses() -> list[str]:
+    """The ClusterIPs of this test's Service."""
+    service = json.loads(cluster.kubectl("get", "service", "-n", SPACE, "web", "-o", "json"))
+    found: list[str] = service["spec"]["clusterIPs"]
+    return found
 
 
 def _identity() -> list[str]:

@@ -17,8 +17,9 @@ from kind.run import Failed, attempt, run, say
 
 NAME = "tidegate-e2e"
 WORKERS = 2
-POD_RANGE = "10.244.0.0/16"
-SERVICE_RANGE = "10.96.0.0/16"
+# IPv4, then IPv6.
+POD_RANGES = ("10.244.0.0/16", "fd00:10:244::/56")
+SERVICE_RANGES = ("10.96.0.0/16", "fd00:10:96::/112")
 READY_SECONDS = 120
 POLL_SECONDS = 0.2
 CNI_FILE = "/etc/cni/net.d/10-ptp.conflist"
@@ -28,7 +29,7 @@ Description=Routes to the pods of other nodes
 Before=kubelet.service
 [Service]
 Type=oneshot
-ExecStart=/kind/cni-routes.sh /kind/pod-ranges {node} {pods} {services}
+ExecStart=/kind/cni-routes.sh /kind/pod-ranges {node} {ranges}
 [Install]
 WantedBy=multi-user.target
 """
@@ -125,8 +126,9 @@ def configuration() -> dict[str, Any]:
         "networking": {
             "disableDefaultCNI": True,
             "kubeProxyMode": "none",
-            "podSubnet": POD_RANGE,
-            "serviceSubnet": SERVICE_RANGE,
+            "ipFamily": "dual",
+            "podSubnet": ",".join(POD_RANGES),
+            "serviceSubnet": ",".join(SERVICE_RANGES),
         },
         "nodes": [{"role": "control-plane"}, *({"role": "worker"} for _ in range(WORKERS))],
         "kubeadmConfigPatches": [json.dumps(kubelet)],
@@ -146,13 +148,13 @@ def _create(image: str) -> None:
 def _network() -> None:
     """Gives every node its part of the network, and waits until all are Ready."""
     ranges = _pod_ranges()
-    lines = "".join(f"{name} {pods}\n" for name, pods in ranges.items())
+    lines = "".join(f"{name} {' '.join(pods)}\n" for name, pods in ranges.items())
     script = (settings.HERE / "cni-routes.sh").read_text()
     for name, pods in ranges.items():
         _write(name, "/kind/pod-ranges", lines)
         _write(name, "/kind/cni-routes.sh", script)
         inside(name, "chmod", "755", "/kind/cni-routes.sh")
-        unit = ROUTES_UNIT.format(node=name, pods=POD_RANGE, services=SERVICE_RANGE)
+        unit = ROUTES_UNIT.format(node=name, ranges=" ".join((*POD_RANGES, *SERVICE_RANGES)))
         _write(name, "/etc/systemd/system/cni-routes.service", unit)
         inside(name, "systemctl", "-q", "enable", "--now", "cni-routes.service")
         _write(name, CNI_FILE, json.dumps(_conflist(pods), indent=2))
@@ -160,26 +162,26 @@ def _network() -> None:
     say("all nodes are Ready")
 
 
-def _pod_ranges() -> dict[str, str]:
-    """Node → the range of its pods, once every node has one."""
+def _pod_ranges() -> dict[str, list[str]]:
+    """Node → the ranges of its pods, IPv4 first, once every node has them."""
     deadline = time.monotonic() + READY_SECONDS
     while True:
         items = json.loads(kubectl("get", "nodes", "-o", "json"))["items"]
-        found = {i["metadata"]["name"]: i["spec"].get("podCIDR", "") for i in items}
+        found = {i["metadata"]["name"]: i["spec"].get("podCIDRs", []) for i in items}
         if len(found) == 1 + WORKERS and all(found.values()):
-            return found
+            return {name: sorted(ranges, key=lambda r: ":" in r) for name, ranges in found.items()}
         if time.monotonic() > deadline:
-            raise Failed(f"not every node has a range for its pods: {found}")
+            raise Failed(f"not every node has ranges for its pods: {found}")
         time.sleep(POLL_SECONDS)
 
 
-def _conflist(pods: str) -> dict[str, Any]:
+def _conflist(pods: list[str]) -> dict[str, Any]:
     ipam = {
         "type": "host-local",
         # Gone with a restart, as the pods are.
         "dataDir": "/run/cni-ipam-state",
-        "ranges": [[{"subnet": pods}]],
-        "routes": [{"dst": "0.0.0.0/0"}],
+        "ranges": [[{"subnet": subnet}] for subnet in pods],
+        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
     }
     return {
         "cniVersion": "1.0.0",

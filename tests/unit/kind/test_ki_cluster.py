@@ -14,6 +14,7 @@ def test_the_cluster_has_no_kube_proxy_no_default_network_and_two_workers() -> N
     asked = cluster.configuration()
     assert asked["networking"]["kubeProxyMode"] == "none"
     assert asked["networking"]["disableDefaultCNI"] is True
+    assert asked["networking"]["ipFamily"] == "dual"
     assert [n["role"] for n in asked["nodes"]] == ["control-plane", "worker", "worker"]
 
 
