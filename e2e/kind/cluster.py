@@ -5,6 +5,7 @@ DaemonSet is part of it: what runs in the cluster is Kubernetes, CoreDNS, and wh
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ POD_RANGES = ("10.244.0.0/16", "fd00:10:244::/56")
 SERVICE_RANGES = ("10.96.0.0/16", "fd00:10:96::/112")
 READY_SECONDS = 120
 POLL_SECONDS = 0.2
+MADE_OF = "/kind/made-of"
 CNI_FILE = "/etc/cni/net.d/10-ptp.conflist"
 # Restarted with the node, before the kubelet starts pods.
 ROUTES_UNIT = """[Unit]
@@ -69,16 +71,19 @@ def is_up() -> bool:
 
 
 def up() -> None:
-    """Makes the cluster unless it is up. Raises Failed; what was begun is then removed."""
+    """Makes the cluster unless one made of the same is up. Raises Failed; what was begun is then
+    removed."""
     daemon.ensure()
     golang.ensure(golang.EVERYTHING)
-    if is_up():
+    image = node.ensure()
+    content = _content(image)
+    if is_up() and attempt("docker", "exec", nodes()[0], "cat", MADE_OF).stdout == content:
         return
     delete()
-    image = node.ensure()
     try:
         _create(image)
         _network()
+        _write(nodes()[0], MADE_OF, content)
     except BaseException:
         delete()
         raise
@@ -133,6 +138,13 @@ def configuration() -> dict[str, Any]:
         "nodes": [{"role": "control-plane"}, *({"role": "worker"} for _ in range(WORKERS))],
         "kubeadmConfigPatches": [json.dumps(kubelet)],
     }
+
+
+def _content(image: str) -> str:
+    """Changes with whatever decides how the cluster is."""
+    parts = [image, json.dumps(configuration()), (settings.HERE / "cni-routes.sh").read_text()]
+    parts.append((settings.HERE / "cluster.py").read_text())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _create(image: str) -> None:
