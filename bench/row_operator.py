@@ -1,9 +1,10 @@
 """op-*, bytes-*: the operator on a real API server, objects only: nothing runs on the nodes.
 
-op-cold: from its start with nothing published to everything published. op-one: a pod gets its
-address, until its node's state and its shard are written. op-rss: the most memory the process
-ever had, through both. bytes-pod: what pods cost while a node gets its 110, at 10 and at 1,000
-nodes. bytes-labels: what a label set costs that a selector in every rule set picks.
+op-cold: from its start with nothing published to everything published. op-ready: the same on an
+empty cluster. op-one: a pod gets its address, until its node's state and its shard are written.
+op-rss: the most memory the process ever had, through both. bytes-pod: what pods cost while a
+node gets its 110, at 10 and at 1,000 nodes. bytes-labels: what a label set costs that a
+selector in every rule set picks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from measure import Result, Unmeasurable, calibration, percentile
+from measure import Result, Unmeasurable, absolute, calibration, percentile
 from support import apiserver, town_api
 from tidegate_api.state import IPCacheEntry, NodeState, StateSlice, encode
 from tidegate_kube import Client, resources
@@ -502,8 +503,30 @@ def bytes_pod() -> Iterator[Result]:
     yield Result("bytes-delivered", what, max(sent.values()) / 1024, "KiB", against, 8.0, extra)
 
 
+def ready() -> Iterator[Result]:
+    """On an empty cluster: imports, discovery, lists, the first publish."""
+    if not (apiserver.BINARIES / "kube-apiserver").exists():
+        raise Unmeasurable("kube-apiserver is not built: run `make kube-apiserver`")
+    with (
+        tempfile.TemporaryDirectory(prefix="tg-bench-") as directory,
+        apiserver.running(Path(directory)) as server,
+        closing(server.client()) as client,
+    ):
+        town_api.install(client)
+        kubeconfig = server.kubeconfig(Path(directory) / "kubeconfig")
+
+        def run() -> float:
+            forget(client)
+            with operator(kubeconfig) as made:
+                return made.seconds
+
+        run()  # a server that just started is slow to serve what it never served
+        yield absolute("op-ready", "an empty cluster: start of the operator", "s", 3.0, run)
+
+
 ROWS: dict[str, Callable[[], Iterator[Result]]] = {
     "op-cold": operate,
+    "op-ready": ready,
     "bytes-pod": bytes_pod,
 }
 """`op-cold` yields op-one, op-rss and bytes-labels too: one cluster is enough."""

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import kopf
 import structlog
 from tidegate_kube import Access, AccessError, Client, in_cluster
 from tidegate_kube.access import read as read_source
@@ -28,6 +27,7 @@ from tidegate_kube.kubeconfig import from_kubeconfig
 from tidegate_operator.cluster.lead import Alone, Lead
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.runner import Runner
+from tidegate_operator.cluster.shell import kopf
 from tidegate_operator.cluster.statuses import Statuses
 from tidegate_operator.cluster.watches import Watches
 from tidegate_operator.cluster.web import Web, verdict
