@@ -25,7 +25,7 @@ from tidegate_bpf import (
     clsact,
 )
 
-from tidegate_loader import addresses
+from tidegate_loader import addresses, migrate
 from tidegate_loader.local import LocalInterface
 
 OBJECTS = ("pod.o", "sock.o")
@@ -81,10 +81,14 @@ def checked(objects: Path) -> dict[str, str]:
 class Programs:
     """The node's loaded programs, by name, with the maps they use pinned in maps/."""
 
-    def __init__(self, objects: Path, pin_dir: Path, known: Mapping[str, str]) -> None:
+    def __init__(
+        self, objects: Path, pin_dir: Path, known: Mapping[str, str], kept: Path | None = None
+    ) -> None:
         """`known`: object file -> hash of what is pinned (`Realised.objects`). Objects
-        that are not there are left out. LayoutError, VerifierError, BpfError; UnlistedObject:
-        nothing has been loaded or replaced."""
+        that are not there are left out. `kept`: where the objects last loaded are kept, so
+        that maps of their layouts can be read; None: what those hold is not carried over.
+        LayoutError, VerifierError, BpfError; UnlistedObject: nothing has been loaded or
+        replaced."""
         self.hashes: dict[str, str] = {}
         self.specs: dict[str, ObjectFile] = {}
         self.programs: dict[str, Program] = {}
@@ -98,6 +102,32 @@ class Programs:
             if known.get(name) == self.hashes[name]:
                 pinned = _open_all(pin_dir, spec)
             self.programs.update(pinned or _load(pin_dir, spec))
+        self.migrations = self._migrations(pin_dir / "maps", kept)
+        """Maps of other layouts that a loader before this one left, and their successors."""
+        self._kept = kept
+        if not self.migrations:
+            self._keep()
+
+    def _migrations(self, maps: Path, kept: Path | None) -> list[migrate.Migration]:
+        found = []
+        for name, spec in self.specs.items():
+            pairs = list(migrate.superseded(maps, _shared(spec)))
+            before = migrate.kept(kept, name) if pairs and kept is not None else None
+            specs = (before, spec) if before is not None else None
+            found += [migrate.Migration(old, new, specs) for old, new in pairs]
+        return found
+
+    def _keep(self) -> None:
+        if self._kept is not None:
+            for spec in self.specs.values():
+                migrate.keep(self._kept, spec.path)
+
+    def migrated(self) -> None:
+        """Nothing uses the old maps any more."""
+        for migration in self.migrations:
+            migration.forget()
+        self.migrations = []
+        self._keep()
 
     def close(self) -> None:
         for program in self.programs.values():
@@ -118,7 +148,7 @@ def _open_all(pin_dir: Path, spec: ObjectFile) -> dict[str, Program] | None:
 
 def _shared(spec: ObjectFile) -> list[str]:
     """Maps whose name carries a layout version; others are the loaded programs' own."""
-    return [name for name in spec.maps if name.rpartition("_v")[2].isdigit()]
+    return [name for name in spec.maps if migrate.stem(name)]
 
 
 def knobs(spec: ObjectFile) -> dict[str, int | bytes]:
@@ -157,59 +187,61 @@ class Attacher:
         self._clsact = force_clsact
 
     def interfaces(
-        self, wanted: Mapping[str, LocalInterface]
+        self, wanted: Mapping[str, LocalInterface], *, move: bool = True
     ) -> tuple[dict[str, LocalInterface], list[str]]:
         """(those that are gated now, what went wrong). An interface that is not
-        there (any more) is left out without a word: that is an event, not an error."""
+        there (any more) is left out without a word: that is an event, not an error.
+        `move`: gates that hang already get the programs of now."""
         gated: dict[str, LocalInterface] = {}
         problems: list[str] = []
         for uid, interface in sorted(wanted.items()):
             try:
                 if socket.if_nametoindex(interface.ifname) != interface.ifindex:
                     continue
-                self._interface(interface.ifindex)
+                self._interface(interface.ifindex, move)
                 gated[uid] = interface
             except BpfError as error:
                 if error.errno not in _GONE:
                     problems.append(f"cannot attach to {interface.ifname}: {error}")
             except OSError:
                 continue
-        self._forget_gone({i.ifindex for i in gated.values()})
+        self._forget_gone({i.ifindex for i in gated.values()}, move)
         return gated, problems
 
-    def _interface(self, ifindex: int) -> None:
+    def _interface(self, ifindex: int, move: bool) -> None:
         for direction, name in HOOKS.items():
             program = self._programs[name]
             pin = self._links / f"{ifindex}-{direction}"
             ingress = direction == "ingress"
             if not self._clsact:
                 try:
-                    self._tcx(program, pin, ifindex, ingress)
+                    self._tcx(program, pin, ifindex, ingress, move)
                     continue
                 except NotSupported:
                     self._clsact = True
-            if clsact.query(ifindex, ingress=ingress) != program.info.id:
+            found = clsact.query(ifindex, ingress=ingress)
+            if found is None or (move and found != program.info.id):
                 clsact.attach(program, ifindex, ingress=ingress)
             pin.unlink(missing_ok=True)
 
-    def _tcx(self, program: Program, pin: Path, ifindex: int, ingress: bool) -> None:
-        if _adopt(program, pin, ifindex):
+    def _tcx(self, program: Program, pin: Path, ifindex: int, ingress: bool, move: bool) -> None:
+        if _adopt(program if move else None, pin, ifindex):
             return
         with attach_tcx(program, ifindex, ingress=ingress) as link:
             _pin_over(link, pin)
         # A loader that was told to use clsact may have been here before.
         clsact.detach(ifindex, ingress=ingress)
 
-    def _forget_gone(self, present: set[int]) -> None:
+    def _forget_gone(self, present: set[int], move: bool) -> None:
         """Unpin links whose interface is gone. A link to a living interface stays,
         whatever became of its file: without it the pod would be ungated."""
         for path in self._links.iterdir():
-            index = path.name.partition("-")[0]
+            index, _, direction = path.name.partition("-")
             if not index.isdigit() or int(index) in present:
                 continue
+            program = self._programs[HOOKS[direction]] if move and direction in HOOKS else None
             try:
-                with Link.open_pinned(str(path)) as link:
-                    gone = not link.info.target
+                gone = not _adopt(program, path, int(index))
             except BpfError as error:
                 gone = error.errno == errno.ENOENT
             if gone:
@@ -231,15 +263,16 @@ class Attacher:
             os.close(fd)
 
 
-def _adopt(program: Program, pin: Path, target: int) -> bool:
-    """Use the pinned link, with `program` put in place; False: there is none for this target."""
+def _adopt(program: Program | None, pin: Path, target: int) -> bool:
+    """Use the pinned link, with `program` put in place (None: whatever it runs stays);
+    False: there is none for this target."""
     try:
         with Link.open_pinned(str(pin)) as link:
             found = link.info
             if found.target != target:
                 pin.unlink(missing_ok=True)
                 return False
-            if found.program_id != program.info.id:
+            if program is not None and found.program_id != program.info.id:
                 link.update(program)
             return True
     except BpfError as error:

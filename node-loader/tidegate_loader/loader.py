@@ -96,7 +96,10 @@ class Loader:
         foresight.start()
         try:
             programs = attach.Programs(
-                self._options.objects, self._options.pin_dir, self._realised.objects
+                self._options.objects,
+                self._options.pin_dir,
+                self._realised.objects,
+                self._paths.loaded,
             )
         finally:
             foresight.join()
@@ -108,6 +111,9 @@ class Loader:
         self._attacher = attach.Attacher(
             self._options.pin_dir, programs.programs, self._options.force_clsact
         )
+        if programs.migrations:
+            self._look(foresight)
+            return
         gating = threading.Thread(target=self._gate_ahead, args=(foresight.interfaces,))
         gating.start()
         try:
@@ -119,8 +125,30 @@ class Loader:
     def _gate_ahead(self, interfaces: Mapping[str, LocalInterface]) -> None:
         """Each new link waits for an RCU grace period, and takes no CPU meanwhile. What goes
         wrong is said by the cycle, which asks for the same."""
+        now = {uid: i for uid, i in interfaces.items() if not i.adopted}
         with contextlib.suppress(OSError):
-            self._attacher.interfaces(interfaces)
+            self._attacher.interfaces(now)
+
+    def _try_to_move(self) -> list[str]:
+        try:
+            self._move()
+        except OSError as error:
+            self.dirty = True
+            return [f"cannot move to maps of another layout: {error}"]
+        return []
+
+    def _move(self) -> None:
+        """New maps are filled, of other layouts than those in use: carry over what programs
+        made, let every hook run the new programs, and carry what the old ones made meanwhile.
+        BpfError, OSError: some hooks may run the old ones still, on the old maps."""
+        programs = self._programs
+        carried = sum(migration.copy() for migration in programs.migrations)
+        self._attach_sockets(self._options.cgroup)
+        self._attacher.interfaces(self._gated)
+        carried += sum(migration.copy() for migration in programs.migrations)
+        names = [migration.old.name for migration in programs.migrations]
+        programs.migrated()
+        self._log.info("moved to maps of another layout", left=names, carried=carried)
 
     def _look(self, foresight: _Foresight) -> None:
         """What the kernel holds. Where nothing is in force yet, addresses are filled in already:
@@ -197,6 +225,8 @@ class Loader:
                 stalled = Stalled("Refused", str(error))
         if self._desired is not None:
             problems += self._apply(self._desired)
+            if self._programs.migrations and not self.dirty:
+                problems += self._try_to_move()
         in_force = self._desired is not None and not self.dirty
         if in_force and self._built_from is not None:
             self._realised = structs.replace(self._realised, digest=self._built_from.digest)
@@ -231,7 +261,8 @@ class Loader:
         interfaces, problems = self._source.interfaces()
         wanted = self._gateable(interfaces)
         if look_again or self.waiting or self.leaving or wanted != self._asked:
-            gated, unattached = self._attacher.interfaces(wanted)
+            move = not self._programs.migrations
+            gated, unattached = self._attacher.interfaces(wanted, move=move)
             problems = [*problems, *unattached]
             if gated != self._gated:
                 self._gated = gated

@@ -99,6 +99,8 @@ class NodePaths:
         self.node = run_dir / "nodes" / node
         self.interfaces = self.node / "interfaces"
         self.lastgood = self.node / "lastgood"
+        self.loaded = self.node / "loaded"
+        """The objects whose maps are pinned: who comes after them reads their layouts there."""
         self.realised = self.node / "realised.json"
         self.applying = self.node / "applying"
         """Exists while an apply is under way: its epoch may not be bumped yet."""

@@ -44,6 +44,8 @@ class Node:
         self.paths.interfaces.mkdir(parents=True)
         self.process: subprocess.Popen[bytes] | None = None
         self.log = directory / "loader.log"
+        self.roots = world.ROOT
+        """Where the loader's code is."""
         self.entered: tuple[str, ...] = ()
         """What starts the loader inside the namespace; () where it enters it by itself."""
 
@@ -54,7 +56,7 @@ class Node:
         if not self.entered:
             command += ["--netns", f"/run/netns/{self.namespace}"]
         roots = ("crds", "node-loader")
-        paths = os.pathsep.join(str(world.ROOT / r) for r in roots)
+        paths = os.pathsep.join(str(self.roots / r) for r in roots)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, *more], stderr=log, env=os.environ | {"PYTHONPATH": paths}

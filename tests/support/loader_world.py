@@ -39,11 +39,12 @@ def stub_object(directory: Path, verdict: int = -1) -> Path:
     return directory
 
 
-def compile_object(source: Path, target: Path) -> None:
+def compile_object(
+    source: Path, target: Path, include: Path = ROOT / "datapath" / "include"
+) -> None:
     machine = subprocess.run(
         ["gcc", "-print-multiarch"], check=True, capture_output=True, text=True
     ).stdout.strip()
-    include = ROOT / "datapath" / "include"
     command = ["clang-19", "-O2", "-g", "-target", "bpf", "-mcpu=v3", f"-I{include}"]
     command += [f"-I/usr/include/{machine}", "-c", str(source), "-o", str(target)]
     subprocess.run(command, check=True)
