@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 from tidegate_api.state import NodeStateStatus, RuleSet, digest, encode
-from tidegate_kube import Client, KubeError, NotFound, Reflector
+from tidegate_kube import Client, Invalid, KubeError, NotFound, Reflector
 from tidegate_kube.backoff import Backoff
 from tidegate_kube.resources import NODE_STATES, RULE_SETS, STATE_SLICES, Resource
 
@@ -203,33 +203,34 @@ class Mirror:
         peers = {n: d for n, d in slices.items() if n.startswith("peers-")}
         with self.guard:
             for name, data in fetched.items():
-                self._put(f"rulesets/{name}", data)
+                write_atomic(self._objects / "rulesets" / f"{name}.json", data)
             for name, data in peers.items():
                 self._put(f"stateslices/{name}", data)
             if state is not None:
                 self._put(f"nodestates/{self._node}", state)
             for name, data in slices.items():
                 self._put(f"stateslices/{name}", data)
-        self._verified.update(fetched)
-        for name in fetched:
-            self._written.pop(f"rulesets/{name}", None)
         if error is not None:
             raise error
 
     def _fetch(self, names: list[str]) -> tuple[dict[str, bytes], KubeError | None]:
-        """Those that are not here, or not good any more, and the first failure."""
+        """Those that are not here, or not good, and the first failure. A bad one is handed on,
+        for `source` to say what is bad about it, and asked for again."""
         found: dict[str, bytes] = {}
         failed: KubeError | None = None
         for name in names:
-            if name in self._verified:
-                continue
-            if _is_good(self._objects / "rulesets" / f"{name}.json", name):
+            path = self._objects / "rulesets" / f"{name}.json"
+            if name in self._verified or _is_good(_read(path), name):
                 self._verified.add(name)
                 continue
             try:
-                found[name] = as_file(self._client.get(RULE_SETS, name))
+                data = self._client.get(RULE_SETS, name)
+                found[name] = as_file(data)
+                if not _is_good(found[name], name):
+                    asked = f"get {RULE_SETS.plural}/{name}"
+                    failed = failed or Invalid(asked, "the name is not its content's")
             except msgspec.MsgspecError as error:
-                self._log.warning("not a rule set", name=name, error=str(error))
+                failed = failed or Invalid(f"get {RULE_SETS.plural}/{name}", str(error))
             except KubeError as error:
                 failed = failed or error
                 if not isinstance(error, NotFound):
@@ -271,11 +272,12 @@ def _rule_sets_of(state: bytes) -> list[str]:
         return []
 
 
-def _is_good(path: Path, name: str) -> bool:
-    """Whether the file is the rule set of that name, or of a format that cannot be checked."""
+def _is_good(data: bytes | None, name: str) -> bool:
+    """Whether it is the rule set of that name. One of a later format cannot be checked here,
+    and is not for this loader to use."""
     try:
-        return digest(_rule_set_decoder.decode(path.read_bytes()).spec) == name
-    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+        return data is not None and digest(_rule_set_decoder.decode(data).spec) == name
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return False
 
 

@@ -233,6 +233,26 @@ def test_what_is_not_understood_moves_nothing_and_says_so(
     assert condition(client, "Ready")["status"] == "True"
 
 
+def test_a_forged_rule_set_is_refused_until_it_is_mended(client: Client, node: Node) -> None:
+    wanted = world.example()
+    publish(client, wanted)
+    _start(node)
+    node.wait_for(wanted, 0)
+    epoch = node.realised().epoch
+    right = world.rule_set(world.term(api.AnyPeer(), 0, "TCP", 99))
+    forged = msgspec.structs.replace(right, spec=wanted.rule_sets[0].spec)
+    client.create(resources.RULE_SETS, api.encode(forged))
+    wanted.rule_sets = [right]
+    wanted.endpoints = [world.endpoint(1, 300, right.metadata.name)]
+    publish(client, wanted)
+    poll("it to be said", lambda: condition(client, "Stalled").get("reason") == "Unverified")
+    assert node.realised().epoch == epoch
+    client.delete(resources.RULE_SETS, right.metadata.name)
+    client.create(resources.RULE_SETS, api.encode(right))
+    node.wait_for(wanted, 0)
+    poll("it to be over", lambda: not condition(client, "Stalled"))
+
+
 def test_without_the_api_server_it_works_from_its_disk(
     server: ApiServer, client: Client, node: Node
 ) -> None:
