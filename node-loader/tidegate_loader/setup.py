@@ -235,24 +235,34 @@ class Keeper:
     def run(self) -> None:
         with INotify() as notify:
             while not self._stopped:
-                self._add(notify)
+                ours = self._add(notify)
                 if self._look():
                     # Ours again: if it does not stay so, somebody disagrees, and not so fast.
                     self._sleep(self._calm)
                     self._calm = min(self._calm * 2, CALM_LAST)
-                    continue
-                ready, _, _ = select.select([notify, self._stop_read], [], [], LOOK_SECONDS)
-                if notify in ready:
-                    self._sleep(SETTLE_SECONDS)
-                    notify.read(timeout=0)
-                else:
+                elif not self._wait(notify, ours):
                     self._calm = CALM_FIRST
 
-    def _add(self, notify: INotify) -> None:
-        node = self._node
+    def _wait(self, notify: INotify, ours: int | None) -> bool:
+        """Until something changed, a minute at most. `ours`: the watch of the directory where
+        the loader writes all the time; only one file of it matters here."""
+        end = time.monotonic() + LOOK_SECONDS
+        while not self._stopped and (left := end - time.monotonic()) > 0:
+            ready, _, _ = select.select([notify, self._stop_read], [], [], left)
+            if notify in ready:
+                self._sleep(SETTLE_SECONDS)
+                name = self._node.paths.detached.name
+                if any(e.wd != ours or e.name == name for e in notify.read(timeout=0)):
+                    return True
+        return False
+
+    def _add(self, notify: INotify) -> int | None:
+        node, added = self._node, None
         for directory in (node.configs, node.programs, node.results, node.paths.node):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                notify.add_watch(str(directory), self._EVENTS)
+                watch = notify.add_watch(str(directory), self._EVENTS)
+                added = watch if directory == node.paths.node else added
+        return added
 
     def _look(self) -> bool:
         """Whether anything had to be repaired."""
