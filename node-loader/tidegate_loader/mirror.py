@@ -210,6 +210,8 @@ class Mirror:
                 self._put(f"nodestates/{self._node}", state)
             for name, data in slices.items():
                 self._put(f"stateslices/{name}", data)
+        # Who was not there, or not reached, may be now.
+        self._reporter.try_again()
         if error is not None:
             raise error
 
@@ -298,6 +300,7 @@ class Reporter(threading.Thread):
         self._log = logger
         self._wake = threading.Event()
         self._ended = False
+        self._again = False
         self._status: NodeStateStatus | None = None
         self._sent: NodeStateStatus | None = None
         self._backoff = Backoff(RETRY_FIRST, RETRY_LAST)
@@ -308,6 +311,10 @@ class Reporter(threading.Thread):
             self._status = status
             self._wake.set()
 
+    def try_again(self) -> None:
+        """There is news from the API server: do not sit out the pause after a failure."""
+        self._again = True
+
     def close(self) -> None:
         self._ended = True
         self._wake.set()
@@ -315,7 +322,6 @@ class Reporter(threading.Thread):
 
     def run(self) -> None:
         """A change is sent at once, the next one a second later."""
-        pause = 0.0
         due: float | None = None
         while not self._ended:
             self._wake.wait(None if due is None else max(0.0, due - time.monotonic()))
@@ -324,14 +330,19 @@ class Reporter(threading.Thread):
             overdue = due is not None and time.monotonic() >= due
             if self._ended or status is None or (status == self._sent and not overdue):
                 continue
+            self._again = False
             pause = self._send(status)
-            due = time.monotonic() + (pause or REPEAT_SECONDS * random.uniform(1.0, 1.5))
-            self._rest(pause or STATUS_SECONDS)
+            self._rest(STATUS_SECONDS, pause)
+            due = time.monotonic() + (0 if pause else REPEAT_SECONDS * random.uniform(1.0, 1.5))
 
-    def _rest(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self._ended and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, 0.2))
+    def _rest(self, least: float, most: float) -> None:
+        """`least` seconds, and up to `most` unless there is news."""
+        begun = time.monotonic()
+        while not self._ended and (past := time.monotonic() - begun) < max(least, most):
+            if past >= least and self._again:
+                self._backoff.succeeded()
+                return
+            time.sleep(0.1)
 
     def _send(self, status: NodeStateStatus) -> float:
         """0, or the seconds until it may be tried again."""
