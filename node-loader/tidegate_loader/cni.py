@@ -156,6 +156,8 @@ class Server(threading.Thread):
         self._ended = True
         self._wake()
         self.join()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
         self._path.unlink(missing_ok=True)
 
     def _wake(self) -> None:
@@ -179,8 +181,6 @@ class Server(threading.Thread):
             self._drop(connection)
         self._listener.close()
         self._selector.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
 
     def _accept_or_not(self) -> None:
         room = len(self._connections) < MAX_CONNECTIONS
