@@ -297,7 +297,7 @@ def test_a_status_that_somebody_edited_is_written_again(client: Client, node: No
 
 
 def test_detached_is_a_way_there_and_back(client: Client, node: Node) -> None:
-    node.add_interface(1)
+    one = node.add_interface(1)
     wanted = world.example()
     publish(client, wanted)
     _start(node)
@@ -309,13 +309,17 @@ def test_detached_is_a_way_there_and_back(client: Client, node: Node) -> None:
     assert status(client)["endpoints"] == 0
     assert condition(client, "Ready")["status"] == "True"
     assert not any(node.pin_dir.iterdir())
-    # A restart does not bring it back.
+    # At its end it leaves nothing but the word for it, and a restart does not bring it back.
     node.stop()
+    assert not node.paths.objects.exists()
+    assert list(node.paths.node.iterdir()) == [node.paths.detached]
     _start(node)
     poll("a new report", lambda: node.realised().status.conditions)
     assert not any(p for p in node.pin_dir.rglob("*") if p.is_file())
     wanted.mode = "Enforcing"
     publish(client, wanted)
+    # As the node's set-up does, from what libcni remembers.
+    world.write_object(node.paths.interfaces, one.uid, one)
     node.wait_for(wanted, 1)
 
 
