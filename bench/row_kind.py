@@ -1,4 +1,4 @@
-"""e2e-policy, e2e-endpoints, first-packet, loader-kind, image: Tidegate on a real cluster of kind.
+"""e2e-policy, e2e-endpoints, first-packet, loader-kind: Tidegate on a real cluster of kind.
 
 The cluster is taken if it is up, else made; what was made is removed at the end. Every new flow of
 a probe is a datagram from a socket of its own, one every two milliseconds on every node; the probes
@@ -27,7 +27,7 @@ from tidegate_kube import Client, resources  # noqa: E402
 from tidegate_kube.kubeconfig import from_kubeconfig  # noqa: E402
 
 from kind import cluster  # noqa: E402
-from kind.run import Failed, run  # noqa: E402
+from kind.run import Failed  # noqa: E402
 from rig import asking, flood, install, pods  # noqa: E402
 from rig.asking import Question  # noqa: E402
 
@@ -290,14 +290,7 @@ def _resident(pid: int) -> float:
     return int(text.split("Rss:")[1].split()[0]) / 1024
 
 
-def image() -> Iterator[Result]:
-    ready()
-    size = int(run("docker", "image", "inspect", "-f", "{{.Size}}", install.IMAGE))
-    yield Result("image", "the image, uncompressed", size / 1e6, "MB", "one build", 150)
-
-
 ROWS = {
-    "image": image,
     "loader-kind": loader,
     "e2e-policy": policy,
     "e2e-endpoints": endpoints,

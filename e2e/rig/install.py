@@ -64,7 +64,7 @@ def wait_realised(seconds: float = 30.0) -> None:
 
 def loaders() -> dict[str, pods.Pod]:
     """Node → its loader's pod."""
-    found = pods.running(NAMESPACE, "app.kubernetes.io/name=tidegate-loader")
+    found = pods.running(NAMESPACE, "app.kubernetes.io/name=tidegate-loader", "loader")
     return {pod.node: pod for pod in found.values()}
 
 

@@ -28,7 +28,7 @@ class Pod:
     node: str
     addresses: tuple[str, ...]
     container: str
-    """The id that the container runtime knows its first container by."""
+    """The id that the container runtime knows its container by."""
     uid: str
     host_network: bool
 
@@ -110,19 +110,25 @@ def apply(*manifests: Manifest) -> None:
     )
 
 
-def running(namespace: str = "", selector: str = "") -> dict[str, Pod]:
-    """key → pod: those that run and are not about to end; of one namespace, or of all."""
+def running(namespace: str = "", selector: str = "", container: str = "") -> dict[str, Pod]:
+    """key → pod: those that run and are not about to end; of one namespace, or of all. Which
+    container of theirs is meant has to be said where there are several."""
     where = ["-n", namespace] if namespace else ["-A"]
     text = cluster.kubectl("get", "pods", *where, "-l", selector, "-o", "json")
-    found = (parse(item) for item in json.loads(text)["items"])
+    found = (parse(item, container) for item in json.loads(text)["items"])
     return {pod.key: pod for pod in found if pod is not None}
 
 
-def parse(item: Manifest) -> Pod | None:
+def parse(item: Manifest, container: str = "") -> Pod | None:
     """The pod of an API object; None where it does not run, or is about to end."""
     metadata, status = item["metadata"], item["status"]
-    containers = status.get("containerStatuses") or [{}]
-    identifier = containers[0].get("containerID", "").removeprefix("containerd://")
+    # Kubernetes lists them by name, not as the pod's specification does.
+    identifiers = [
+        s.get("containerID", "").removeprefix("containerd://")
+        for s in status.get("containerStatuses", ())
+        if container in ("", s["name"])
+    ]
+    identifier = identifiers[0] if identifiers else ""
     if status.get("phase") != "Running" or not identifier or "deletionTimestamp" in metadata:
         return None
     return Pod(
