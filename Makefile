@@ -164,5 +164,5 @@ bench/build/rr: bench/rr.c
 	@mkdir -p bench/build
 	@gcc -O2 -Wall -Wextra -Werror -o $@ $<
 
-bench: install bench/build/bench.o bench/build/rr ## measure; writes bench/results.json
+bench: install bench/build/bench.o bench/build/rr kube-binaries .cache/e2e-packages ## measure; writes bench/results.json
 	@$(BIN)/python bench/run.py
