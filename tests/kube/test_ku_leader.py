@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from kube import candidate
 from kube.given import FAST
-from support.apiserver import ApiServer, install_crds
+from support.apiserver import WITH_US, ApiServer, install_crds
 from support.waiting import until
 from tidegate_kube import Client, Conflict, Invalid, NotFound, Reflector, resources
 from tidegate_operator.leader import Leader, NotLeader, Timing
@@ -220,7 +220,7 @@ class Process:
         seconds = [str(timing.lease), str(timing.renew), str(timing.retry)]
         with open(self._log, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, candidate.__file__, str(kubeconfig), identity, *seconds],
+                [*WITH_US, sys.executable, candidate.__file__, str(kubeconfig), identity, *seconds],
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

@@ -28,6 +28,8 @@ KUBERNETES = "v1.36.3"
 _CACHE = Path(os.environ.get("TIDEGATE_CACHE") or Path.home() / ".cache" / "tidegate")
 BINARIES = _CACHE / f"k8s-{KUBERNETES}" / "bin"
 READY_SECONDS = 60.0
+WITH_US = ("setpriv", "--pdeathsig", "KILL")
+"""Before a command: it ends when the test run does, also when that is killed."""
 CRDS = Path(__file__).parents[2] / "crds"
 
 
@@ -154,7 +156,9 @@ class ApiServer:
 
     def _spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
         with open(self.directory / f"{name}.log", "ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                [*WITH_US, *command], stdout=log, stderr=log, start_new_session=True
+            )
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + READY_SECONDS

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import urllib3
-from support.apiserver import free_ports
+from support.apiserver import WITH_US, free_ports
 
 
 class OperatorProcess:
@@ -19,6 +19,7 @@ class OperatorProcess:
     def __init__(self, kubeconfig: Path, identity: str, logs: Path, *more: str) -> None:
         self._port = free_ports(1)[0]
         self._command = [
+            *WITH_US,
             *(sys.executable, "-m", "tidegate_operator"),
             f"--kubeconfig={kubeconfig}",
             "--namespace=default",
