@@ -47,10 +47,10 @@ def declared(spaces: Sequence[str]) -> list[matrix.Target]:
 
 @pytest.mark.parametrize("folder", [SHOP, *([Path(OWN)] if OWN else [])], ids=lambda p: p.name)
 def test_an_application_with_its_policies(askers: asking.Askers, folder: Path) -> None:
-    spaces = apps.run(folder)
+    spaces = apps.run(folder, "e2e-app")
     cells = agree(askers, matrix.pods_of(*spaces), declared(spaces))
     assert {cell.allowed for cell in cells} == {True, False}
-    pods.remove_namespaces(*(s for s in spaces if s != "default"))
+    pods.remove_namespaces(*spaces)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -15,7 +15,7 @@ WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job")
 LEFT_OUT = ("HorizontalPodAutoscaler", "PersistentVolumeClaim")
 
 
-def documents(folder: Path, namespace: str = "default") -> list[pods.Manifest]:
+def documents(folder: Path, namespace: str) -> list[pods.Manifest]:
     """Every manifest of a folder, with its namespace said, and the test image in its pods."""
     found: list[pods.Manifest] = []
     for path in sorted(folder.rglob("*.yaml")):
@@ -41,8 +41,9 @@ def _prepared(document: pods.Manifest, namespace: str) -> pods.Manifest:
     return result
 
 
-def run(folder: Path, namespace: str = "default") -> list[str]:
-    """Applies the folder; the namespaces it uses, once all their pods are ready."""
+def run(folder: Path, namespace: str) -> list[str]:
+    """Applies the folder, in `namespace` what says none; the namespaces it uses, once all their
+    workloads are ready."""
     wanted = documents(folder, namespace)
     spaces = sorted({d["metadata"]["namespace"] for d in wanted if d["kind"] != "Namespace"})
     for space in spaces:
