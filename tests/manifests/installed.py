@@ -184,7 +184,8 @@ def install(directory: Path) -> Iterator[Installed]:
             client.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+    """One for each module: they leave objects behind."""
     with install(tmp_path_factory.mktemp("installed")) as found:
         yield found

@@ -453,10 +453,8 @@ def test_a_changed_status(
     name, namespace = held["metadata"]["name"], _namespace(held)
     client = admin if kind == "NodeState" else operator
     item = {k: v for k, v in held.items() if k != "status"} | status
-    item["metadata"] = {**held["metadata"]}
-    item["metadata"]["resourceVersion"] = msgspec.json.decode(
-        client.get(resource, name, namespace)
-    )["metadata"]["resourceVersion"]
+    now = msgspec.json.decode(admin.get(resource, name, namespace))["metadata"]
+    item["metadata"] = {**held["metadata"], "resourceVersion": now["resourceVersion"]}
     model, server = _decodes(_nulls_dropped(item)), ""
     try:
         client.update(resource, name, msgspec.json.encode(item), namespace, "status")
