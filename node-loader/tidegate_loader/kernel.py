@@ -176,10 +176,11 @@ class Kernel:
         realised: Realised | None,
         names: Mapping[int, str],
         likely: dict[bytes, int] | None = None,
+        dumped: tuple[bytes, bytes] | None = None,
     ) -> Actual:
         """What the kernel holds now. `realised` and `names` (rule-set id ->
         RuleSet) say whose ids these are; ids are never reused, so both may be old.
-        `likely`: see `read_ipcache`."""
+        `likely`, `dumped`: see `read_ipcache`."""
         epoch, next_id = self.read_control()
         backends = self.read_backends()
         table = self.read_node_table()
@@ -191,7 +192,7 @@ class Kernel:
             node_table=table,
             rule_sets=self.read_rule_sets(names, table or {}),
             half_open=self._linked("half_open_v1", "half_open"),
-            ipcache=self.read_ipcache(likely),
+            ipcache=self.read_ipcache(likely, dumped),
             networks=self.read_networks(),
             backends=backends,
             frontends=self.read_frontends(backends),
@@ -322,10 +323,19 @@ class Kernel:
 
     # -- facts -----------------------------------------------------------------------
 
-    def read_ipcache(self, likely: dict[bytes, int] | None = None) -> dict[bytes, int]:
+    def dump_ipcache(self) -> tuple[bytes, bytes]:
+        """All keys and all values; mostly in the kernel, without the interpreter's lock."""
+        return self.map("ipcache_v1").dump()
+
+    def read_ipcache(
+        self,
+        likely: dict[bytes, int] | None = None,
+        dumped: tuple[bytes, bytes] | None = None,
+    ) -> dict[bytes, int]:
         """Every entry: `likely` itself when the map holds just that, which costs less to
-        find out than to make another such dict and look everything up in it."""
-        keys, values = self.map("ipcache_v1").dump()
+        find out than to make another such dict and look everything up in it. `dumped`: what
+        `dump_ipcache` has just read."""
+        keys, values = dumped or self.dump_ipcache()
         words = memoryview(values).cast("I")
         packed = [key for (key,) in _ADDRESS.iter_unpack(keys)]
         identities = words[1::2].tolist()

@@ -91,7 +91,8 @@ class Loader:
     def _start(self) -> None:
         self._attached = True
         self._paths.detached.unlink(missing_ok=True)
-        # The kernel verifies programs without the interpreter's lock: read meanwhile.
+        # The kernel verifies programs and reads maps without the interpreter's lock: read the
+        # state meanwhile.
         foresight = _Foresight(self._source, self._builder)
         foresight.start()
         try:
@@ -101,13 +102,14 @@ class Loader:
                 self._realised.objects,
                 self._paths.loaded,
             )
+            if "pod.o" not in programs.specs:
+                raise BpfError(2, f"no pod.o in {self._options.objects}")
+            layouts = kernel.Layouts(programs.specs["pod.o"])
+            self._programs = programs
+            self._kernel = kernel.Kernel(self._options.pin_dir, layouts)
+            dumped = self._kernel.dump_ipcache()
         finally:
             foresight.join()
-        if "pod.o" not in programs.specs:
-            raise BpfError(2, f"no pod.o in {self._options.objects}")
-        layouts = kernel.Layouts(programs.specs["pod.o"])
-        self._programs = programs
-        self._kernel = kernel.Kernel(self._options.pin_dir, layouts)
         self._attacher = attach.Attacher(
             self._options.pin_dir, programs.programs, self._options.force_clsact
         )
@@ -118,7 +120,7 @@ class Loader:
         gating.start()
         try:
             self._attach_sockets(self._options.cgroup)
-            self._look(foresight)
+            self._look(foresight, dumped)
         finally:
             gating.join()
 
@@ -150,9 +152,9 @@ class Loader:
         programs.migrated()
         self._log.info("moved to maps of another layout", left=names, carried=carried)
 
-    def _look(self, foresight: _Foresight) -> None:
-        """What the kernel holds. Where nothing is in force yet, addresses are filled in already:
-        until there is a node table no program looks at them."""
+    def _look(self, foresight: _Foresight, dumped: tuple[bytes, bytes]) -> None:
+        """What the kernel holds; `dumped`: its addresses. Where nothing is in force yet, addresses
+        are filled in already: until there is a node table no program looks at them."""
         assert self._kernel is not None
         if self._realised.instance != self._kernel.instance:
             self._realised = Realised(
@@ -162,7 +164,7 @@ class Loader:
                 counters=self._realised.counters,
             )
         names = {int(n): r.name for n, r in self._realised.rule_sets.items()}
-        self._actual = self._kernel.actual(self._realised, names, foresight.ipcache)
+        self._actual = self._kernel.actual(self._realised, names, foresight.ipcache, dumped)
         empty = self._actual.node_table is None and not self._actual.ipcache
         if empty and foresight.ipcache and len(foresight.ipcache) <= self._actual.limits.ipcache:
             first = plan.Plan((plan.UpsertIpcache(foresight.ipcache),), (), 0)
