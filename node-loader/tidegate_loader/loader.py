@@ -114,7 +114,7 @@ class Loader:
             self._options.pin_dir, programs.programs, self._options.force_clsact
         )
         if programs.migrations:
-            self._look(foresight)
+            self._look(foresight, dumped)
             return
         gating = threading.Thread(target=self._gate_ahead, args=(foresight.interfaces,))
         gating.start()
