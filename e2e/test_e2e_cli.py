@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kind import cluster, settings
-from rig import install, pods
+from rig import asking, install, pods
 
 pytestmark = pytest.mark.kind
 SPACE = "e2e-cli"
@@ -99,7 +99,7 @@ def test_status_and_doctor_find_nothing_wrong(town: dict[str, pods.Pod]) -> None
 
 @pytest.mark.parametrize("who", ["friend-near", "friend-far", "stranger-near", "stranger-far"])
 def test_explain_agrees_with_itself_and_with_packets(
-    who: str, town: dict[str, pods.Pod], askers: pods.Askers
+    who: str, town: dict[str, pods.Pod], askers: asking.Askers
 ) -> None:
     friend = who.startswith("friend")
     address = json.loads(cluster.kubectl("get", "service", "-n", SPACE, "server", "-o", "json"))
@@ -119,7 +119,7 @@ def test_explain_agrees_with_itself_and_with_packets(
         assert {answer[w]["allowed"] for w in ("model", "maps", "program")} == {friend}
         assert answer["from"]["node"] == source.node
         assert len(answer["program"]["runs"]) == (1 if source.node == server.node else 2)
-        (real,) = askers.of(source).ask([pods.Question(*place)])
+        (real,) = askers.of(source).ask([asking.Question(*place)])
         assert bool(real.pod) is friend, (target, real)
 
 
@@ -180,11 +180,11 @@ LEFT = (
 
 
 def test_uninstall_leaves_nothing_and_install_brings_it_back(
-    town: dict[str, pods.Pod], askers: pods.Askers
+    town: dict[str, pods.Pod], askers: asking.Askers
 ) -> None:
     server = next(pod for pod in town.values() if pod.name == "server")
     stranger = next(pod for pod in town.values() if pod.name == "stranger-far")
-    question = pods.Question(server.address, 80)
+    question = asking.Question(server.address, 80)
     said = tidegate("uninstall", "--yes")
     assert said.endswith("Tidegate is gone\n")
     for node in cluster.nodes():
