@@ -124,10 +124,12 @@ class Programs:
 
     def migrated(self) -> None:
         """Nothing uses the old maps any more."""
+        # First: killed between the two, the next loader would not know the layout of what is
+        # pinned, and every flow would begin anew at the next move.
+        self._keep()
         for migration in self.migrations:
             migration.forget()
         self.migrations = []
-        self._keep()
 
     def close(self) -> None:
         for program in self.programs.values():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tidegate_bpf.btf import Field, Layout
-from tidegate_loader import migrate
+from tidegate_loader import attach, migrate
 
 SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "be16": 2, "be32": 4}
 
@@ -97,3 +99,24 @@ def test_whatever_the_layouts_are_each_member_is_its_own_or_zero(
 def test_stems() -> None:
     names = ("ct_v1", "half_open_v12", "scratch", "a_vb", "node_v")
     assert [migrate.stem(n) for n in names] == ["ct", "half_open", "", "", ""]
+
+
+def test_old_maps_go_when_the_layout_of_the_new_ones_is_kept(tmp_path: Path) -> None:
+    """In this order: a loader killed between the two would leave maps nobody can read."""
+    built = tmp_path / "pod.o"
+    built.write_bytes(b"new")
+    kept = tmp_path / "loaded"
+    migrate.keep(kept, SimpleNamespace(name="pod.o", read_bytes=lambda: b"old"))  # type: ignore[arg-type]
+    seen: list[bytes] = []
+
+    class Old(migrate.Migration):
+        def forget(self) -> None:
+            seen.append((kept / "pod.o").read_bytes())
+
+    programs = attach.Programs.__new__(attach.Programs)
+    programs.specs = {"pod.o": SimpleNamespace(path=built)}  # type: ignore[dict-item]
+    programs._kept = kept
+    programs.migrations = [Old(tmp_path / "ct_v1", tmp_path / "ct_v2", None)]
+    programs.migrated()
+    assert seen == [b"new"]
+    assert programs.migrations == []
