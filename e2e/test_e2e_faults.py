@@ -119,10 +119,12 @@ def test_api_server_killed(traffic: None, askers: asking.Askers, place: town.Tow
 
 @pytest.mark.parametrize("kind", ["nodestates", "rulesets", "stateslices"])
 def test_objects_deleted_by_hand_come_back_and_nothing_falls_open(traffic: None, kind: str) -> None:
-    before = _specs(kind)
+    # A rule set that no node uses any more is on its way out, and does not come back.
+    used = str(matrix.items("nodestates"))
+    before = {name for name in _specs(kind) if kind != "rulesets" or name in used}
     assert before
     cluster.kubectl("delete", kind, "--all", "--wait=false")
-    pods.eventually(lambda: _specs(kind).keys() >= before.keys(), f"{kind} are back", 60)
+    pods.eventually(lambda: _specs(kind).keys() >= before, f"{kind} are back", 60)
 
 
 def test_a_slice_edited_by_hand_is_repaired(traffic: None) -> None:
