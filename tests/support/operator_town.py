@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,7 +87,7 @@ class Town:
         body = {
             "apiVersion": "v1",
             "kind": "Namespace",
-            "metadata": {"name": mark, "labels": {"at": str(id(object()))}},
+            "metadata": {"name": mark, "labels": {"at": uuid.uuid4().hex}},
         }
         found = apply(self.client, body)
         at = found["metadata"]["labels"]["at"]
