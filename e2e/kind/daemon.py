@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -38,20 +37,16 @@ def ensure() -> None:
     directory().mkdir(parents=True, exist_ok=True)
     machine.save(_before())
     _raise_inotify_limit()
-    process = subprocess.Popen(
-        _command(),
-        stdin=subprocess.DEVNULL,
-        stdout=(directory() / "log").open("wb"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    # In a session of its own and no child of ours: it outlives us.
+    log = directory() / "log"
+    run("setsid", "--fork", "sh", "-c", 'exec "$@" > "$0" 2>&1', log, *_command())
     deadline = time.monotonic() + START_SECONDS
     while not answers():
-        if process.poll() is not None or time.monotonic() > deadline:
-            log = (directory() / "log").read_text(errors="replace")
-            raise Failed(f"dockerd did not come up; it said last:\n{log[-2000:]}")
+        if time.monotonic() > deadline:
+            said = log.read_text(errors="replace")
+            raise Failed(f"dockerd did not come up; it said last:\n{said[-2000:]}")
         time.sleep(POLL_SECONDS)
-    say(f"started dockerd, process {process.pid}; its data lies in {directory()}")
+    say(f"started dockerd, process {_pid()}; its data lies in {directory()}")
 
 
 def stop() -> None:

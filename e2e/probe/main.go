@@ -25,12 +25,12 @@ func main() {
 
 func run(arguments []string) error {
 	switch {
-	case len(arguments) > 1 && arguments[0] == "serve":
+	case len(arguments) > 0 && arguments[0] == "serve":
 		return serve(os.Getenv("POD"), arguments[1:])
 	case len(arguments) == 1 && arguments[0] == "ask":
 		return ask(os.Stdin, os.Stdout)
 	case len(arguments) == 3 && arguments[0] == "flood":
 		return flood(arguments[1], arguments[2])
 	}
-	return fmt.Errorf("usage: probe serve PROTOCOL:PORT… | ask | flood ADDRESS PORT")
+	return fmt.Errorf("usage: probe serve [PROTOCOL:PORT…] | ask | flood ADDRESS PORT")
 }
