@@ -6,7 +6,7 @@ No I/O, no clock.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tidegate_api import users
 
@@ -22,16 +22,19 @@ def namespaces(labels: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, s
 
 
 def policies(
-    written: Mapping[ObjectName, users.NetworkPolicy], previous: Mapping[ObjectName, Policy]
+    written: Mapping[ObjectName, users.NetworkPolicy],
+    previous: Mapping[ObjectName, Policy],
+    unread: Mapping[ObjectName, Collection[policy_meaning.RulePlace]] | None = None,
 ) -> dict[ObjectName, Policy]:
-    """In the order of `written`; the policy of `previous` where the meaning is the same."""
+    """In the order of `written`; the policy of `previous` where the meaning is the same.
+    `unread`: see `policies.policy`."""
     found = {}
     for name, item in written.items():
         before = previous.get(name)
         if before is not None and before.origin is item:
             found[name] = before
             continue
-        now = policy_meaning.policy(name, item)
+        now = policy_meaning.policy(name, item, (unread or {}).get(name, ()))
         found[name] = now if before != now or before is None else before
     return found
 

@@ -118,10 +118,14 @@ class PolicyPort:
 
 @dataclass(frozen=True, slots=True)
 class PolicyRule:
-    """None = any. Upstream's empty list is None here; no rule has an empty tuple."""
+    """None = any. Upstream's empty list is None here; only NOTHING has an empty tuple."""
 
     peers: tuple[PodPeer | BlockPeer, ...] | None
     ports: tuple[PolicyPort, ...] | None
+
+
+NOTHING = PolicyRule((), ())
+"""What a rule that cannot be read allows (DESIGN invariant 13): its policy still isolates."""
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ This is the one place that knows what null, [], {} and absence mean in NetworkPo
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tidegate_api import users
 
 from tidegate_operator.objects import (
     NAME_LABEL,
+    NOTHING,
     BlockPeer,
     ObjectName,
     PodPeer,
@@ -21,6 +22,9 @@ from tidegate_operator.objects import (
     Requirement,
     Selector,
 )
+
+RulePlace = tuple[str, int]
+"""("ingress" or "egress", index)."""
 
 
 def selector(written: users.LabelSelector) -> Selector:
@@ -32,18 +36,26 @@ def selector(written: users.LabelSelector) -> Selector:
     return Selector(tuple(sorted(found)))
 
 
-def policy(name: ObjectName, written: users.NetworkPolicy) -> Policy:
+def policy(
+    name: ObjectName, written: users.NetworkPolicy, unread: Collection[RulePlace] = ()
+) -> Policy:
+    """`unread`: rules that were written and could not be read; they allow nothing."""
     spec = written.spec
     isolates = spec.isolates()
     ingress = egress = None
     if "Ingress" in isolates:
         ingress = tuple(
-            PolicyRule(_peers(name.namespace, rule.from_), _ports(rule.ports))
-            for rule in spec.ingress
+            NOTHING
+            if ("ingress", index) in unread
+            else PolicyRule(_peers(name.namespace, rule.from_), _ports(rule.ports))
+            for index, rule in enumerate(spec.ingress)
         )
     if "Egress" in isolates:
         egress = tuple(
-            PolicyRule(_peers(name.namespace, rule.to), _ports(rule.ports)) for rule in spec.egress
+            NOTHING
+            if ("egress", index) in unread
+            else PolicyRule(_peers(name.namespace, rule.to), _ports(rule.ports))
+            for index, rule in enumerate(spec.egress)
         )
     pods = selector(spec.pod_selector)
     keys = {part.key for part in pods.requirements}

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from tidegate_api import API_VERSION, state, users
 
 from tidegate_operator.objects import EndpointList, ObjectName, Protocol
+from tidegate_operator.policies import RulePlace
 from tidegate_operator.services import SERVICE_NAME_LABEL, family_of
 
 NOT_READY_TAINT = "tidegate.dev/agent-not-ready"
@@ -90,6 +91,9 @@ class Target(msgspec.Struct, frozen=True):
 class PolicyFacts(msgspec.Struct, frozen=True):
     written: users.NetworkPolicy
     target: Target
+    unread: tuple[RulePlace, ...] = ()
+    """Rules that are not understood: they allow nothing, and the policy isolates as ever."""
+    why: str = ""
 
 
 class UserIdentityFacts(msgspec.Struct, frozen=True):
@@ -333,9 +337,44 @@ def service(data: bytes) -> ServiceFacts:
 
 
 def network_policy(data: bytes) -> PolicyFacts:
+    """A NetworkPolicy that the API server took isolates, whatever else it says: rules with
+    what a newer server knows and we do not are left unread. DecodeError: not even whom it
+    selects can be told."""
     tree = _bare(data, "networking.k8s.io/v1", "NetworkPolicy")
-    written = _validate(users.NetworkPolicy, tree)
+    try:
+        written = users.NetworkPolicy.model_validate(tree)
+    except ValidationError as error:
+        unread = _leave_unread(tree, error)
+        written = _validate(users.NetworkPolicy, tree)
+        return PolicyFacts(written, _target(written), unread, _words(error))
     return PolicyFacts(written, _target(written))
+
+
+UNREAD_RULE: dict[str, Any] = {"ports": [{"port": "unread"}]}
+"""Stands where an unread rule was, so that the others keep their places."""
+
+
+def _leave_unread(tree: dict[str, Any], error: ValidationError) -> tuple[RulePlace, ...]:
+    """Takes what `error` is about out of `tree`; the rules that are thereby unread. A field of
+    the spec itself may change what every rule means. DecodeError: see `network_policy`."""
+    unread: set[RulePlace] = set()
+    for item in error.errors(include_url=False):
+        path = item["loc"]
+        match path:
+            case ("spec", "ingress" | "egress" as direction, int() as index, *_):
+                unread.add((str(direction), index))
+            case ("spec", str(), *_) if len(path) == 2 and item["type"] == "extra_forbidden":
+                _remove(tree, path)
+                unread |= {
+                    (rules, index)
+                    for rules in ("ingress", "egress")
+                    for index in range(len(tree["spec"].get(rules) or ()))
+                }
+            case _:
+                raise DecodeError(_words(error)) from error
+    for rules, index in unread:
+        tree["spec"][rules][index] = UNREAD_RULE
+    return tuple(sorted(unread))
 
 
 # ---- Our own kinds -----------------------------------------------------------------------

@@ -112,7 +112,10 @@ def _policies(
     written = {
         ObjectName(*key): snapshot.policies[key].written for key in sorted(snapshot.policies)
     }
-    found = meanings.policies(written, before.policies)
+    unread = {
+        ObjectName(*key): facts.unread for key, facts in snapshot.policies.items() if facts.unread
+    }
+    found = meanings.policies(written, before.policies, unread)
     return found, meanings.mentioned(found.values())
 
 
@@ -310,6 +313,7 @@ def _endpoints(
 def _said(snapshot: Snapshot, before: ClusterWorld) -> tuple[Problem, ...]:
     if (
         snapshot.services is before.snapshot.services
+        and snapshot.policies is before.snapshot.policies
         and snapshot.invalid is before.snapshot.invalid
     ):
         return before.said
@@ -320,6 +324,11 @@ def _of_objects(snapshot: Snapshot) -> Iterable[Problem]:
     for kind, objects in sorted(snapshot.invalid.items()):
         for key, reason in sorted(objects.items()):
             yield _problem("error", kind, key, "", f"{reason}; {STAYS}", "repair the object")
+    for key, policy in sorted(snapshot.policies.items(), key=lambda item: item[0]):
+        if policy.unread:
+            text = f"{policy.why}: rules that are not understood allow nothing"
+            remedy = "say it in fields that this version serves, or upgrade Tidegate"
+            yield _problem("error", "NetworkPolicy", key, "spec", text, remedy)
     for key, facts in sorted(snapshot.services.items(), key=lambda item: item[0]):
         for name, text in services.unserved(facts.written.spec):
             yield _problem("warning", "Service", key, name, text)

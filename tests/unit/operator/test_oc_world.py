@@ -224,13 +224,40 @@ def test_service_of_a_newer_server_works_and_says_what_is_not_known() -> None:
 def test_what_cannot_be_decoded_is_said() -> None:
     with pytest.raises(kinds.DecodeError, match="podIP"):
         kinds.pod(b'{"metadata": {"name": "a"}, "status": {"podIP": 7}}')
-    with pytest.raises(kinds.DecodeError, match="names nothing"):
+    with pytest.raises(kinds.DecodeError, match="podSelector"):
         kinds.network_policy(
-            json.dumps(tree("NetworkPolicy", "p", spec={"ingress": [{"from": [{}]}]})).encode()
+            json.dumps(tree("NetworkPolicy", "p", spec={"podSelector": {"novel": 1}})).encode()
         )
     bad = Snapshot(invalid={"NetworkPolicy": {("default", "p"): "no"}})
     (problem,) = build(bad)[1]
     assert (problem.object, problem.severity) == ("NetworkPolicy default/p", "error")
+
+
+OPEN: Tree = {"ports": [{"port": 80}]}
+NOVEL: Tree = {"ports": [{"port": 80}], "novel": {"only": "sometimes"}}
+UNREAD = [
+    ("the rule allows nothing, the next keeps its place", {"ingress": [NOVEL, OPEN]}, [1], False),
+    ("inside of a peer", {"ingress": [{"from": [{"novel": 1}]}, OPEN]}, [1], False),
+    ("a field of the spec may change every rule", {"ingress": [OPEN], "novel": 1}, [], False),
+    ("egress alone still isolates there", {"egress": [NOVEL]}, [], True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "spec", "rules", "egress"), UNREAD)
+def test_policy_of_a_newer_server_isolates_and_says_what_is_not_known(
+    reason: str, spec: Tree, rules: list[int], egress: bool
+) -> None:
+    spec = {"podSelector": {}, **spec}
+    objects = [node("n1"), tree("Namespace", "default", ""), pod("a", ip="10.244.0.5")]
+    world, problems = build(snapshot(*objects, tree("NetworkPolicy", "p", spec=spec)))
+    desired = compile(world, identities.allocate(world, EMPTY_LEDGER))
+    found = {r.spec.direction: r.spec for r in desired.rule_sets.values()}
+    assert ("Egress" in found) == egress, reason
+    assert [rule.index for rule in found["Ingress"].rules] == rules, reason
+    assert len(found["Ingress"].terms) == len(rules)
+    assert not egress or found["Egress"].terms == []
+    said = [p for p in problems if p.severity == "error"]
+    assert [(p.object, "novel" in p.message) for p in said] == [("NetworkPolicy default/p", True)]
 
 
 def test_what_means_nothing_changes_nothing() -> None:
