@@ -23,15 +23,18 @@ SPACE = "permissions"
 @pytest.fixture(scope="module")
 def log(tidegate: None) -> Iterator[list[str]]:
     """Of a start of all of Tidegate, pods and a policy that come and go."""
-    with audit.recorded():
+    with audit.recorded() as start:
         for kind in ("daemonset/tidegate-loader", "deployment/tidegate-operator"):
             cluster.kubectl("rollout", "restart", "-n", install.NAMESPACE, kind)
         install.wait_ready()
         _work()
         install.wait_realised()
         # Statuses come some seconds after what they tell of.
-        pods.eventually(lambda: not _unused("tidegate-loader"), "loaders use what they may")
-        yield audit.lines()
+        pods.eventually(
+            lambda: not _compared("tidegate-loader", audit.lines()[start:]).unused,
+            "loaders use what they may",
+        )
+        yield audit.lines()[start:]
     install.wait_ready()
     install.wait_realised()
 
@@ -67,10 +70,6 @@ def _granted() -> list[dict[str, object]]:
 
 def _compared(account: str, lines: list[str]) -> Comparison:
     return compare(_granted(), lines, account)
-
-
-def _unused(account: str) -> list[object]:
-    return list(_compared(account, audit.lines()).unused)
 
 
 def test_loaders_use_all_they_may_and_are_refused_nothing(log: list[str]) -> None:

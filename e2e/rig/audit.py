@@ -26,8 +26,11 @@ SECONDS = 120.0
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[None]:
-    """`lines` tells what was asked since. Whatever was logged before is gone."""
+def recorded() -> Iterator[int]:
+    """`lines` tells what was asked since. Whatever was logged before is gone.
+
+    Yields how many lines were there when the server was ready: until then it refuses what its
+    roles allow, because it has not read them yet."""
     node = control_plane()
     before = cluster.inside(node, "cat", MANIFEST)
     cluster.inside(node, "mkdir", "-p", DIRECTORY)
@@ -35,7 +38,7 @@ def recorded() -> Iterator[None]:
     _write(node, f"{DIRECTORY}/policy.yaml", POLICY.read_text())
     try:
         _replace(node, _with_audit(before))
-        yield
+        yield len(lines())
     finally:
         _replace(node, before)
         cluster.inside(node, "rm", "-rf", DIRECTORY)
