@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from measure import Result, Unmeasurable, absolute, calibration, percentile
+from measure import Result, Unmeasurable, absolute, calibration, percentile, resident
 from tidegate_bpf import Map
 from tidegate_bpf.errors import BpfError
 from tidegate_bpf.netns import inside
@@ -218,14 +218,6 @@ def loaders(run_dir: RunDir) -> dict[int, str]:
         if b"tidegate_loader" in words and os.fsencode(run_dir.path) in words:
             found[int(entry.name)] = words[words.index(b"--node") + 1].decode()
     return found
-
-
-def resident(pid: int) -> float:
-    """MiB."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Rss:"):
-            return int(line.split()[1]) / 1024
-    raise AssertionError("no Rss in smaps_rollup")
 
 
 def charged(pins: Path) -> float:

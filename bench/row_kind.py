@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "e2e"))
 
-from measure import Result, Unmeasurable, percentile  # noqa: E402
+from measure import Result, Unmeasurable, percentile, resident  # noqa: E402
 from tidegate_kube import Client, resources  # noqa: E402
 from tidegate_kube.kubeconfig import from_kubeconfig  # noqa: E402
 
@@ -271,7 +271,7 @@ def loader() -> Iterator[Result]:
     before = [_cpu(pid) for pid in pids]
     time.sleep(IDLE_SECONDS)
     busy = [(_cpu(pid) - b) / IDLE_SECONDS * 100 for pid, b in zip(pids, before, strict=True)]
-    sizes = [_resident(pid) for pid in pids]
+    sizes = [resident(pid) for pid in pids]
     what = "the loader in a node of kind, idle"
     extra = {"nodes": [round(s, 1) for s in sizes]}
     yield Result("loader-kind", f"{what}, resident", max(sizes), "MiB", "largest", 60, extra)
@@ -283,11 +283,6 @@ def _cpu(pid: int) -> float:
     """Seconds of CPU that the process has had."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
-
-
-def _resident(pid: int) -> float:
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(text.split("Rss:")[1].split()[0]) / 1024
 
 
 ROWS = {
