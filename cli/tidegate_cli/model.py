@@ -19,6 +19,7 @@ from tidegate_api.state import (
     Backend,
     CIDRPeer,
     Endpoint,
+    EntityPeer,
     IPCacheEntry,
     NodeState,
     PeerSet,
@@ -321,6 +322,8 @@ class Model:
                 if identity == Reserved.UNKNOWN:
                     return False
                 return peer in _network(cidr) and not any(peer in _network(e) for e in excepts)
+            case EntityPeer(entity=entity):
+                raise ModelError(f"the entity {entity} is of a format that is not read here")
 
     def _identity(self, address: IPAddress, node: str) -> int:
         """The node's own endpoint, else who the ipcache says, else world."""

@@ -253,6 +253,8 @@ def _of(info: types.Type) -> Schema:
                 maxLength=info.max_length,
                 pattern=info.pattern,
             )
+        case types.BoolType():
+            return {"type": "boolean"}
         case types.IntType():
             return _sparse(type="integer", format="int64", minimum=info.ge, maximum=info.le)
         case types.LiteralType():

@@ -17,6 +17,7 @@ field as its description. So a bound here is one that an API server enforces too
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Annotated, Literal
 
@@ -26,9 +27,21 @@ from msgspec import UNSET, UnsetType
 from tidegate_api import API_VERSION
 
 FORMAT = 1
-"""The `spec.format` that this code writes. Loaders read N and N-1."""
+"""The lowest `spec.format`: what every object has that says nothing newer. An object is written
+with the lowest format that can say it, so a new writer changes nothing for an old reader until
+something new is used (`format_of_rules`, `format_of_peers`)."""
+NEWEST_FORMAT = 2
+"""Policies that isolate nobody, tiers, Pass, audit, log, ICMP, entities, named ports, and peer
+sets with addresses or ports."""
 
 Protocol = Literal["TCP", "UDP", "SCTP"]
+TermProtocol = Literal["TCP", "UDP", "SCTP", "ICMP", "ICMPv6"]
+Entity = Literal["host", "remote-node", "kube-apiserver"]
+
+DEVELOPER_PRECEDENCE = 1 << 30
+"""Of every allow in the developer tier; a deny there has one more. Below it: Baseline."""
+ADMIN_PRECEDENCE = 1 << 31
+"""The lowest of the Admin tier."""
 
 
 class Reserved(IntEnum):
@@ -130,24 +143,26 @@ class Condition(Model, frozen=True):
 # ---- RuleSet ----------------------------------------------------------------
 
 
-class PolicyRef(Model, order=True, frozen=True):
+class PolicyRef(Model, order=True, kw_only=True, omit_defaults=True, frozen=True):
     """The object a rule came from."""
 
     kind: Annotated[str, msgspec.Meta(max_length=63)]
     """Kind of the policy object."""
-    namespace: Annotated[str, msgspec.Meta(max_length=63)]
-    """Its namespace; "" for cluster-scoped kinds."""
+    namespace: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    """Its namespace; absent for cluster-scoped kinds."""
     name: Name
     """Its name."""
 
 
-class Rule(Model, order=True, frozen=True):
+class Rule(Model, order=True, omit_defaults=True, frozen=True):
     """One rule of one policy."""
 
     policy: Count
-    """Index into `policies`."""
+    """Index into `policies`, continued in `others`."""
     index: Count
     """Index of the rule in that object's ingress or egress list."""
+    log: bool = False
+    """Whether every new flow that the rule decides is to be reported."""
 
 
 class AnyPeer(Model, tag_field="kind", tag="any", frozen=True):
@@ -170,43 +185,76 @@ class CIDRPeer(Model, tag_field="kind", tag="cidr", frozen=True):
     """Networks inside it that do not belong to the peer."""
 
 
-Peer = AnyPeer | SetPeer | CIDRPeer
+class EntityPeer(Model, tag_field="kind", tag="entity", frozen=True):
+    """What only the node can tell: its own addresses from those of other nodes."""
+
+    entity: Entity
+    """`host`: made on the subject's node, or sent to an address of it. `remote-node`: any other
+    node's address. `kube-apiserver`: an address that serves the API; one that is a node's is
+    `host` or `remote-node` as well."""
 
 
-class Term(Model, frozen=True):
+Peer = AnyPeer | SetPeer | CIDRPeer | EntityPeer
+
+
+class Term(Model, omit_defaults=True, frozen=True):
     """peer x protocol x ports -> action. Absent `protocol` is every protocol,
     absent `port` every port (and then also protocols without ports)."""
 
     peer: Peer
     """Who is on the other side."""
-    action: Literal["Allow", "Deny"]
-    """What becomes of a flow that matches."""
+    action: Literal["Allow", "Deny", "Pass"]
+    """What becomes of a flow that matches. `Pass`: the rest of the term's tier is skipped."""
     precedence: Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
-    """Higher wins; among equals the lowest `rule` is named. 32 bits."""
+    """Higher wins; among equals the lowest `rule` is named. 32 bits. Its tier is readable from
+    it: Baseline below 2^30, developer below 2^31, Admin above."""
     rule: Count
     """Index into `rules`."""
-    protocol: Protocol | UnsetType = UNSET
+    protocol: TermProtocol | UnsetType = UNSET
     """Absent: every protocol."""
     port: Port | UnsetType = UNSET
     """Absent: every port, and protocols without ports."""
     end_port: Port | UnsetType = UNSET
     """Inclusive; absent: the one `port`."""
+    port_name: Annotated[str, msgspec.Meta(max_length=63)] | UnsetType = UNSET
+    """The port has this name at the peer, whose peer set says which numbers that is for whom: its
+    `ports`, and of them those of `protocol`, if there is one. There is then no `port`."""
+    icmp_type: Annotated[int, msgspec.Meta(ge=0, le=255)] | UnsetType = UNSET
+    """Of ICMP or ICMPv6; absent: every type."""
+    icmp_code: Annotated[int, msgspec.Meta(ge=0, le=255)] | UnsetType = UNSET
+    """Of the type; absent: every code."""
+    audit: bool = False
+    """Of a policy in audit mode: only the second verdict knows it."""
 
 
-class RuleSetSpec(Model, frozen=True):
-    """The policy of one subject in one direction. A subject has a rule set iff
-    some policy isolates it in this direction; no terms = nothing is allowed."""
+class RuleSetSpec(Model, omit_defaults=True, frozen=True):
+    """The policy of one subject in one direction. A subject has a rule set iff some policy
+    counts for it in this direction.
+
+    The verdict: of the terms that match and are not `audit`, the highest of the Admin tier
+    decides, unless it is Pass or there is none; then the highest of all others, unless it is
+    Pass or there is none; then `policies` deny, and where they are empty the flow is allowed.
+
+    The second verdict, where some term is `audit` or `audited` is not empty, counts those terms
+    as well; if `audited` is not empty it leaves the Baseline tier out and denies where nothing
+    matches. Where only the second denies, the flow passes, and the denial is reported."""
 
     format: Count
     """Version of the meaning of this spec."""
     direction: Literal["Ingress", "Egress"]
     """As the subject sees it."""
     policies: list[PolicyRef]
-    """The policies that isolate the subject, sorted: what "default deny" names."""
+    """The policies that isolate the subject, sorted: what "default deny" names. Empty: what no
+    term decides is allowed."""
     rules: list[Rule]
     """The rules that terms came from."""
     terms: list[Term]
     """What is allowed or denied, sorted."""
+    others: list[PolicyRef] = []
+    """Policies that isolate nobody and have a say all the same: of the Admin and Baseline tiers,
+    those that only allow and deny, and those in audit mode; sorted, absent if there is none."""
+    audited: list[Count] = []
+    """Which of `others` are in audit mode and would isolate the subject; absent if none does."""
 
 
 class RuleSet(Model, frozen=True):
@@ -238,8 +286,19 @@ class IPCacheEntry(Model, frozen=True, gc=False):
     """The node the pod runs on; absent for networks and node addresses."""
 
 
-class PeerSet(Model, frozen=True):
-    """The identities that a selector picks now."""
+class NamedPort(Model, order=True, frozen=True):
+    """What one port name means, and for whom."""
+
+    protocol: Protocol
+    """Of the container port."""
+    port: Port
+    """Its number."""
+    identities: list[Number]
+    """The members for whom it has this number, sorted."""
+
+
+class PeerSet(Model, omit_defaults=True, frozen=True):
+    """Who a selector picks now: identities, or addresses; a peer that is either belongs to it."""
 
     name: Name
     """Content name: hash of the normalised selector."""
@@ -247,6 +306,11 @@ class PeerSet(Model, frozen=True):
     """The normalised selector in words, for people."""
     identities: list[Number]
     """Its members now, sorted."""
+    cidrs: list[Network] = []
+    """Its members by address, whoever has it, sorted: nodes that the selector picks."""
+    ports: list[NamedPort] = []
+    """Of a set that was made for one port name: its numbers at the members, sorted. A member may
+    have several, or none."""
 
 
 class Frontend(Model, frozen=True):
@@ -558,6 +622,27 @@ def rule_set(spec: RuleSetSpec) -> RuleSet:
     return RuleSet(
         api_version=API_VERSION, kind="RuleSet", metadata=Meta(name=digest(spec)), spec=spec
     )
+
+
+def format_of_rules(spec: RuleSetSpec) -> int:
+    """The lowest format that can say it."""
+    new = spec.others or any(rule.log for rule in spec.rules) or any(map(_is_newer, spec.terms))
+    return NEWEST_FORMAT if new else FORMAT
+
+
+def _is_newer(term: Term) -> bool:
+    return (
+        term.action == "Pass"
+        or term.audit
+        or term.port_name is not UNSET
+        or term.protocol in ("ICMP", "ICMPv6")
+        or isinstance(term.peer, EntityPeer)
+    )
+
+
+def format_of_peers(sets: Iterable[PeerSet]) -> int:
+    """The lowest format that can say all of them."""
+    return NEWEST_FORMAT if any(item.cidrs or item.ports for item in sets) else FORMAT
 
 
 def policy_status_name(kind: str, name: str) -> str:

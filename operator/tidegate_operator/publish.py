@@ -35,6 +35,7 @@ from tidegate_api.state import (
     TableRef,
     digest,
     encode,
+    format_of_peers,
     shard_of,
     slice_name,
 )
@@ -140,12 +141,13 @@ def slice_object(
     for key in sorted(content):
         entries += content[key] if table == "services" else [content[key]]
     lists: dict[str, Any] = {table: entries}
+    version = format_of_peers(entries) if table == "peers" else FORMAT
     return StateSlice(
         api_version=API_VERSION,
         kind="StateSlice",
         metadata=Meta(name=slice_name(table, *place), labels={TABLE_LABEL: table}),
         spec=StateSliceSpec(
-            format=FORMAT,
+            format=version,
             table=table,
             epoch=epoch,
             shard=shard,

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
+from msgspec.structs import replace
 from tidegate_api.state import (
+    DEVELOPER_PRECEDENCE,
+    FORMAT,
     MAX_NAME,
+    NEWEST_FORMAT,
+    AnyPeer,
+    EntityPeer,
     IdentitySpec,
     Meta,
+    NamedPort,
     NodeState,
+    PeerSet,
+    PolicyRef,
+    Rule,
+    RuleSetSpec,
+    SetPeer,
     StateSlice,
+    Term,
     encode,
+    format_of_peers,
+    format_of_rules,
     identity_summary,
     policy_status_name,
 )
@@ -92,3 +109,64 @@ def test_a_slice_out_of_bounds_is_not_understood(entry: dict[str, object]) -> No
     item = {**STATE, "kind": "StateSlice", "spec": {**spec, "ipcache": [entry]}}
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(item, StateSlice)
+
+
+A = PolicyRef(kind="NetworkPolicy", namespace="n", name="a")
+TERM = Term(peer=AnyPeer(), action="Allow", precedence=DEVELOPER_PRECEDENCE, rule=0)
+OLD = RuleSetSpec(
+    format=1,
+    direction="Ingress",
+    policies=[A],
+    rules=[Rule(policy=0, index=0)],
+    terms=[TERM, replace(TERM, action="Deny", protocol="TCP", port=1, end_port=9)],
+)
+
+
+def test_what_is_not_new_has_the_bytes_it_always_had() -> None:
+    assert format_of_rules(OLD) == FORMAT
+    assert encode(OLD).decode() == (
+        '{"format":1,"direction":"Ingress",'
+        '"policies":[{"kind":"NetworkPolicy","namespace":"n","name":"a"}],'
+        '"rules":[{"policy":0,"index":0}],'
+        '"terms":[{"peer":{"kind":"any"},"action":"Allow","precedence":1073741824,"rule":0},'
+        '{"peer":{"kind":"any"},"action":"Deny","precedence":1073741824,"rule":0,'
+        '"protocol":"TCP","port":1,"endPort":9}]}'
+    )
+    old = PeerSet(name="s", selector="any", identities=[256])
+    assert format_of_peers([old]) == FORMAT
+    assert encode(old) == b'{"name":"s","selector":"any","identities":[256]}'
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"policies": [], "others": [PolicyRef(kind="ClusterNetworkPolicy", name="a")]},
+        {"others": [A], "audited": [1]},
+        {"rules": [Rule(policy=0, index=0, log=True)]},
+        {"terms": [replace(TERM, action="Pass")]},
+        {"terms": [replace(TERM, audit=True)]},
+        {"terms": [replace(TERM, peer=EntityPeer(entity="host"))]},
+        {"terms": [replace(TERM, protocol="ICMP")]},
+        {"terms": [replace(TERM, protocol="ICMPv6", icmp_type=0, icmp_code=0)]},
+        {"terms": [replace(TERM, peer=SetPeer(name="s"), port_name="http")]},
+    ],
+    ids=str,
+)
+def test_a_rule_set_that_says_something_new_is_of_the_newest_format(changes: Any) -> None:
+    spec = replace(OLD, **changes)
+    assert format_of_rules(spec) == NEWEST_FORMAT
+    assert msgspec.json.decode(encode(spec), type=RuleSetSpec) == spec
+
+
+def test_a_peer_set_that_says_something_new_is_of_the_newest_format() -> None:
+    old = PeerSet(name="s", selector="any", identities=[256])
+    ports = [NamedPort(protocol="TCP", port=80, identities=[256])]
+    for new in (replace(old, cidrs=["192.0.2.1/32"]), replace(old, ports=ports)):
+        assert format_of_peers([old, new]) == NEWEST_FORMAT
+        assert msgspec.json.decode(encode(new), type=PeerSet) == new
+
+
+def test_a_cluster_scoped_policy_has_no_namespace() -> None:
+    ref = PolicyRef(kind="ClusterNetworkPolicy", name="a")
+    assert encode(ref) == b'{"kind":"ClusterNetworkPolicy","name":"a"}'
+    assert ref < A

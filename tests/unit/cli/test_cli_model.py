@@ -53,7 +53,7 @@ from tidegate_operator.objects import World
 
 A, B = (
     PolicyRef(kind="NetworkPolicy", namespace="n", name="a"),
-    PolicyRef("NetworkPolicy", "n", "b"),
+    PolicyRef(kind="NetworkPolicy", namespace="n", name="b"),
 )
 POD, PEER, LOST = "10.244.0.2", "10.244.1.2", "10.244.9.9"
 

@@ -151,7 +151,7 @@ def test_special_rules_are_negative() -> None:
 
 
 def test_a_rule_names_its_policy_and_its_peer() -> None:
-    policies = [PolicyRef("NetworkPolicy", "n", "p")]
+    policies = [PolicyRef(kind="NetworkPolicy", namespace="n", name="p")]
     held = rule_set(RuleSetSpec(1, "Ingress", policies, [Rule(0, 2)], []))
     spec = IdentitySpec(namespace="n", labels={"app": "web", "edge": ""})
     meta = Meta(name="300")
