@@ -15,7 +15,14 @@ from functools import partial
 from typing import Any
 
 from msgspec import UNSET
-from tidegate_api.state import Identity, NodeState, Reserved, RuleSet, StateObject
+from tidegate_api.state import (
+    Identity,
+    NodeState,
+    Reserved,
+    RuleSet,
+    StateObject,
+    identity_labels,
+)
 from tidegate_loader import addresses
 
 from tidegate_cli import live, lookup, reasons, render
@@ -57,9 +64,9 @@ def _words(item: Identity) -> list[str]:
     spec = item.spec
     if spec.cidrs is not UNSET:
         return [f"cidr:{cidr}" for cidr in spec.cidrs]
-    labels = spec.labels or {}
     words = [f"{NAMESPACE_LABEL}={spec.namespace}"] if spec.namespace else []
-    return words + [f"k8s:{k}={v}" if v else f"k8s:{k}" for k, v in sorted(labels.items())]
+    labels = identity_labels(spec).items()
+    return words + [f"k8s:{k}={v}" if v else f"k8s:{k}" for k, v in labels]
 
 
 def identity_list(args: argparse.Namespace) -> int:
@@ -72,12 +79,12 @@ def identity_list(args: argparse.Namespace) -> int:
     for item in objects:
         if not (isinstance(item, Identity) and item.metadata.name.isdigit()):
             continue
-        number, labels = int(item.metadata.name), item.spec.labels or {}
+        number = int(item.metadata.name)
         rows.append(
             {
                 "id": number,
                 "namespace": item.spec.namespace or "",
-                "labels": dict(sorted(labels.items())),
+                "labels": identity_labels(item.spec),
                 "cidrs": item.spec.cidrs or [],
                 "endpoints": used[number],
                 "released": RELEASED_LABEL in (item.metadata.labels or {}),

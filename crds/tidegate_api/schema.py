@@ -76,6 +76,7 @@ class Kind:
 
 AGE = ("AGE", ".metadata.creationTimestamp", "date")
 IMMUTABLE = "self == oldSelf"
+LABEL_KEY = "!format.qualifiedName().validate(key).hasValue()"
 POLICY_COLUMNS = (
     ("KIND", ".policy.kind", "string"),
     ("POLICY", ".policy.name", "string"),
@@ -108,6 +109,14 @@ KINDS = (
                 f"int(self.metadata.name) < {1 << state.IDENTITY_BITS})",
                 "the name must begin with a letter; "
                 "numbers from 256 to 16777215 are names of the operator's own",
+            ),
+            Rule(
+                "",
+                "!has(self.spec.labels) || (self.metadata.name.matches('^[0-9]') ? "
+                f"self.spec.labels.all(key, key.startsWith('{state.PORT_LABEL}') || {LABEL_KEY}) : "
+                f"self.spec.labels.all(key, {LABEL_KEY}))",
+                "every key must be a label key: [prefix/]name; "
+                "those that begin with :port/ are the operator's own",
             ),
             Rule("spec", IMMUTABLE, "spec is immutable: delete the Identity and make another"),
             Rule(

@@ -58,6 +58,10 @@ class Reserved(IntEnum):
 FIRST_IDENTITY = 256
 IDENTITY_BITS = 24
 
+PORT_LABEL = ":port/"
+"""Begins the key of a system label of an allocated Identity: `:port/TCP/http`, whose value is
+the number of that named container port. No user's label key has a colon."""
+
 DIGEST_ANNOTATION = "tidegate.dev/digest"
 """On a NodeState: the digest of its spec. `status.realised` says the same digest once
 the spec is in force."""
@@ -655,9 +659,16 @@ def policy_status_name(kind: str, name: str) -> str:
     return f"{whole[: MAX_NAME - len(end) - 1].rstrip('.-')}-{end}"
 
 
+def identity_labels(spec: IdentitySpec) -> dict[str, str]:
+    """As people read them: the pods' own first, then system labels without their colon."""
+    labels = spec.labels or {}
+    ordered = sorted(labels, key=lambda key: (key.startswith(":"), key))
+    return {key.removeprefix(":"): labels[key] for key in ordered}
+
+
 def identity_summary(spec: IdentitySpec) -> str:
-    """An identity in words for `status.summary`: "app=web,tier=front", or its CIDRs; cut
-    at 253 characters. No labels: ""."""
-    parts = spec.cidrs or [f"{key}={value}" for key, value in sorted((spec.labels or {}).items())]
-    whole = ",".join(parts)
+    """An identity in words for `status.summary`: "app=web,tier=front,port/TCP/http=80", or its
+    CIDRs; cut at 253 characters. No labels: ""."""
+    labels = identity_labels(spec)
+    whole = ",".join(spec.cidrs or [f"{key}={value}" for key, value in labels.items()])
     return whole if len(whole) <= MAX_NAME else f"{whole[: MAX_NAME - 1]}…"

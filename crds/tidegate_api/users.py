@@ -337,6 +337,8 @@ class ContainerPort(Open):
 class Container(Open):
     name: DNSLabel
     ports: list[ContainerPort] = []
+    restart_policy: str = ""
+    """Of an init container: Always, and it goes on running."""
 
 
 class PodSpec(Open):
@@ -643,11 +645,6 @@ class IdentitySpec(Own):
                 json_schema_extra={
                     "maxProperties": MAX_LABELS,
                     "x-kubernetes-validations": [
-                        {
-                            "rule": "self.all(key, "
-                            "!format.qualifiedName().validate(key).hasValue())",
-                            "message": "every key must be a label key: [prefix/]name",
-                        },
                         {
                             "rule": "self.all(key, dyn(self[key]) != null)",
                             "message": 'null is no value of a label: write ""',

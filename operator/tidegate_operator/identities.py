@@ -18,43 +18,6 @@ from tidegate_operator.objects import IdentityKey, World
 MAX_RELEASED = 10_000
 """Numbers that rest; the longest-resting are forgotten beyond it."""
 
-# Labels that differ between the pods of one workload, or change with each release,
-# without meaning anything to a policy. A key that a selector mentions is relevant anyway.
-IRRELEVANT = frozenset(
-    (
-        "pod-template-hash",
-        "controller-revision-hash",
-        "pod-template-generation",
-        "controller-uid",
-        "job-name",
-        "statefulset.kubernetes.io/pod-name",
-        "apps.kubernetes.io/pod-index",
-        "helm.sh/chart",
-        "app.kubernetes.io/version",
-        "argocd.argoproj.io/instance",
-        "rollouts-pod-template-hash",
-    )
-)
-IRRELEVANT_PREFIXES = (
-    "batch.kubernetes.io/",
-    "kustomize.toolkit.fluxcd.io/",
-    "helm.toolkit.fluxcd.io/",
-)
-
-
-def irrelevant(label: str) -> bool:
-    """True for a label key that makes no identity unless a selector mentions it."""
-    return label in IRRELEVANT or label.startswith(IRRELEVANT_PREFIXES)
-
-
-def identity_key(
-    namespace: str, labels: Mapping[str, str], mentioned: frozenset[str]
-) -> IdentityKey:
-    relevant = sorted(
-        item for item in labels.items() if item[0] in mentioned or not irrelevant(item[0])
-    )
-    return IdentityKey(namespace, tuple(relevant))
-
 
 @dataclass(frozen=True)
 class Ledger:

@@ -6,13 +6,13 @@ No I/O, no clock.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tidegate_api import users
 
-from tidegate_operator import identities
 from tidegate_operator import policies as policy_meaning
 from tidegate_operator.objects import NAME_LABEL, IdentityKey, ObjectName, Policy, UserIdentity
+from tidegate_operator.relevance import Relevance
 
 
 def namespaces(labels: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
@@ -39,13 +39,8 @@ def policies(
     return found
 
 
-def mentioned(found: Iterable[Policy]) -> frozenset[str]:
-    """Label keys that make identities only because some selector mentions them."""
-    return frozenset(key for item in found for key in item.label_keys if identities.irrelevant(key))
-
-
 def user_identities(
-    written: Mapping[str, users.IdentitySpec], mentioned: frozenset[str], pod_cidrs: Sequence[str]
+    written: Mapping[str, users.IdentitySpec], relevance: Relevance, pod_cidrs: Sequence[str]
 ) -> tuple[dict[str, UserIdentity], dict[str, str]]:
     """(in force, stalled: name -> why). The first in the order of `written` has a network."""
     found: dict[str, UserIdentity] = {}
@@ -54,7 +49,7 @@ def user_identities(
     pods = [ipaddress.ip_network(text) for text in pod_cidrs]
     for name, spec in written.items():
         if spec.namespace is not None and spec.labels is not None:
-            key = identities.identity_key(spec.namespace, spec.labels, mentioned)
+            key = relevance.key(spec.namespace, spec.labels)
             found[name] = UserIdentity(name, key)
             continue
         networks = sorted({users.network(text) for text in spec.cidrs or ()}, key=str)

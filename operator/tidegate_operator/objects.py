@@ -11,9 +11,12 @@ import functools
 import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tidegate_operator.problems import Source
+
+if TYPE_CHECKING:
+    from tidegate_operator.relevance import Relevance
 
 Protocol = Literal["TCP", "UDP", "SCTP"]
 Direction = Literal["Ingress", "Egress"]
@@ -32,7 +35,8 @@ class ObjectName(NamedTuple):
 
 class IdentityKey(NamedTuple):
     """What an allocated identity stands for: a namespace and the identity-relevant
-    labels, sorted by key; or `cidrs`, sorted, of hosts outside (namespace "")."""
+    labels, system labels among them (`relevance`), sorted by key; or `cidrs`, sorted, of
+    hosts outside (namespace "")."""
 
     namespace: str
     labels: tuple[tuple[str, str], ...]
@@ -123,6 +127,11 @@ class PolicyRule:
     peers: tuple[PodPeer | BlockPeer, ...] | None
     ports: tuple[PolicyPort, ...] | None
 
+    @property
+    def port_names(self) -> list[tuple[Protocol, str]]:
+        """Ports that are given by a name."""
+        return [(p.protocol, p.port) for p in self.ports or () if isinstance(p.port, str)]
+
 
 NOTHING = PolicyRule((), ())
 """What a rule that cannot be read allows (DESIGN invariant 13): its policy still isolates."""
@@ -137,12 +146,36 @@ class Policy:
     pods: Selector
     ingress: tuple[PolicyRule, ...] | None
     egress: tuple[PolicyRule, ...] | None
-    label_keys: frozenset[str] = field(compare=False, repr=False)
-    """Every pod label that the policy's selectors mention."""
     origin: object = field(compare=False, repr=False)
 
     def rules(self, direction: Direction) -> tuple[PolicyRule, ...] | None:
         return self.ingress if direction == "Ingress" else self.egress
+
+    @functools.cached_property
+    def selectors(self) -> tuple[tuple[str | None, Selector], ...]:
+        """Every pod selector that is in force with the policy, and the namespace in whose pods
+        it looks; None: in those of any."""
+        found: list[tuple[str | None, Selector]] = [(self.name.namespace, self.pods)]
+        for rule in (*(self.ingress or ()), *(self.egress or ())):
+            found += [
+                (peer.namespace, peer.pods)
+                for peer in rule.peers or ()
+                if isinstance(peer, PodPeer)
+            ]
+        return tuple(dict.fromkeys(found))
+
+    @functools.cached_property
+    def port_names(self) -> tuple[tuple[str | None, Protocol, str], ...]:
+        """Every named port that a rule asks for, and the namespace in whose pods; None: in
+        those of any. At ingress it is the subject's own, at egress the peer's."""
+        found: list[tuple[str | None, Protocol, str]] = []
+        for rule in self.ingress or ():
+            found += [(self.name.namespace, *port) for port in rule.port_names]
+        for rule in self.egress or ():
+            peers = [peer.namespace for peer in rule.peers or () if isinstance(peer, PodPeer)]
+            spaces = [None] if rule.peers is None else peers
+            found += [(space, *port) for space in spaces for port in rule.port_names]
+        return tuple(dict.fromkeys(found))
 
 
 # ---- Cluster -----------------------------------------------------------------------
@@ -178,7 +211,8 @@ class ContainerPort:
 @dataclass(frozen=True)
 class Pod:
     """One pod on its node. `addresses`: canonical, IPv4 first, those that are known and
-    nobody else's; a host-network pod has its node's."""
+    nobody else's; a host-network pod has its node's. `ports`: in the order in which a name is
+    looked for."""
 
     uid: str
     namespace: str
@@ -265,8 +299,8 @@ class World:
     identities: dict[str, UserIdentity]
     sources: dict[tuple[str, str, str], Source]
     """(kind, namespace, name) -> where it was written."""
-    mentioned: frozenset[str]
-    """Pod label keys that some selector mentions: always identity-relevant."""
+    relevance: Relevance
+    """What of a pod has made its identity."""
     pod_cidrs: tuple[str, ...]
     """Every address that a pod may ever have."""
     apiservers: tuple[str, ...] = ()

@@ -57,13 +57,7 @@ def policy(
             else PolicyRule(_peers(name.namespace, rule.to), _ports(rule.ports))
             for index, rule in enumerate(spec.egress)
         )
-    pods = selector(spec.pod_selector)
-    keys = {part.key for part in pods.requirements}
-    for rule in (*(ingress or ()), *(egress or ())):
-        for peer in rule.peers or ():
-            if isinstance(peer, PodPeer):
-                keys.update(part.key for part in peer.pods.requirements)
-    return Policy(name, pods, ingress, egress, frozenset(keys), written)
+    return Policy(name, selector(spec.pod_selector), ingress, egress, written)
 
 
 def _peers(

@@ -16,11 +16,10 @@ from typing import cast
 
 from tidegate_api import users
 
-from tidegate_operator import identities, meanings, services
+from tidegate_operator import meanings, services
 from tidegate_operator.manifests import Document, Key
 from tidegate_operator.objects import (
     ContainerPort,
-    IdentityKey,
     Node,
     ObjectName,
     Pod,
@@ -29,6 +28,8 @@ from tidegate_operator.objects import (
     World,
 )
 from tidegate_operator.problems import Problem, Source, at
+from tidegate_operator.relevance import DEFAULTS as DEFAULT_IDENTITIES
+from tidegate_operator.relevance import Relevance, Settings, relevance
 
 COMMAND_ANNOTATION = "tidegate.dev/command"
 DEFAULT_NODES = 2
@@ -50,6 +51,7 @@ class Options:
     service_cidrs: tuple[str, ...] = ("10.96.0.0/16", "fd00:10:96::/112")
     first_node: tuple[str, ...] = ("172.18.0.2", "fc00:f853:ccd:e793::2")
     """Addresses of the first node; the others follow it."""
+    identities: Settings = DEFAULT_IDENTITIES
 
 
 DEFAULTS = Options()
@@ -92,7 +94,7 @@ EMPTY_WORLD = MadeWorld(
     policies={},
     identities={},
     sources={},
-    mentioned=frozenset(),
+    relevance=Relevance(),
     pod_cidrs=(),
     sliced=frozenset(),
     expansions={},
@@ -146,9 +148,9 @@ class _Builder:
         nodes = self._nodes(by_kind.get("Node", []))
         namespaces = self._namespaces(documents, by_kind.get("Namespace", []))
         found = self._policies(by_kind.get("NetworkPolicy", []))
-        mentioned = meanings.mentioned(found.values())
+        relevant = relevance(found.values(), self.options.identities)
         wanted = self._expand(by_kind, sorted(nodes))
-        pods, cursors = _Placement(self, nodes, mentioned).place(wanted)
+        pods, cursors = _Placement(self, nodes, relevant).place(wanted)
         served = services.Builder(self.options.service_cidrs, self.previous)
         served_services, endpoints = served.build(
             by_kind.get("Service", []), by_kind.get("EndpointSlice", []), pods, nodes.values()
@@ -161,9 +163,9 @@ class _Builder:
             services=served_services,
             endpoints=endpoints,
             policies=found,
-            identities=self._identities(by_kind.get("Identity", []), mentioned),
+            identities=self._identities(by_kind.get("Identity", []), relevant),
             sources={(*key,): source for key, source in self._sources.items()},
-            mentioned=mentioned,
+            relevance=relevant,
             pod_cidrs=self.options.pod_cidrs,
             sliced=served.sliced,
             expansions=self._expansions,
@@ -238,13 +240,13 @@ class _Builder:
         return meanings.policies(written, self.previous.policies)
 
     def _identities(
-        self, documents: Sequence[Document], mentioned: frozenset[str]
+        self, documents: Sequence[Document], relevant: Relevance
     ) -> dict[str, UserIdentity]:
         written = {}
         for document in documents:
             assert isinstance(document.object, users.Identity)
             written[document.key.name] = document.object.spec
-        found, stalled = meanings.user_identities(written, mentioned, self.options.pod_cidrs)
+        found, stalled = meanings.user_identities(written, relevant, self.options.pod_cidrs)
         for document in documents:
             if document.key.name in stalled:
                 self.problems.append(
@@ -359,12 +361,11 @@ def _pods_of(document: Document, nodes: Sequence[str]) -> Iterator[_Wanted]:
 class _Placement:
     """Gives every wanted pod a node and addresses."""
 
-    def __init__(
-        self, builder: _Builder, nodes: dict[str, MadeNode], mentioned: frozenset[str]
-    ) -> None:
+    def __init__(self, builder: _Builder, nodes: dict[str, MadeNode], relevant: Relevance) -> None:
         self._builder = builder
         self._nodes = nodes
-        self._mentioned = mentioned
+        self._relevant = relevant
+        self._same = relevant == builder.previous.relevance
         self._load = dict.fromkeys(nodes, 0)
         self._used: dict[str, set[int]] = {name: set() for name in nodes}
         before = builder.previous.cursors
@@ -431,7 +432,7 @@ class _Placement:
             before is not None
             and before.origin is pod.origin
             and (before.node, before.slot) == (node, slot)
-            and self._mentioned == self._builder.previous.mentioned
+            and self._same
         ):
             return before
         made = self._pod(pod, node, slot)
@@ -456,7 +457,7 @@ class _Placement:
             addresses = self._nodes[node].addresses
         else:
             addresses = tuple(str(net.network_address + slot) for net in self._networks[node])
-        key: IdentityKey = identities.identity_key(pod.namespace, pod.labels, self._mentioned)
+        ports = _ports(pod.spec)
         return MadePod(
             uid=pod_uid(pod.namespace, pod.name),
             namespace=pod.namespace,
@@ -464,20 +465,23 @@ class _Placement:
             labels=pod.labels,
             node=node,
             addresses=addresses,
-            ports=_ports(pod.spec),
+            ports=ports,
             host_network=pod.spec.host_network,
             command=pod.annotations.get(COMMAND_ANNOTATION, ""),
             slot=slot,
-            identity=key,
+            identity=self._relevant.key(pod.namespace, pod.labels, ports),
             origin=pod.origin,
         )
 
 
 def _ports(spec: users.PodSpec) -> tuple[ContainerPort, ...]:
-    """The pod's ports, once each, the first name of a number winning."""
-    found: dict[tuple[int, str, str], ContainerPort] = {}
-    for container in (*spec.containers, *spec.init_containers):
-        for port in container.ports:
-            made = ContainerPort(port.container_port, port.protocol, port.name)
-            found.setdefault((made.port, made.protocol, made.name), made)
-    return tuple(found[key] for key in sorted(found))
+    """The pod's ports, once each, in the order in which Kubernetes looks for a name: containers,
+    then the init containers that go on running."""
+    running = [item for item in spec.init_containers if item.restart_policy == "Always"]
+    return tuple(
+        dict.fromkeys(
+            ContainerPort(port.container_port, port.protocol, port.name)
+            for container in (*spec.containers, *running)
+            for port in container.ports
+        )
+    )

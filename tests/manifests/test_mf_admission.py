@@ -123,6 +123,28 @@ def test_numbers_are_the_operators(installed: Installed) -> None:
     operator.update(IDENTITIES, "70001", msgspec.json.encode(made))
 
 
+PORT = ":port/TCP/web"
+
+
+@pytest.mark.parametrize("key", [PORT, ":port/SCTP/a-b", ":port/UDP/123456789012345"])
+def test_system_labels_are_the_operators(installed: Installed, key: str) -> None:
+    operator, admin = installed.account("tidegate-operator"), installed.client()
+    labels = {"app": "web", key: "80"}
+    made = _create(operator, IDENTITIES, identity("70003", namespace="a", labels=labels))
+    assert made["spec"]["labels"] == labels
+    operator.delete(IDENTITIES, "70003")
+    for client in (operator, admin):
+        with pytest.raises(Invalid, match="are the operator's own"):
+            _create(client, IDENTITIES, identity("mine", namespace="a", labels=labels))
+
+
+@pytest.mark.parametrize("key", [":ports/TCP/web", ":a", ":", "port:/a"])
+def test_other_keys_with_a_colon_are_nobodys(installed: Installed, key: str) -> None:
+    operator = installed.account("tidegate-operator")
+    with pytest.raises(Invalid, match="every key must be a label key"):
+        _create(operator, IDENTITIES, identity("70004", namespace="a", labels={key: "80"}))
+
+
 def test_people_make_identities_with_names(installed: Installed) -> None:
     made = _create(installed.client(), IDENTITIES, identity("partner", cidrs=["192.0.2.0/24"]))
     assert made["spec"] == {"cidrs": ["192.0.2.0/24"]}

@@ -85,7 +85,17 @@ LABEL_TEXT = _often(
 LABEL_KEYS = _often(
     ["app", "example.com/app", f"{'a' * 63}.b/{'n' * 63}", f"{'a.' * 126}a/n", "A.b_c"],
     st.sampled_from(
-        ["Example.com/app", "a/b/c", "/app", "app/", f"{'a.' * 127}a/n", "n" * 64, "a..b/c", ""]
+        [
+            ":port/TCP/web",
+            "Example.com/app",
+            "a/b/c",
+            "/app",
+            "app/",
+            f"{'a.' * 127}a/n",
+            "n" * 64,
+            "a..b/c",
+            "",
+        ]
     )
     | st.text("ab0-_.A/", min_size=1, max_size=6),
 )

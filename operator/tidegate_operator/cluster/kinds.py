@@ -8,6 +8,7 @@ once. No I/O.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Callable, Mapping
 from sys import intern
@@ -17,11 +18,13 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from tidegate_api import API_VERSION, state, users
 
-from tidegate_operator.objects import EndpointList, ObjectName, Protocol
+from tidegate_operator.objects import ContainerPort, EndpointList, ObjectName, Protocol
 from tidegate_operator.policies import RulePlace
 from tidegate_operator.services import SERVICE_NAME_LABEL, family_of
 
 NOT_READY_TAINT = "tidegate.dev/agent-not-ready"
+PORT_CACHE = 4096
+"""Container ports that are kept once: the pods of a workload have the same."""
 MAX_ERRORS = 5
 """Errors named for one object."""
 
@@ -36,7 +39,8 @@ class DecodeError(Exception):
 class PodFacts(msgspec.Struct, frozen=True):
     """`addresses`: canonical, IPv4 first. `ended`: every container has, for good; such a pod
     keeps its addresses in the API, and somebody else may have them. `since`: RFC 3339, when it
-    started, or was made; orders the claims to one address."""
+    started, or was made; orders the claims to one address. `ports`: those with a name, in the
+    order in which it is looked for."""
 
     key: ObjectName
     uid: str
@@ -44,6 +48,7 @@ class PodFacts(msgspec.Struct, frozen=True):
     node: str
     host_network: bool
     addresses: tuple[str, ...]
+    ports: tuple[ContainerPort, ...]
     running: bool
     ended: bool
     since: str
@@ -159,7 +164,20 @@ class _WithStatus(_Camel, frozen=True):
     status: state.IdentityStatus | msgspec.UnsetType = msgspec.UNSET
 
 
+class _ContainerPort(_Camel, frozen=True):
+    container_port: int = 0
+    name: str | None = None
+    protocol: Protocol | None = None
+
+
+class _Container(_Camel, frozen=True):
+    ports: list[_ContainerPort] | None = None
+    restart_policy: str | None = None
+
+
 class _PodSpec(_Camel, frozen=True):
+    containers: list[_Container] | None = None
+    init_containers: list[_Container] | None = None
     node_name: str | None = None
     host_network: bool | None = None
 
@@ -269,6 +287,7 @@ def pod(data: bytes) -> PodFacts:
         node=intern(spec.node_name or ""),
         host_network=bool(spec.host_network),
         addresses=_addresses(texts),
+        ports=_named_ports(spec),
         running=status.phase == "Running",
         ended=status.phase in ("Succeeded", "Failed"),
         since=status.start_time or meta.creation_timestamp or "",
@@ -419,6 +438,20 @@ policy_status = _ours(state.PolicyStatus)
 
 def _labels(meta: _Meta) -> dict[str, str]:
     return {intern(key): intern(value) for key, value in (meta.labels or {}).items()}
+
+
+def _named_ports(spec: _PodSpec) -> tuple[ContainerPort, ...]:
+    """Of the containers, then of the init containers that go on running."""
+    running = [item for item in spec.init_containers or () if item.restart_policy == "Always"]
+    return tuple(
+        _container_port(port.container_port, port.protocol or "TCP", port.name)
+        for container in (*(spec.containers or ()), *running)
+        for port in container.ports or ()
+        if port.name
+    )
+
+
+_container_port = functools.lru_cache(maxsize=PORT_CACHE)(ContainerPort)
 
 
 def _address(text: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tidegate_operator import identities, meanings, services
+from tidegate_operator import meanings, services
 from tidegate_operator.cluster.kinds import (
     NamespaceFacts,
     NodeFacts,
@@ -33,6 +33,7 @@ from tidegate_operator.objects import (
     World,
 )
 from tidegate_operator.problems import Problem, Severity
+from tidegate_operator.relevance import DEFAULTS, Relevance, Settings, relevance
 
 Key = tuple[str, str]
 API_SERVICE = ObjectName("default", "kubernetes")
@@ -70,15 +71,15 @@ class ClusterWorld(World):
 
 
 def build(
-    snapshot: Snapshot, previous: ClusterWorld | None = None
+    snapshot: Snapshot, previous: ClusterWorld | None = None, settings: Settings = DEFAULTS
 ) -> tuple[ClusterWorld, tuple[Problem, ...]]:
     """Never raises for what the snapshot says."""
     before = previous or EMPTY_WORLD
-    policies, mentioned = _policies(snapshot, before)
+    policies, relevant = _policies(snapshot, before, settings)
     nodes = _nodes(snapshot, before)
     pod_cidrs = tuple(sorted({cidr for node in nodes.values() for cidr in node.pod_cidrs}))
-    pods, claims = _pods(snapshot, mentioned, before)
-    found, stalled = _user_identities(snapshot, mentioned, pod_cidrs, before)
+    pods, claims = _pods(snapshot, relevant, before)
+    found, stalled = _user_identities(snapshot, relevant, pod_cidrs, before)
     by_service = _by_service(snapshot, before)
     served = _services(snapshot, before)
     world = ClusterWorld(
@@ -90,7 +91,7 @@ def build(
         policies=policies,
         identities=found,
         sources={},
-        mentioned=mentioned,
+        relevance=relevant,
         pod_cidrs=pod_cidrs,
         apiservers=tuple(
             sorted({text for item in by_service.get(API_SERVICE, ()) for text in item.ready})
@@ -105,10 +106,10 @@ def build(
 
 
 def _policies(
-    snapshot: Snapshot, before: ClusterWorld
-) -> tuple[dict[ObjectName, Policy], frozenset[str]]:
-    if snapshot.policies is before.snapshot.policies:
-        return before.policies, before.mentioned
+    snapshot: Snapshot, before: ClusterWorld, settings: Settings
+) -> tuple[dict[ObjectName, Policy], Relevance]:
+    if snapshot.policies is before.snapshot.policies and settings == before.relevance.settings:
+        return before.policies, before.relevance
     written = {
         ObjectName(*key): snapshot.policies[key].written for key in sorted(snapshot.policies)
     }
@@ -116,19 +117,19 @@ def _policies(
         ObjectName(*key): facts.unread for key, facts in snapshot.policies.items() if facts.unread
     }
     found = meanings.policies(written, before.policies, unread)
-    return found, meanings.mentioned(found.values())
+    return found, relevance(found.values(), settings)
 
 
 def _user_identities(
-    snapshot: Snapshot, mentioned: frozenset[str], pod_cidrs: tuple[str, ...], before: ClusterWorld
+    snapshot: Snapshot, relevant: Relevance, pod_cidrs: tuple[str, ...], before: ClusterWorld
 ) -> tuple[dict[str, UserIdentity], dict[str, str]]:
-    if snapshot.identities is before.snapshot.identities and (mentioned, pod_cidrs) == (
-        before.mentioned,
+    if snapshot.identities is before.snapshot.identities and (relevant, pod_cidrs) == (
+        before.relevance,
         before.pod_cidrs,
     ):
         return before.identities, before.stalled
     specs = {name: item.spec for (_, name), item in sorted(snapshot.identities.items())}
-    return meanings.user_identities(specs, mentioned, pod_cidrs)
+    return meanings.user_identities(specs, relevant, pod_cidrs)
 
 
 # ---- nodes and namespaces ------------------------------------------------------------------
@@ -164,11 +165,11 @@ def _namespaces(
 
 
 def _pods(
-    snapshot: Snapshot, mentioned: frozenset[str], before: ClusterWorld
+    snapshot: Snapshot, relevant: Relevance, before: ClusterWorld
 ) -> tuple[Mapping[ObjectName, Pod], dict[str, tuple[PodFacts, ...]]]:
     """Pods that exist for the network, and the claims to addresses. Looks only at pods that
     changed, and those that claim an address with one of them."""
-    same = mentioned == before.mentioned
+    same = relevant == before.relevance
     if same and snapshot.pods is before.snapshot.pods:
         return before.pods, before.claims
     old: Mapping[Key, PodFacts] = before.snapshot.pods if same else {}
@@ -201,7 +202,7 @@ def _pods(
             addresses = tuple(text for text in addresses if _owner(claims[text]) is item)
         held = before.pods.get(key)
         if not same or held is None or held.origin is not item or held.addresses != addresses:
-            held = _pod(item, addresses, mentioned)
+            held = _pod(item, addresses, relevant)
         found[key] = held
     if not same or found.keys() != before.pods.keys():
         found = dict(sorted(found.items(), key=_first))
@@ -235,7 +236,7 @@ def _claim(item: PodFacts) -> tuple[bool, str, str]:
     return item.running, item.since, item.uid
 
 
-def _pod(item: PodFacts, addresses: tuple[str, ...], mentioned: frozenset[str]) -> Pod:
+def _pod(item: PodFacts, addresses: tuple[str, ...], relevant: Relevance) -> Pod:
     return Pod(
         uid=item.uid,
         namespace=item.key.namespace,
@@ -243,9 +244,9 @@ def _pod(item: PodFacts, addresses: tuple[str, ...], mentioned: frozenset[str]) 
         labels=item.labels,
         node=item.node,
         addresses=addresses,
-        ports=(),
+        ports=item.ports,
         host_network=item.host_network,
-        identity=identities.identity_key(item.key.namespace, item.labels, mentioned),
+        identity=relevant.key(item.key.namespace, item.labels, item.ports),
         origin=item,
     )
 
@@ -360,7 +361,7 @@ EMPTY_WORLD = ClusterWorld(
     policies={},
     identities={},
     sources={},
-    mentioned=frozenset(),
+    relevance=Relevance(),
     pod_cidrs=(),
     snapshot=Snapshot(),
     by_service={},

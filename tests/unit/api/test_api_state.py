@@ -50,6 +50,10 @@ def test_a_policy_status_name_fits_and_stays_distinct() -> None:
     [
         (IdentitySpec(namespace="n", labels={"b": "2", "a": ""}), "a=,b=2"),
         (IdentitySpec(namespace="n", labels={}), ""),
+        (
+            IdentitySpec(namespace="n", labels={":port/TCP/web": "80", "z": "1"}),
+            "z=1,port/TCP/web=80",
+        ),
         (IdentitySpec(cidrs=["192.0.2.0/24", "2001:db8::/32"]), "192.0.2.0/24,2001:db8::/32"),
     ],
 )

@@ -17,6 +17,7 @@ from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.manifests import Document
 from tidegate_operator.objects import ObjectName
 from tidegate_operator.publish import render
+from tidegate_operator.relevance import Relevance, Settings
 from tidegate_operator.world import Options
 from unit.operator.given import compiled, documents, pod, policy, service
 
@@ -235,7 +236,8 @@ class Follower:
         # The world's builder has caches too: without them it must say the same.
         bare = None
         if self.world is not None:
-            bare = replace(self.world, endpoints={}, expansions={}, mentioned=frozenset("?"))
+            other = Relevance(Settings(excluded=("?",)))
+            bare = replace(self.world, endpoints={}, expansions={}, relevance=other)
         want_world = world.build(given, Options(), bare)
         self.world, problems = world.build(given, Options(), self.world)
         assert (self.world, problems) == want_world
