@@ -21,7 +21,7 @@ import msgspec
 from msgspec import inspect as types
 from pydantic import BaseModel
 
-from tidegate_api import GROUP, VERSION, state, users
+from tidegate_api import GROUP, VERSION, service, state, users
 
 Schema = dict[str, Any]
 
@@ -403,7 +403,7 @@ def _describe(holder: type, field: str) -> str:
 @functools.cache
 def _docstrings(module: str) -> dict[tuple[str, str], str]:
     """(class, field) -> the string below it."""
-    tree = ast.parse(inspect.getsource({m.__name__: m for m in (state, users)}[module]))
+    tree = ast.parse(inspect.getsource({m.__name__: m for m in (service, state, users)}[module]))
     found = {}
     for holder in ast.walk(tree):
         if isinstance(holder, ast.ClassDef):

@@ -25,16 +25,45 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from tidegate_api import API_VERSION
+from tidegate_api.base import (
+    IDENTITY_BITS,
+    MAX_COUNT,
+    MAX_NAME,
+    Address,
+    Count,
+    Model,
+    Name,
+    Network,
+    Number,
+    Port,
+    Protocol,
+    Shards,
+    Text,
+    Time,
+)
+from tidegate_api.service import Backend, Frontend, HostPort, ServicePort
+
+# Those of the other two modules that are parts of the objects here.
+__all__ = [
+    "IDENTITY_BITS",
+    "MAX_COUNT",
+    "MAX_NAME",
+    "Backend",
+    "Frontend",
+    "HostPort",
+    "Model",
+    "Protocol",
+    "ServicePort",
+]
 
 FORMAT = 1
 """The lowest `spec.format`: what every object has that says nothing newer. An object is written
 with the lowest format that can say it, so a new writer changes nothing for an old reader until
-something new is used (`format_of_rules`, `format_of_peers`)."""
+something new is used (`format_of_rules`, `format_of_peers`, `service.format_of`)."""
 NEWEST_FORMAT = 2
 """Policies that isolate nobody, tiers, Pass, audit, log, ICMP, entities, named ports, and peer
-sets with addresses or ports."""
+sets with addresses or ports; and of Services what `service.format_of` lists."""
 
-Protocol = Literal["TCP", "UDP", "SCTP"]
 TermProtocol = Literal["TCP", "UDP", "SCTP", "ICMP", "ICMPv6"]
 Entity = Literal["host", "remote-node", "kube-apiserver"]
 
@@ -56,7 +85,6 @@ class Reserved(IntEnum):
 
 
 FIRST_IDENTITY = 256
-IDENTITY_BITS = 24
 
 PORT_LABEL = ":port/"
 """Begins the key of a system label of an allocated Identity: `:port/TCP/http`, whose value is
@@ -65,35 +93,6 @@ the number of that named container port. No user's label key has a colon."""
 DIGEST_ANNOTATION = "tidegate.dev/digest"
 """On a NodeState: the digest of its spec. `status.realised` says the same digest once
 the spec is in force."""
-
-MAX_NAME = 253
-
-# Bounds are for what comes from outside: a decoder checks them, a constructor does not.
-Text = Annotated[str, msgspec.Meta(max_length=1024)]
-Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
-Address = Annotated[str, msgspec.Meta(max_length=39)]
-Network = Annotated[str, msgspec.Meta(max_length=43)]
-Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << IDENTITY_BITS) - 1)]
-"""Of an identity."""
-MAX_COUNT = (1 << 53) - 1
-"""As far as every reader of JSON counts exactly."""
-
-Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
-Shards = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
-Time = Annotated[str, msgspec.Meta(max_length=40)]
-"""RFC 3339, UTC."""
-
-
-class Model(
-    msgspec.Struct,
-    frozen=True,
-    kw_only=True,
-    forbid_unknown_fields=True,
-    rename="camel",
-):
-    """Base of every machine-written type. Unknown fields are an error: an
-    object we do not understand never moves the node (DESIGN invariant 4)."""
 
 
 class OwnerReference(Model, forbid_unknown_fields=False, frozen=True):
@@ -185,7 +184,7 @@ class CIDRPeer(Model, tag_field="kind", tag="cidr", frozen=True):
 
     cidr: Network
     """The network."""
-    excepts: list[Network] = []
+    excepts: list[Network] = msgspec.field(default_factory=list)
     """Networks inside it that do not belong to the peer."""
 
 
@@ -254,10 +253,10 @@ class RuleSetSpec(Model, omit_defaults=True, frozen=True):
     """The rules that terms came from."""
     terms: list[Term]
     """What is allowed or denied, sorted."""
-    others: list[PolicyRef] = []
+    others: list[PolicyRef] = msgspec.field(default_factory=list)
     """Policies that isolate nobody and have a say all the same: of the Admin and Baseline tiers,
     those that only allow and deny, and those in audit mode; sorted, absent if there is none."""
-    audited: list[Count] = []
+    audited: list[Count] = msgspec.field(default_factory=list)
     """Which of `others` are in audit mode and would isolate the subject; absent if none does."""
 
 
@@ -310,48 +309,11 @@ class PeerSet(Model, omit_defaults=True, frozen=True):
     """The normalised selector in words, for people."""
     identities: list[Number]
     """Its members now, sorted."""
-    cidrs: list[Network] = []
+    cidrs: list[Network] = msgspec.field(default_factory=list)
     """Its members by address, whoever has it, sorted: nodes that the selector picks."""
-    ports: list[NamedPort] = []
+    ports: list[NamedPort] = msgspec.field(default_factory=list)
     """Of a set that was made for one port name: its numbers at the members, sorted. A member may
     have several, or none."""
-
-
-class Frontend(Model, frozen=True):
-    """One address of a Service's port."""
-
-    address: Address
-    """Where clients connect to."""
-    port: Port
-    """Where clients connect to."""
-    protocol: Protocol
-    """Of the transport."""
-    port_name: Annotated[str, msgspec.Meta(max_length=63)] = ""
-    """The port's name in the Service; "" for none."""
-
-
-class Backend(Model, order=True, frozen=True):
-    """One endpoint behind frontends."""
-
-    address: Address
-    """Where the pod is."""
-    port: Port
-    """Where the pod listens."""
-
-
-class ServicePort(Model, frozen=True):
-    """One port of one Service: frontends that share one backend list."""
-
-    namespace: Annotated[str, msgspec.Meta(max_length=63)]
-    """Of the Service."""
-    name: Name
-    """Of the Service."""
-    type: Annotated[str, msgspec.Meta(max_length=63)]
-    """Of the Service: ClusterIP and so on."""
-    frontends: list[Frontend]
-    """Addresses that lead here, sorted."""
-    backends: list[Backend]
-    """Endpoints that serve it, sorted."""
 
 
 class StateSliceSpec(Model, frozen=True):
@@ -415,6 +377,8 @@ class Endpoint(Model, frozen=True):
     """Name of its RuleSet; absent: no policy selects it, default allow."""
     egress: Name | UnsetType = UNSET
     """Name of its RuleSet; absent: no policy selects it, default allow."""
+    host_ports: list[HostPort] | UnsetType = UNSET
+    """Ports of the node that lead to the pod, sorted; absent: none."""
 
 
 class TableRef(Model, frozen=True):
@@ -446,6 +410,11 @@ class NodeStateSpec(Model, frozen=True):
     term: Count | UnsetType = UNSET
     """Counts leaders: of the one that wrote this. Never falls, so that a leader which was
     deposed cannot overwrite its successor. Absent where nothing elects a leader."""
+    zone: Annotated[str, msgspec.Meta(max_length=63)] | UnsetType = UNSET
+    """Where the node is (`topology.kubernetes.io/zone`); absent: nowhere, or no Service asks."""
+    node_port_addresses: list[Address] | UnsetType = UNSET
+    """Addresses of the node that answer for NodePorts and host ports, IPv4 first; absent: there
+    is no such port."""
 
 
 class NodeStateStatus(Model, frozen=True):
@@ -457,9 +426,9 @@ class NodeStateStatus(Model, frozen=True):
     """Endpoints in force."""
     drift: Count = 0
     """Entries found changed behind the loader's back and repaired, in all."""
-    formats: list[Count] = []
+    formats: list[Count] = msgspec.field(default_factory=list)
     """The formats of specs that this loader reads."""
-    conditions: list[Condition] = []
+    conditions: list[Condition] = msgspec.field(default_factory=list)
     """`Ready`: the newest spec is in force. `Stalled`: something that has to be mended."""
     observed_generation: Count | UnsetType = UNSET
     """The newest `metadata.generation` that the loader has looked at."""
@@ -506,7 +475,7 @@ class IdentityStatus(Model, frozen=True):
     """What it stands for in words: its labels, or its CIDRs."""
     endpoints: Count = 0
     """Pods that have this identity now."""
-    conditions: list[Condition] = []
+    conditions: list[Condition] = msgspec.field(default_factory=list)
     """`Ready`: the number is known to every node that needs it. `Stalled`: it overlaps
     another one."""
     observed_generation: Count | UnsetType = UNSET
@@ -558,7 +527,7 @@ class PolicyStatusStatus(Model, frozen=True):
 
     nodes: NodeCount | UnsetType = UNSET
     """How many nodes have it in force."""
-    conditions: list[Condition] = []
+    conditions: list[Condition] = msgspec.field(default_factory=list)
     """`Ready`: in force on every node where it matters. `Reconciling`: not yet.
     `Stalled`: part of it cannot be expressed, or a node cannot realise it."""
     observed_generation: Count | UnsetType = UNSET

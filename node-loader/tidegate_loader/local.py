@@ -13,10 +13,12 @@ from pathlib import Path
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from tidegate_api.state import FORMAT, Model, NodeStateStatus, encode
+from tidegate_api.state import FORMAT, NEWEST_FORMAT, Model, NodeStateStatus, encode
 
-READS_FORMATS = tuple(n for n in (FORMAT - 1, FORMAT) if n > 0)
-"""The `spec.format`s this loader understands: its own and the one before."""
+READS_FORMATS = (FORMAT,)
+"""The `spec.format`s that this loader understands of everything."""
+READS_MORE = (*READS_FORMATS, NEWEST_FORMAT)
+"""Of NodeStates and the table of services."""
 
 
 class LocalInterface(Model, frozen=True):

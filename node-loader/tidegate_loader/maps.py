@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 from msgspec import UNSET
+from tidegate_api.choice import choose
 from tidegate_api.state import (
     FIRST_IDENTITY,
     Endpoint,
@@ -136,7 +137,7 @@ class Builder:
     def __init__(self) -> None:
         self._expanded: dict[str, tuple[RuleSet, tuple[PeerSet, ...], Expanded]] = {}
         self._hosts: dict[int, tuple[StateSlice, _HostPart]] = {}
-        self._services: dict[int, tuple[StateSlice, _ServiceShard]] = {}
+        self._services: dict[int, tuple[StateSlice, tuple[str, str], _ServiceShard]] = {}
         self._merged: tuple[tuple[_ServiceShard, ...], _Services] | None = None
         self._parts: dict[int, _FlaggedPart] = {}
         self._known: tuple[frozenset[bytes], ...] = ()
@@ -147,7 +148,7 @@ class Builder:
 
     def build(self, state: State, interfaces: Mapping[str, LocalInterface]) -> DesiredMaps:
         endpoints, pending, problems = _endpoints(state.node.spec.endpoints, interfaces)
-        services = self._service_parts(state.services)
+        services = self._service_parts(state.services, state.node)
         hosts = self._host_parts(state.ipcache)
         networks = self._merge_networks(hosts)
         flags = dict.fromkeys(services.addresses, FRONTEND)
@@ -225,13 +226,16 @@ class Builder:
         self._extra_networks = networks
         return (*(held.part for held in kept.values()), self._extra)
 
-    def _service_parts(self, slices: tuple[StateSlice, ...]) -> _Services:
+    def _service_parts(self, slices: tuple[StateSlice, ...], node: NodeState) -> _Services:
         kept = {}
+        place = (node.metadata.name, node.spec.zone or "")
         for shard, item in enumerate(slices):
             held = self._services.get(shard)
-            kept[shard] = held if held and held[0] is item else (item, _service_shard(item))
+            if held is None or held[0] is not item or held[1] != place:
+                held = (item, place, _service_shard(item, place))
+            kept[shard] = held
         self._services = kept
-        shards = tuple(held[1] for held in kept.values())
+        shards = tuple(held[2] for held in kept.values())
         merged = self._merged
         if merged is None or not same_parts(shards, merged[0]):
             merged = (shards, _merge_services(shards))
@@ -391,14 +395,16 @@ def frontend_text(key: FrontendKey) -> str:
     return f"{host}:{port}/{next(n for n, v in PROTOCOLS.items() if v == number)}"
 
 
-def _service_shard(item: StateSlice) -> _ServiceShard:
+def _service_shard(item: StateSlice, place: tuple[str, str]) -> _ServiceShard:
+    """Of the frontends only ClusterIPs; `place`: the node and its zone."""
     part: ServicePart = {}
     names: dict[str, str] = {}
     problems: list[str] = []
     ports: list[ServicePort] = item.spec.services or []
     try:
         for port in ports:
-            backends = [(addresses.pack(b.address), b.port) for b in port.backends]
+            chosen = choose(port, UNSET, *place).backends
+            backends = [(addresses.pack(b.address), b.port) for b in chosen]
             if len(backends) > MAX_BACKENDS:
                 problems.append(f"{port.namespace}/{port.name}: only {MAX_BACKENDS} backends fit")
             families = {
@@ -406,6 +412,8 @@ def _service_shard(item: StateSlice) -> _ServiceShard:
                 for v4 in (True, False)
             }
             for frontend in port.frontends:
+                if frontend.kind is not UNSET:
+                    continue
                 address = addresses.pack(frontend.address)
                 key = (address, frontend.port, PROTOCOLS[frontend.protocol])
                 if key in part:

@@ -16,6 +16,7 @@ import msgspec
 import yaml
 from msgspec import UNSET
 from tidegate_api import API_VERSION
+from tidegate_api.service import format_of
 from tidegate_api.state import (
     DIGEST_ANNOTATION,
     FORMAT,
@@ -141,13 +142,12 @@ def slice_object(
     for key in sorted(content):
         entries += content[key] if table == "services" else [content[key]]
     lists: dict[str, Any] = {table: entries}
-    version = format_of_peers(entries) if table == "peers" else FORMAT
     return StateSlice(
         api_version=API_VERSION,
         kind="StateSlice",
         metadata=Meta(name=slice_name(table, *place), labels={TABLE_LABEL: table}),
         spec=StateSliceSpec(
-            format=version,
+            format=_format_of(table, entries),
             table=table,
             epoch=epoch,
             shard=shard,
@@ -156,6 +156,17 @@ def slice_object(
             **lists,
         ),
     )
+
+
+def _format_of(table: Table, entries: Sequence[Any]) -> int:
+    """The lowest that can say them all."""
+    match table:
+        case "services":
+            return max(map(format_of, entries), default=FORMAT)
+        case "peers":
+            return format_of_peers(entries)
+        case "ipcache":
+            return FORMAT
 
 
 def node_object(

@@ -196,7 +196,7 @@ def _log(node: Node) -> str:
 
 
 STALLED = [
-    ("a later format", {"format": 2}, "UnknownFormat", "format 2"),
+    ("a later format", {"format": 3}, "UnknownFormat", "format 3"),
     ("a rule set nobody wrote", {"ruleSets": ["0" * 40]}, "Missing", "rulesets/0000"),
     ("a table not yet written", {"tables": {}}, "Missing", "no table"),
 ]
