@@ -250,7 +250,9 @@ class NodeMaps:
     def flows(self) -> Iterator[Flow]:
         """Established flows, then the half-open shares."""
         for key, value in self.map("ct_v1").items():
-            yield self._flow(self._ct_key.unpack(key), self._ct.unpack(value), "table")
+            ct = self._ct.unpack(value)
+            if ct.word not in (FREE, BUSY):
+                yield self._flow(self._ct_key.unpack(key), ct, "table")
         shares = self._declared_inner("half_open_v1")
         for path in sorted((self.pin_dir / "half_open").glob("[0-9]*"), key=lambda p: int(p.name)):
             for _, value in self._fits(self._open(path), shares).items():

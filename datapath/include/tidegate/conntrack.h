@@ -123,19 +123,16 @@ tg_inline int tg_expired(const struct tg_ct *ct, __u8 protocol, __u32 now)
 	return (__s32)(now - ct->seen) > (__s32)life;
 }
 
-/* A SYN without ACK opens a flow anew where the old one is closed. */
+/* A SYN without ACK opens a flow, whatever was there before. */
 tg_inline int tg_is_syn(const struct tg_packet *p)
 {
 	return (p->tcp_flags & (TG_TCP_SYN | TG_TCP_ACK)) == TG_TCP_SYN;
 }
 
 /* Whether the entry is this flow's and lives, whatever its epoch. */
-tg_inline int tg_ct_alive(const struct tg_ct *ct, __u64 proof, const struct tg_packet *p,
-			  __u32 now)
+tg_inline int tg_ct_alive(const struct tg_ct *ct, __u64 proof, __u8 protocol, __u32 now)
 {
-	if ((tg_read_word(ct) ^ proof) & TG_PROOF_MASK)
-		return 0;
-	return !tg_expired(ct, p->t.protocol, now) && !(tg_is_syn(p) && tg_closed(ct->flags));
+	return !((tg_read_word(ct) ^ proof) & TG_PROOF_MASK) && !tg_expired(ct, protocol, now);
 }
 
 tg_inline void tg_touch(struct tg_ct *ct, const struct tg_packet *p, int reply, __u32 now)

@@ -16,12 +16,15 @@ static __noinline int tg_find_quoted(struct tg_run *r, struct tg_quoted *q)
 {
 	const struct tg_endpoint *ep = r->ep;
 	struct tg_half_open_set *set;
+	struct tg_ct *ct;
 	int i;
 
 	if (!ep)
 		return TG_DROP_PENDING;
 	tg_key(r);
-	q->ct = tg_lookup(r);
+	ct = tg_lookup(r);
+	/* A flow in a share is newer than a closed one. */
+	q->ct = ct && !tg_closed(ct->flags) ? ct : NULL;
 	/* To the receiver of an error the other end is the quoted destination, to
 	 * its sender the quoted source. */
 	for (i = 0; i < 2 && !q->ct; i++) {
@@ -32,8 +35,10 @@ static __noinline int tg_find_quoted(struct tg_run *r, struct tg_quoted *q)
 		ep = tg_local(r->node, r->from_pod ? &r->s->p.t.src : &r->s->p.t.dst);
 	}
 	if (!q->ct)
+		q->ct = ct;
+	if (!q->ct)
 		return TG_DROP_ICMP_ERROR;
-	q->reply = !!(q->ct->flags & TG_CT_BEGAN_A) != !!r->s->src_is_a;
+	q->reply = tg_is_reply(r, q->ct->flags);
 	return 0;
 }
 

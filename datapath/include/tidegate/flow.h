@@ -98,7 +98,7 @@ tg_inline struct tg_ct *tg_lookup_set(struct tg_run *r, struct tg_half_open_set 
 	if (at < 0)
 		return NULL;
 	ct = &tg_way(set, at)->ct;
-	return tg_ct_alive(ct, r->s->proof, &r->s->p, r->s->now) ? ct : NULL;
+	return tg_ct_alive(ct, r->s->proof, r->s->p.t.protocol, r->s->now) ? ct : NULL;
 }
 
 /* A flow that cannot be tracked is not let through: its replies would not be
@@ -130,13 +130,32 @@ tg_inline int tg_save(struct tg_run *r, struct tg_ct *ct)
 	return 0;
 }
 
+/* The client's side of a translated flow; `ct` is its entry, or a copy. Returns
+ * whether the client is end a of `client_key`. */
+tg_inline int tg_client_key(struct tg_run *r, const struct tg_ct *ct, int reply)
+{
+	const struct tg_tuple *t = &r->s->p.t;
+	struct tg_tuple *client = &r->s->client;
+
+	/* A pod that reaches itself is the client, not the address it was given. */
+	if (ct->flags & TG_CT_HAIRPIN)
+		client->src = reply ? t->src : t->dst;
+	else
+		client->src = reply ? t->dst : t->src;
+	client->sport = reply ? t->dport : t->sport;
+	client->dst = ct->nat_addr;
+	client->dport = ct->nat_port;
+	client->protocol = t->protocol;
+	return tg_ct_key(client, &r->s->client_key);
+}
+
 /* Out of the share, into the table. Of a translated flow the client's side is
  * recorded too, so that what it sends next finds its backend. */
 static __noinline int tg_establish(struct tg_run *r, struct tg_ct *ct, int reply)
 {
 	__u64 word = tg_word(r->s->epoch, r->s->proof);
 	struct tg_scratch *s = r->s;
-	struct tg_tuple *client = &s->client;
+	__u32 began_a;
 
 	if (dry_run)
 		return 0;
@@ -150,19 +169,11 @@ static __noinline int tg_establish(struct tg_run *r, struct tg_ct *ct, int reply
 	tg_swap_word(ct, word, TG_CT_FREE);
 	if (!(s->made.flags & TG_CT_NAT))
 		return 0;
-	client->src = reply ? r->s->p.t.dst : r->s->p.t.src;
-	client->sport = reply ? r->s->p.t.dport : r->s->p.t.sport;
-	client->dst = s->made.nat_addr;
-	client->dport = s->made.nat_port;
-	client->protocol = r->s->p.t.protocol;
+	began_a = tg_client_key(r, &s->made, reply) ? TG_CT_BEGAN_A : 0;
 	s->made.nat_addr = reply ? r->s->p.t.src : r->s->p.t.dst;
 	s->made.nat_port = reply ? r->s->p.t.sport : r->s->p.t.dport;
-	if (s->made.flags & TG_CT_HAIRPIN)
-		client->src = s->made.nat_addr;
-	s->made.flags = TG_CT_SERVICE | TG_CT_REPLIED | (s->made.flags & TG_CT_HAIRPIN);
-	if (tg_ct_key(client, &s->client_key))
-		s->made.flags |= TG_CT_BEGAN_A;
-	s->made.word = tg_word(r->s->epoch, tg_proof(tg_flow_hash(client)));
+	s->made.flags = TG_CT_SERVICE | TG_CT_REPLIED | began_a | (s->made.flags & TG_CT_HAIRPIN);
+	s->made.word = tg_word(r->s->epoch, tg_proof(tg_flow_hash(&s->client)));
 	bpf_map_update_elem(&ct_v1, &s->client_key, &s->made, BPF_ANY);
 	return 0;
 }
@@ -211,6 +222,12 @@ static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, __u64 word,
 	return 0;
 }
 
+/* Whether the packet goes against the way the flow began. */
+tg_inline int tg_is_reply(const struct tg_run *r, __u32 flags)
+{
+	return !!(flags & TG_CT_BEGAN_A) != !!r->s->src_is_a;
+}
+
 enum tg_follow {
 	TG_FOLLOWED = 0,  /* r->s->forward and the packet are set */
 	TG_LOST = -1,     /* the entry changed under us: treat as a miss */
@@ -221,7 +238,7 @@ tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
 {
 	__u64 word = tg_read_word(ct);
 	__u32 flags = ct->flags;
-	int reply = !!(flags & TG_CT_BEGAN_A) != !!r->s->src_is_a;
+	int reply = tg_is_reply(r, flags);
 	struct tg_target to = { .side = TG_SIDE_SRC };
 	int reason;
 
@@ -267,16 +284,7 @@ tg_inline struct tg_ct *tg_lookup(struct tg_run *r)
 {
 	struct tg_ct *ct = bpf_map_lookup_elem(&ct_v1, &r->s->key);
 
-	return ct && tg_ct_alive(ct, r->s->proof, &r->s->p, r->s->now) ? ct : NULL;
-}
-
-/* In the table; notes a dead entry. */
-tg_inline struct tg_ct *tg_lookup_table(struct tg_run *r)
-{
-	struct tg_ct *ct = bpf_map_lookup_elem(&ct_v1, &r->s->key);
-
-	r->s->stale = ct != NULL;
-	return ct && tg_ct_alive(ct, r->s->proof, &r->s->p, r->s->now) ? ct : NULL;
+	return ct && tg_ct_alive(ct, r->s->proof, r->s->p.t.protocol, r->s->now) ? ct : NULL;
 }
 
 /* Whether this packet shows that both ends talk: from then on the flow has a
@@ -286,6 +294,22 @@ tg_inline int tg_proves(const struct tg_packet *p, __u32 flags)
 	return (flags & TG_CT_REPLIED) && !(p->tcp_flags & (TG_TCP_SYN | TG_TCP_RST));
 }
 
+/* The first answer. What an earlier connection left under the client's key
+ * names that one's backend: its SYN did not look there. */
+static __noinline int tg_replied(struct tg_run *r, struct tg_ct *ct)
+{
+	if (dry_run || (__sync_fetch_and_or(&ct->flags, TG_CT_REPLIED) & TG_CT_REPLIED))
+		return 0;
+	if (!(ct->flags & TG_CT_NAT))
+		return 0;
+	tg_client_key(r, ct, 1);
+	if ((tg_read_word(ct) ^ r->s->proof) & TG_PROOF_MASK)
+		return 0;
+	if (bpf_map_lookup_elem(&ct_v1, &r->s->client_key))
+		bpf_map_delete_elem(&ct_v1, &r->s->client_key);
+	return 0;
+}
+
 tg_inline int tg_follow_set(struct tg_run *r, struct tg_half_open_set *set)
 {
 	struct tg_ct *ct = tg_lookup_set(r, set);
@@ -293,7 +317,7 @@ tg_inline int tg_follow_set(struct tg_run *r, struct tg_half_open_set *set)
 
 	if (!ct)
 		return TG_LOST;
-	reply = !!(ct->flags & TG_CT_BEGAN_A) != !!r->s->src_is_a;
+	reply = tg_is_reply(r, ct->flags);
 	if (tg_proves(&r->s->p, ct->flags)) {
 		struct tg_ct *moved;
 
@@ -302,8 +326,8 @@ tg_inline int tg_follow_set(struct tg_run *r, struct tg_half_open_set *set)
 		if (moved)
 			return tg_follow(r, moved);
 	}
-	if (reply && !(ct->flags & TG_CT_REPLIED) && !dry_run)
-		__sync_fetch_and_or(&ct->flags, TG_CT_REPLIED);
+	if (reply && !(ct->flags & TG_CT_REPLIED))
+		tg_replied(r, ct);
 	return tg_follow(r, ct);
 }
 
@@ -397,9 +421,6 @@ static __noinline int tg_new_flow(struct tg_run *r)
 	int reason;
 
 	__builtin_memset(&s->made, 0, sizeof(s->made));
-	/* A dead entry under this key would hide the new one. */
-	if (r->s->stale && !dry_run)
-		bpf_map_delete_elem(&ct_v1, &r->s->key);
 	reason = tg_judge(r, &r->s->p.t, &s->made, r->from_pod);
 	if (reason)
 		return reason;
@@ -407,18 +428,27 @@ static __noinline int tg_new_flow(struct tg_run *r)
 	return tg_save(r, &s->made);
 }
 
-/* Follows the flow if it is known under the tuple as it now is. */
+/* Follows the flow if it is known under the tuple as it now is. An opening SYN
+ * is judged, whatever is known; so a flow in a share is newer than `ct` of the
+ * table if that is closed or a service's, and takes its place. */
 tg_inline int tg_follow_known(struct tg_run *r, struct tg_ct *ct)
 {
-	int found = TG_LOST;
+	int found, usable = ct && !(ct->flags & TG_CT_SERVICE);
+	__u64 word = ct ? tg_read_word(ct) : TG_CT_BUSY;
 
-	if (dry_run == 1)
+	if (dry_run == 1 || tg_is_syn(&r->s->p))
 		return TG_LOST;
-	if (ct)
+	if (usable && !tg_closed(ct->flags)) {
 		found = tg_follow(r, ct);
-	/* An opening SYN is judged again rather than looked for. */
-	if (found == TG_LOST && !tg_is_syn(&r->s->p))
-		found = tg_follow_half_open(r);
+		if (found != TG_LOST)
+			return found;
+		usable = 0;
+	}
+	found = tg_follow_half_open(r);
+	if (found == TG_LOST)
+		return usable ? tg_follow(r, ct) : TG_LOST;
+	if (ct && !dry_run)
+		tg_swap_word(ct, word, TG_CT_FREE);
 	return found;
 }
 
@@ -429,16 +459,8 @@ static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 	struct tg_choice *choice = &r->s->choice;
 	int answer = TG_SERVICE_NONE, found;
 
-	if (ct && (ct->flags & TG_CT_SERVICE)) {
-		/* A SYN chooses anew; what follows it must not find the old choice. */
-		if (tg_is_syn(&r->s->p)) {
-			if (!dry_run)
-				bpf_map_delete_elem(&ct_v1, &r->s->key);
-		} else if (r->from_pod) {
-			answer = tg_chosen(r, ct, choice);
-		}
-		ct = NULL;
-	}
+	if (ct && (ct->flags & TG_CT_SERVICE) && r->from_pod && !tg_is_reply(r, ct->flags))
+		answer = tg_chosen(r, ct, choice);
 	if (answer == TG_SERVICE_NONE) {
 		found = tg_follow_known(r, ct);
 		if (found != TG_LOST)
@@ -453,7 +475,7 @@ static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 		if (found)
 			return found;
 		tg_key(r);
-		found = tg_follow_known(r, tg_lookup_table(r));
+		found = tg_is_syn(&r->s->p) ? TG_LOST : tg_follow_known(r, tg_lookup(r));
 		if (found != TG_LOST)
 			return found;
 	}
@@ -467,10 +489,10 @@ tg_inline int tg_flow(struct tg_run *r)
 	int found;
 
 	tg_key(r);
-	if (dry_run == 1)
+	if (dry_run == 1 || tg_is_syn(&r->s->p))
 		return tg_slow(r, NULL);
-	ct = tg_lookup_table(r);
-	if (ct && !(ct->flags & TG_CT_SERVICE)) {
+	ct = tg_lookup(r);
+	if (ct && !(ct->flags & TG_CT_SERVICE) && !tg_closed(ct->flags)) {
 		found = tg_follow(r, ct);
 		if (found != TG_LOST)
 			return found;

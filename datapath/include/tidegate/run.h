@@ -30,7 +30,6 @@ struct tg_scratch {
 	__u64 proof;
 	__u32 set; /* in a share */
 	__u32 now;
-	__u32 stale; /* the table held a dead entry under the key */
 	__u32 host;  /* generated on this node, towards the pod */
 	__u32 src_identity;
 	__u32 dst_identity;
