@@ -587,7 +587,7 @@ class NetworkPolicySpec(Upstream):
     ingress: list[NetworkPolicyIngressRule] = []
     egress: list[NetworkPolicyEgressRule] = []
 
-    def isolates(self) -> frozenset[str]:
+    def isolates(self) -> frozenset[Literal["Ingress", "Egress"]]:
         """The directions the policy isolates its subjects in, after defaulting:
         without policyTypes always Ingress, and Egress iff it has egress rules."""
         if self.policy_types:

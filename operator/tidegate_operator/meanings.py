@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from tidegate_api import users
 
 from tidegate_operator import policies as policy_meaning
-from tidegate_operator.objects import NAME_LABEL, IdentityKey, ObjectName, Policy, UserIdentity
+from tidegate_operator.objects import NAME_LABEL, IdentityKey, Policy, PolicyName, UserIdentity
 from tidegate_operator.relevance import Relevance
 
 
@@ -22,10 +22,10 @@ def namespaces(labels: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, s
 
 
 def policies(
-    written: Mapping[ObjectName, users.NetworkPolicy],
-    previous: Mapping[ObjectName, Policy],
-    unread: Mapping[ObjectName, Collection[policy_meaning.RulePlace]] | None = None,
-) -> dict[ObjectName, Policy]:
+    written: Mapping[PolicyName, users.NetworkPolicy],
+    previous: Mapping[PolicyName, Policy],
+    unread: Mapping[PolicyName, Collection[policy_meaning.RulePlace]] | None = None,
+) -> dict[PolicyName, Policy]:
     """In the order of `written`; the policy of `previous` where the meaning is the same.
     `unread`: see `policies.policy`."""
     found = {}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Protocol = Literal["TCP", "UDP", "SCTP"]
 Direction = Literal["Ingress", "Egress"]
+Action = Literal["Allow", "Deny", "Pass"]
+Tier = Literal["Admin", "Developer", "Baseline"]
 
 NAME_LABEL = "kubernetes.io/metadata.name"
 """On every Namespace, always its name: the one label of it that no user can set."""
@@ -31,6 +33,18 @@ class ObjectName(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+
+class PolicyName(NamedTuple):
+    """A policy object of any kind; `namespace` "" for cluster-scoped kinds."""
+
+    kind: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        name = f"{self.namespace}/{self.name}" if self.namespace else self.name
+        return f"{self.kind} {name}"
 
 
 class IdentityKey(NamedTuple):
@@ -112,8 +126,7 @@ class BlockPeer:
 
 @dataclass(frozen=True, slots=True)
 class PolicyPort:
-    """`port` None: every port of the protocol. A name or an end port is not yet
-    expressible."""
+    """`port` None: every port of the protocol. A name is not yet expressible."""
 
     protocol: Protocol
     port: int | str | None = None
@@ -126,6 +139,8 @@ class PolicyRule:
 
     peers: tuple[PodPeer | BlockPeer, ...] | None
     ports: tuple[PolicyPort, ...] | None
+    action: Action = "Allow"
+    log: bool = False
 
     @property
     def port_names(self) -> list[tuple[Protocol, str]]:
@@ -139,24 +154,35 @@ NOTHING = PolicyRule((), ())
 
 @dataclass(frozen=True)
 class Policy:
-    """A NetworkPolicy after defaulting. `ingress`, `egress`: None = does not isolate
-    in that direction; () = isolates and allows nothing."""
+    """A policy of any kind after defaulting. Whoever is a subject of one that isolates is denied
+    what no rule of its tier allows."""
 
-    name: ObjectName
-    pods: Selector
-    ingress: tuple[PolicyRule, ...] | None
-    egress: tuple[PolicyRule, ...] | None
+    name: PolicyName
+    subject: PodPeer
+    """Whose traffic it judges."""
+    isolates: frozenset[Direction]
+    ingress: tuple[PolicyRule, ...]
+    egress: tuple[PolicyRule, ...]
     origin: object = field(compare=False, repr=False)
+    tier: Tier = "Developer"
+    priority: int = 0
+    """Within the tier, lower first."""
+    audit: bool = False
+    """Nothing is enforced; what would be denied is reported."""
 
-    def rules(self, direction: Direction) -> tuple[PolicyRule, ...] | None:
+    def rules(self, direction: Direction) -> tuple[PolicyRule, ...]:
         return self.ingress if direction == "Ingress" else self.egress
+
+    def counts(self, direction: Direction) -> bool:
+        """Whether it has a say at all."""
+        return direction in self.isolates or bool(self.rules(direction))
 
     @functools.cached_property
     def selectors(self) -> tuple[tuple[str | None, Selector], ...]:
         """Every pod selector that is in force with the policy, and the namespace in whose pods
         it looks; None: in those of any."""
-        found: list[tuple[str | None, Selector]] = [(self.name.namespace, self.pods)]
-        for rule in (*(self.ingress or ()), *(self.egress or ())):
+        found: list[tuple[str | None, Selector]] = [(self.subject.namespace, self.subject.pods)]
+        for rule in (*self.ingress, *self.egress):
             found += [
                 (peer.namespace, peer.pods)
                 for peer in rule.peers or ()
@@ -169,9 +195,9 @@ class Policy:
         """Every named port that a rule asks for, and the namespace in whose pods; None: in
         those of any. At ingress it is the subject's own, at egress the peer's."""
         found: list[tuple[str | None, Protocol, str]] = []
-        for rule in self.ingress or ():
-            found += [(self.name.namespace, *port) for port in rule.port_names]
-        for rule in self.egress or ():
+        for rule in self.ingress:
+            found += [(self.subject.namespace, *port) for port in rule.port_names]
+        for rule in self.egress:
             peers = [peer.namespace for peer in rule.peers or () if isinstance(peer, PodPeer)]
             spaces = [None] if rule.peers is None else peers
             found += [(space, *port) for space in spaces for port in rule.port_names]
@@ -295,7 +321,7 @@ class World:
     pods: Mapping[ObjectName, Pod]
     services: dict[ObjectName, Service]
     endpoints: dict[ObjectName, Endpoints]
-    policies: dict[ObjectName, Policy]
+    policies: dict[PolicyName, Policy]
     identities: dict[str, UserIdentity]
     sources: dict[tuple[str, str, str], Source]
     """(kind, namespace, name) -> where it was written."""

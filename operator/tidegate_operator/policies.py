@@ -14,9 +14,9 @@ from tidegate_operator.objects import (
     NAME_LABEL,
     NOTHING,
     BlockPeer,
-    ObjectName,
     PodPeer,
     Policy,
+    PolicyName,
     PolicyPort,
     PolicyRule,
     Requirement,
@@ -37,12 +37,13 @@ def selector(written: users.LabelSelector) -> Selector:
 
 
 def policy(
-    name: ObjectName, written: users.NetworkPolicy, unread: Collection[RulePlace] = ()
+    name: PolicyName, written: users.NetworkPolicy, unread: Collection[RulePlace] = ()
 ) -> Policy:
     """`unread`: rules that were written and could not be read; they allow nothing."""
     spec = written.spec
     isolates = spec.isolates()
-    ingress = egress = None
+    ingress: tuple[PolicyRule, ...] = ()
+    egress: tuple[PolicyRule, ...] = ()
     if "Ingress" in isolates:
         ingress = tuple(
             NOTHING
@@ -57,7 +58,14 @@ def policy(
             else PolicyRule(_peers(name.namespace, rule.to), _ports(rule.ports))
             for index, rule in enumerate(spec.egress)
         )
-    return Policy(name, selector(spec.pod_selector), ingress, egress, written)
+    return Policy(
+        name=name,
+        subject=PodPeer(name.namespace, None, selector(spec.pod_selector)),
+        isolates=isolates,
+        ingress=ingress,
+        egress=egress,
+        origin=written,
+    )
 
 
 def _peers(

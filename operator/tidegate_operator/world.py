@@ -24,6 +24,7 @@ from tidegate_operator.objects import (
     ObjectName,
     Pod,
     Policy,
+    PolicyName,
     UserIdentity,
     World,
 )
@@ -231,12 +232,11 @@ class _Builder:
             labels[document.key.name] = document.object.metadata.labels
         return meanings.namespaces(labels)
 
-    def _policies(self, documents: Sequence[Document]) -> dict[ObjectName, Policy]:
+    def _policies(self, documents: Sequence[Document]) -> dict[PolicyName, Policy]:
         written = {}
         for document in documents:
             assert isinstance(document.object, users.NetworkPolicy)
-            name = ObjectName(document.key.namespace, document.key.name)
-            written[name] = document.object
+            written[PolicyName(*document.key)] = document.object
         return meanings.policies(written, self.previous.policies)
 
     def _identities(

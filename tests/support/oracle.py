@@ -134,7 +134,7 @@ def verdict(
     protocols without ports; `protocol` is "TCP", "UDP", "SCTP", "ICMP" or any
     other name.
 
-    With `expressible_only`, a port item with a named port or an endPort allows
+    With `expressible_only`, a port item with a named port allows
     nothing, as the compiler must treat it in this phase."""
     oracle = Oracle(cluster, expressible_only)
     return oracle.verdict(src, dst, port, protocol)
@@ -281,7 +281,7 @@ class Oracle:
     def _port_matches(self, item: Manifest, traffic: _Traffic) -> bool:
         """`protocol` defaults to TCP; without `port`, every port of it."""
         port, end_port = item.get("port"), item.get("endPort")
-        if self._expressible_only and (isinstance(port, str) or end_port is not None):
+        if self._expressible_only and isinstance(port, str):
             return False
         if (item.get("protocol") or "TCP") != traffic.protocol:
             return False

@@ -28,6 +28,7 @@ from tidegate_operator.objects import (
     ObjectName,
     Pod,
     Policy,
+    PolicyName,
     Service,
     UserIdentity,
     World,
@@ -107,15 +108,15 @@ def build(
 
 def _policies(
     snapshot: Snapshot, before: ClusterWorld, settings: Settings
-) -> tuple[dict[ObjectName, Policy], Relevance]:
+) -> tuple[dict[PolicyName, Policy], Relevance]:
     if snapshot.policies is before.snapshot.policies and settings == before.relevance.settings:
         return before.policies, before.relevance
-    written = {
-        ObjectName(*key): snapshot.policies[key].written for key in sorted(snapshot.policies)
+    named = {
+        PolicyName("NetworkPolicy", *key): snapshot.policies[key]
+        for key in sorted(snapshot.policies)
     }
-    unread = {
-        ObjectName(*key): facts.unread for key, facts in snapshot.policies.items() if facts.unread
-    }
+    written = {name: facts.written for name, facts in named.items()}
+    unread = {name: facts.unread for name, facts in named.items() if facts.unread}
     found = meanings.policies(written, before.policies, unread)
     return found, relevance(found.values(), settings)
 

@@ -6,6 +6,5 @@ keeps is only ever a cache of a function of (world, ledger).
 """
 
 from tidegate_operator.compile.compiler import Compiler, Desired, NodeContent, compile
-from tidegate_operator.compile.rules import NETWORK_POLICY_PRECEDENCE
 
-__all__ = ["NETWORK_POLICY_PRECEDENCE", "Compiler", "Desired", "NodeContent", "compile"]
+__all__ = ["Compiler", "Desired", "NodeContent", "compile"]

@@ -38,6 +38,7 @@ from tidegate_operator.objects import (
     Pod,
     PodPeer,
     Policy,
+    PolicyName,
     Service,
     World,
 )
@@ -76,7 +77,7 @@ def compile(world: World, ledger: Ledger) -> Desired:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What an identity is subject to: `candidates` are the policies of its namespace,
+    """What an identity is subject to: `candidates` are the policies that look at its namespace,
     `selecting` those of them that select it."""
 
     candidates: tuple[Policy, ...]
@@ -139,18 +140,22 @@ class Compiler:
         self._peers = PeerSets()
         self._used_peers: dict[str, PodPeer] = {}
         self._candidates: dict[str, tuple[Policy, ...]] = {}
+        self._across = False
+        """Whether some policy has its subjects in the namespaces of a selector."""
         self._subjects: dict[IdentityKey, _Subject] = {}
         self._rule_sets: dict[_RuleSetKey, Compiled] = {}
         self._pods: dict[ObjectName, _PodCache] = {}
         self._services: dict[ObjectName, _ServiceCache] = {}
-        self._facts: dict[ObjectName, _Facts] = {}
+        self._facts: dict[PolicyName, _Facts] = {}
         self._running = _Running({}, {}, {}, {}, {}, set())
         self._last: _Pass | None = None
 
     def compile(self, world: World, ledger: Ledger) -> Desired:
         last, self._last = self._last, None  # an error half-way makes the next pass a whole one
         if last is not None and (
-            not _identical(last.world.policies, world.policies) or _renumbered(last.ledger, ledger)
+            not _identical(last.world.policies, world.policies)
+            or _renumbered(last.ledger, ledger)
+            or (self._across and last.world.namespaces != world.namespaces)
         ):
             last = None
         changed, gone = _differing(last.world.pods if last is not None else {}, world.pods)
@@ -276,8 +281,16 @@ class Compiler:
 
     def _policies_by_namespace(self, world: World) -> dict[str, tuple[Policy, ...]]:
         found: dict[str, list[Policy]] = {}
+        self._across = False
         for policy in world.policies.values():
-            found.setdefault(policy.name.namespace, []).append(policy)
+            within = policy.subject.namespaces
+            if within is None:
+                found.setdefault(policy.subject.namespace or "", []).append(policy)
+                continue
+            self._across = True
+            for name, labels in world.namespaces.items():
+                if within.matches(labels):
+                    found.setdefault(name, []).append(policy)
         return {
             name: before if _same(before := self._candidates.get(name, ()), now) else tuple(now)
             for name, now in found.items()
@@ -313,14 +326,14 @@ class Compiler:
         return _Subject(candidates, selecting, ingress, egress, parts)
 
     def _rules(self, direction: Direction, selecting: tuple[Policy, ...]) -> Compiled | None:
-        isolating = tuple(policy for policy in selecting if policy.rules(direction) is not None)
-        if not isolating:
+        counting = tuple(policy for policy in selecting if policy.counts(direction))
+        if not counting:
             return None
         # The result holds the policies, so no other object can take their ids.
-        key = (direction, tuple(map(id, isolating)))
+        key = (direction, tuple(map(id, counting)))
         held = self._rule_sets.get(key)
         if held is None:
-            held = self._rule_sets[key] = compile_rules(direction, isolating)
+            held = self._rule_sets[key] = compile_rules(direction, counting)
         return held
 
     # ---- what comes of each object ----
@@ -448,7 +461,7 @@ class Compiler:
 
     # ---- what people should know ----
 
-    def _all_facts(self, world: World) -> dict[ObjectName, _Facts]:
+    def _all_facts(self, world: World) -> dict[PolicyName, _Facts]:
         found = {}
         for name, policy in world.policies.items():
             held = self._facts.get(name)
@@ -460,30 +473,35 @@ class Compiler:
     def _problems(self, world: World) -> list[Problem]:
         subjects = [self._subjects[key] for key in self._running.subjects]
         selecting = {policy.name for item in subjects for policy in item.selecting}
-        on_host: dict[ObjectName, list[str]] = {}
-        for name in sorted(self._running.on_host):
-            for policy in self._subjects[world.pods[name].identity].selecting:
-                on_host.setdefault(policy.name, []).append(str(name))
+        on_host: dict[PolicyName, list[str]] = {}
+        for pod in sorted(self._running.on_host):
+            for policy in self._subjects[world.pods[pod].identity].selecting:
+                on_host.setdefault(policy.name, []).append(str(pod))
         problems = []
         for name, facts in self._facts.items():
-            source = world.sources.get(("NetworkPolicy", *name), Source())
+            source = world.sources.get((name.kind, name.namespace, name.name), Source())
             problems += _say(facts, source, self._peers)
             if name not in selecting:
-                problems.append(_warning(name, source, "spec.podSelector", "selects no pod now"))
+                problems.append(_warning(name, source, _subject_field(name), "selects no pod now"))
             if name in on_host:
                 pods = on_host[name]
                 text = f"selects host-network pods, which no policy protects: {pods[0]}"
                 text += f" and {len(pods) - 1} more" if len(pods) > 1 else ""
-                problems.append(_warning(name, source, "spec.podSelector", text))
+                problems.append(_warning(name, source, _subject_field(name), text))
         return problems
 
 
-def _warning(name: ObjectName, source: Source, field: str, message: str) -> Problem:
+def _subject_field(name: PolicyName) -> str:
+    """Where a policy of that kind says whom it selects."""
+    return "spec.podSelector" if name.kind == "NetworkPolicy" else "spec.subject"
+
+
+def _warning(name: PolicyName, source: Source, field: str, message: str) -> Problem:
     return at(
         source,
         "warning",
         message,
-        object=f"NetworkPolicy {name}",
+        object=str(name),
         field=field,
         remedy="compare the selector with the labels of pods and namespaces",
     )
@@ -496,7 +514,7 @@ def _say(facts: _Facts, source: Source, peers: PeerSets) -> list[Problem]:
             source,
             "error",
             f"{part.what} is not yet expressible: this entry allows nothing",
-            object=f"NetworkPolicy {name}",
+            object=str(name),
             field=part.field,
             remedy="use single port numbers",
         )
@@ -520,7 +538,7 @@ def _selecting(
     return tuple(
         policy
         for policy in candidates
-        if (id(policy) in yes if id(policy) in asked else policy.pods.matches(labels))
+        if (id(policy) in yes if id(policy) in asked else policy.subject.pods.matches(labels))
     )
 
 
@@ -534,7 +552,7 @@ def _less(count: dict[IdentityKey, int], key: IdentityKey) -> None:
         del count[key]
 
 
-def _identical(one: Mapping[ObjectName, object], other: Mapping[ObjectName, object]) -> bool:
+def _identical(one: Mapping[PolicyName, Policy], other: Mapping[PolicyName, Policy]) -> bool:
     return one is other or (
         len(one) == len(other) and all(other.get(name) is item for name, item in one.items())
     )

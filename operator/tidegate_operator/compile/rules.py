@@ -1,11 +1,13 @@
-"""Policies that isolate one subject -> its rule set, and what of them cannot be said."""
+"""Policies of one subject -> its rule set, and what of them cannot be said."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from msgspec import UNSET
+from msgspec.structs import replace
 from tidegate_api.state import (
     FORMAT,
     AnyPeer,
@@ -17,20 +19,35 @@ from tidegate_api.state import (
     RuleSetSpec,
     SetPeer,
     Term,
+    format_of_rules,
     rule_set,
 )
 
 from tidegate_operator.compile.peers import set_name
-from tidegate_operator.objects import BlockPeer, Direction, PodPeer, Policy, PolicyRule
-
-NETWORK_POLICY_PRECEDENCE = 1 << 30
-"""Of every NetworkPolicy term: policies only add, so no term outranks another. Admin
-tiers will lie above, baseline ones below."""
+from tidegate_operator.compile.precedence import in_force, isolating, precedences
+from tidegate_operator.objects import Action, BlockPeer, Direction, PodPeer, Policy, PolicyRule
 
 DIRECTIONS: tuple[Direction, Direction] = ("Ingress", "Egress")
 
-# What makes two terms the same, and their order: peer kind, peer, excepts, protocol, ports.
-_TermKey = tuple[str, str, tuple[str, ...], str, int]
+
+class _Match(NamedTuple):
+    """What a term matches, and the order of terms. "" and 0: any."""
+
+    kind: str
+    peer: str
+    excepts: tuple[str, ...]
+    protocol: str
+    port: int
+    end_port: int
+
+
+class _Key(NamedTuple):
+    """What makes two terms the same."""
+
+    match: _Match
+    precedence: int
+    action: Action
+    audit: bool
 
 
 @dataclass(frozen=True)
@@ -55,37 +72,53 @@ class Inexpressible:
 
 
 def compile_rules(direction: Direction, policies: tuple[Policy, ...]) -> Compiled:
-    """The rule set of a subject that exactly `policies`, sorted by name, isolate in
-    `direction`."""
-    first: dict[_TermKey, tuple[int, int]] = {}
-    for number, policy in enumerate(policies):
-        for index, rule in enumerate(policy.rules(direction) or ()):
-            for key in _terms(rule):
+    """The rule set of a subject of exactly `policies`, each of which counts in `direction`."""
+    having = in_force(policies, direction)
+    ranks = precedences(having, direction)
+    isolate = [policy for policy in having if isolating(policy, direction)]
+    others = [policy for policy in having if not isolating(policy, direction)]
+    first: dict[_Key, tuple[int, int]] = {}
+    logged: set[tuple[int, int]] = set()
+    for number, policy in enumerate((*isolate, *others)):
+        for index, rule in enumerate(policy.rules(direction)):
+            if rule.log:
+                logged.add((number, index))
+            precedence = ranks[policy.name, index]
+            for match in _matches(rule):
                 # Visited in order of (policy, rule): the lowest rule stays.
+                key = _Key(match, precedence, rule.action, policy.audit)
                 first.setdefault(key, (number, index))
-    rules = sorted(set(first.values()))
-    position = {rule: index for index, rule in enumerate(rules)}
+    places = sorted(set(first.values()))
+    position = {place: index for index, place in enumerate(places)}
     terms = [_term(key, position[first[key]]) for key in sorted(first)]
     spec = RuleSetSpec(
         format=FORMAT,
         direction=direction,
-        policies=[
-            PolicyRef(kind="NetworkPolicy", namespace=p.name[0], name=p.name[1]) for p in policies
+        policies=[PolicyRef(**policy.name._asdict()) for policy in isolate],
+        others=[PolicyRef(**policy.name._asdict()) for policy in others],
+        audited=[
+            number
+            for number, policy in enumerate(others)
+            if policy.audit and direction in policy.isolates
         ],
-        rules=[Rule(policy=policy, index=index) for policy, index in rules],
+        rules=[
+            Rule(policy=number, index=index, log=(number, index) in logged)
+            for number, index in places
+        ],
         terms=terms,
     )
+    spec = replace(spec, format=format_of_rules(spec))
     named = {term.peer.name for term in terms if isinstance(term.peer, SetPeer)}
     return Compiled(rule_set(spec), tuple(sorted(named)), policies)
 
 
-def _terms(rule: PolicyRule) -> Iterator[_TermKey]:
-    ports: list[tuple[str, int]] = [("", 0)]
+def _matches(rule: PolicyRule) -> Iterator[_Match]:
+    ports: list[tuple[str, int, int]] = [("", 0, 0)]
     if rule.ports is not None:
         ports = [
-            (port.protocol, port.port or 0)
+            (port.protocol, port.port or 0, port.end_port or 0)
             for port in rule.ports
-            if not isinstance(port.port, str) and port.end_port is None
+            if not isinstance(port.port, str)
         ]
     peers: list[tuple[str, str, tuple[str, ...]]] = [("any", "", ())]
     if rule.peers is not None:
@@ -95,28 +128,30 @@ def _terms(rule: PolicyRule) -> Iterator[_TermKey]:
             else ("set", set_name(peer), ())
             for peer in rule.peers
         ]
-    for kind, name, excepts in peers:
-        for protocol, port in ports:
-            yield kind, name, excepts, protocol, port
+    for peer in peers:
+        for port in ports:
+            yield _Match(*peer, *port)
 
 
-def _term(key: _TermKey, rule: int) -> Term:
-    kind, name, excepts, protocol, port = key
+def _term(key: _Key, rule: int) -> Term:
+    match = key.match
     peer: Peer
-    match kind:
+    match match.kind:
         case "any":
             peer = AnyPeer()
         case "set":
-            peer = SetPeer(name=name)
+            peer = SetPeer(name=match.peer)
         case _:
-            peer = CIDRPeer(cidr=name, excepts=list(excepts))
+            peer = CIDRPeer(cidr=match.peer, excepts=list(match.excepts))
     return Term(
         peer=peer,
-        action="Allow",
-        precedence=NETWORK_POLICY_PRECEDENCE,
+        action=key.action,
+        precedence=key.precedence,
         rule=rule,
-        protocol=protocol or UNSET,  # type: ignore[arg-type]
-        port=port or UNSET,
+        protocol=match.protocol or UNSET,  # type: ignore[arg-type]
+        port=match.port or UNSET,
+        end_port=match.end_port if match.end_port > match.port else UNSET,
+        audit=key.audit,
     )
 
 
@@ -124,13 +159,11 @@ def inexpressible(policy: Policy) -> tuple[Inexpressible, ...]:
     """The port entries of `policy` that allow nothing yet (DESIGN invariant 13)."""
     found = []
     for direction in DIRECTIONS:
-        for index, rule in enumerate(policy.rules(direction) or ()):
+        for index, rule in enumerate(policy.rules(direction)):
             for place, port in enumerate(rule.ports or ()):
                 field = f"spec.{direction.lower()}[{index}].ports[{place}]"
                 if isinstance(port.port, str):
                     found.append(Inexpressible(f"{field}.port", f"the named port {port.port!r}"))
-                elif port.end_port is not None:
-                    found.append(Inexpressible(f"{field}.endPort", "endPort"))
     return tuple(found)
 
 
@@ -139,7 +172,7 @@ def peer_fields(policy: Policy) -> tuple[tuple[str, str, PodPeer], ...]:
     return tuple(
         (f"spec.{direction.lower()}[{index}].{side}[{place}]", set_name(peer), peer)
         for direction, side in zip(DIRECTIONS, ("from", "to"), strict=True)
-        for index, rule in enumerate(policy.rules(direction) or ())
+        for index, rule in enumerate(policy.rules(direction))
         for place, peer in enumerate(rule.peers or ())
         if isinstance(peer, PodPeer)
     )

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given as hypothesis_given
 from hypothesis import settings
 from hypothesis import strategies as st
-from tidegate_api.state import AnyPeer, CIDRPeer, SetPeer, encode
+from tidegate_api.state import DEVELOPER_PRECEDENCE, AnyPeer, CIDRPeer, SetPeer, encode
 from tidegate_operator import identities, world
-from tidegate_operator.compile import NETWORK_POLICY_PRECEDENCE, Compiler, Desired, compile
+from tidegate_operator.compile import Compiler, Desired, compile
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.manifests import Document
 from tidegate_operator.objects import ObjectName
@@ -39,10 +39,11 @@ def _terms(desired: Desired, name: str | None, names: dict[str, str]) -> list[st
                 peer = "{" + " ".join(sorted(names[str(number)] for number in members)) + "}"
             case CIDRPeer(cidr=cidr, excepts=excepts):
                 peer = cidr + "".join(f"-{text}" for text in excepts)
-        assert (term.action, term.precedence) == ("Allow", NETWORK_POLICY_PRECEDENCE)
+        assert (term.action, term.precedence) == ("Allow", DEVELOPER_PRECEDENCE)
         rule = spec.rules[term.rule]
         owner = spec.policies[rule.policy].name
-        short.append(f"{peer} {term.protocol or '*'} {term.port or '*'} <- {owner}[{rule.index}]")
+        ports = str(term.port or "*") + (f"-{term.end_port}" if term.end_port else "")
+        short.append(f"{peer} {term.protocol or '*'} {ports} <- {owner}[{rule.index}]")
     return short
 
 
@@ -92,7 +93,10 @@ MEANINGS = [
     ("a named port allows nothing, its neighbour does",
      "{ingress: [{ports: [{port: web}, {port: 80}]}]}", ["any TCP 80 <- p[0]"], None),
     ("only a named port: isolated", "{ingress: [{ports: [{port: web}]}]}", [], None),
-    ("endPort allows nothing", "{ingress: [{ports: [{port: 1, endPort: 9}]}]}", [], None),
+    ("endPort", "{ingress: [{ports: [{port: 1, endPort: 9}, {port: 7, endPort: 7}]}]}",
+     ["any TCP 1-9 <- p[0]", "any TCP 7 <- p[0]"], None),
+    ("every port is not every protocol", "{ingress: [{ports: [{port: 1, endPort: 65535}]}]}",
+     ["any TCP 1-65535 <- p[0]"], None),
     ("egress", "{policyTypes: [Egress], egress: [{to: [{podSelector: {}}]}]}", None,
      ["{default/db default/web} * * <- p[0]"]),
 ]  # fmt: skip
@@ -189,8 +193,6 @@ SAID = [
     ("selects no peer", "{ingress: [{}, {from: [{podSelector: {}}, {podSelector: {matchLabels: "
      "{app: x}}}]}]}", "spec.ingress[1].from[1]", "warning"),
     ("named port", "{egress: [{ports: [{port: web}]}]}", "spec.egress[0].ports[0].port", "error"),
-    ("endPort", "{ingress: [{ports: [{port: 1, endPort: 2}]}]}", "spec.ingress[0].ports[0].endPort",
-     "error"),
 ]  # fmt: skip
 
 
