@@ -14,7 +14,7 @@ from types import FrameType
 import pytest
 
 from kind import cluster
-from rig import asking, install, pods, sysdump
+from rig import asking, install, pods, sysdump, town, traffic
 
 KEEP = os.environ.get("KEEP") == "1"
 DUMPS = Path(__file__).parents[1] / ".cache" / "e2e"
@@ -52,6 +52,20 @@ def askers(tidegate: None) -> Iterator[asking.Askers]:
     made = asking.Askers()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def place(tidegate: None) -> Iterator[town.Town]:
+    """The town, made anew for each module that uses it."""
+    made = town.build()
+    yield made
+    pods.remove_namespaces(town.SPACE)
+
+
+@pytest.fixture(name="traffic")
+def traffic_under_way(askers: asking.Askers, place: town.Town) -> Iterator[None]:
+    with traffic.under_way(askers, place):
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,70 +5,18 @@ asking, who must get no answer."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
+from support.ca_soak import campaign, scaled
 
 from kind import cluster
 from rig import asking, install, matrix, pods, town
-from rig.asking import Question
 
 pytestmark = pytest.mark.kind
-KILLS = 3
-
-
-@pytest.fixture(scope="module")
-def place(tidegate: None) -> Iterator[town.Town]:
-    made = town.build()
-    yield made
-    pods.remove_namespaces(town.SPACE)
-
-
-@pytest.fixture
-def traffic(askers: asking.Askers, place: town.Town) -> Iterator[None]:
-    """Flows of friends that must live through the test, and strangers that ask all the time."""
-    place.served(askers)
-    streams = {
-        name: askers.of(place.pods[name]).begin_stream(
-            Question(place.pods["server"].address, 80, seconds=0.02)
-        )
-        for name in town.FRIENDS
-    }
-    with _strangers(place):
-        yield
-    ended = {n: askers.of(place.pods[n]).end_stream(s) for n, s in streams.items()}
-    broken = {name: answer for name, answer in ended.items() if answer.detail}
-    assert not broken
-    place.served(askers)
-    place.refused(askers)
-    install.wait_realised()
-
-
-@contextlib.contextmanager
-def _strangers(place: town.Town) -> Iterator[None]:
-    """Strangers ask without a pause, in threads of their own; an answer fails the test."""
-    end, failures = threading.Event(), []
-    own = asking.Askers()
-
-    def ask() -> None:
-        while not end.is_set():
-            try:
-                place.refused(own)
-            except AssertionError as error:
-                failures.append(str(error))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield
-    finally:
-        end.set()
-        thread.join()
-        own.close()
-    assert not failures, failures[:3]
+ROUNDS = scaled(ci=2, soak=17)
+"""In each all loaders are killed: three on this cluster."""
 
 
 def kill(pod: pods.Pod) -> None:
@@ -89,12 +37,14 @@ def restarted(find: Callable[[], dict[str, pods.Pod]], before: dict[str, pods.Po
 
 
 def test_loaders_killed(traffic: None, place: town.Town) -> None:
-    for _ in range(KILLS):
-        before = install.loaders()
-        assert set(before) == set(cluster.nodes())
-        for pod in before.values():
-            kill(pod)
-        restarted(install.loaders, before)
+    with campaign("kind-loaders-killed", "loaders killed under traffic on kind") as figures:
+        for _ in range(ROUNDS):
+            before = install.loaders()
+            assert set(before) == set(cluster.nodes())
+            for pod in before.values():
+                kill(pod)
+            restarted(install.loaders, before)
+            figures.count += len(before)
     install.wait_ready()
 
 
@@ -117,6 +67,21 @@ def test_api_server_killed(traffic: None, askers: asking.Askers, place: town.Tow
     install.wait_ready()
 
 
+@pytest.mark.parametrize("kinds", ["nodestates", "nodestates,rulesets,stateslices,identities"])
+def test_whole_kinds_deleted_by_hand_change_nothing_in_force(
+    traffic: None, askers: asking.Askers, place: town.Town, kinds: str
+) -> None:
+    crds = [f"{kind}.tidegate.dev" for kind in kinds.split(",")]
+    cluster.kubectl("delete", "crds", *crds, "--timeout=60s")
+    assert "tidegate.dev" in cluster.kubectl("get", "crds")
+    place.served(askers)
+    place.refused(askers)
+    install.apply()
+    # The operator reads them again, and what it lost is there again.
+    pods.eventually(lambda: install.node_states().keys() == set(cluster.nodes()), "states", 60)
+    install.wait_realised(60)
+
+
 @pytest.mark.parametrize("kind", ["nodestates", "rulesets", "stateslices"])
 def test_objects_deleted_by_hand_come_back_and_nothing_falls_open(traffic: None, kind: str) -> None:
     # A rule set that no node uses any more is on its way out, and does not come back.
@@ -135,30 +100,6 @@ def test_a_slice_edited_by_hand_is_repaired(traffic: None) -> None:
     pods.eventually(lambda: _without_revision(name) == _plain(spec), "the slice is repaired", 60)
 
 
-def test_a_pod_that_comes_while_the_operator_is_away_waits_for_it(
-    traffic: None, askers: asking.Askers, place: town.Town
-) -> None:
-    scale = ("scale", "-n", install.NAMESPACE, "deployment/tidegate-operator")
-    cluster.kubectl(*scale, "--replicas=0")
-    pods.eventually(lambda: not install.operators(), "the operator is gone", 60)
-    try:
-        late = pods.manifest("late", town.SPACE, {"role": "friend"}, place.pods["server"].node)
-        pods.apply(late)
-        # What runs goes on; the new one has no policy, so it does not start.
-        place.served(askers)
-        pods.eventually(lambda: _has_event("late", "FailedCreatePodSandBox"), "said why", 60)
-        assert f"{town.SPACE}/late" not in pods.running(town.SPACE)
-    finally:
-        cluster.kubectl(*scale, "--replicas=1")
-    install.wait_ready()
-    ready = pods.wait_ready(town.SPACE)
-    (answer,) = askers.of(ready[f"{town.SPACE}/late"]).ask(
-        [Question(place.pods["server"].address, 80)]
-    )
-    assert answer.pod == place.pods["server"].key
-    cluster.kubectl("delete", "pod", "-n", town.SPACE, "late", "--timeout=60s")
-
-
 def _specs(kind: str) -> dict[str, dict[str, object]]:
     return {item["metadata"]["name"]: item["spec"] for item in matrix.items(kind)}
 
@@ -169,12 +110,3 @@ def _plain(spec: dict[str, object]) -> dict[str, object]:
 
 def _without_revision(name: str) -> dict[str, object]:
     return _plain(_specs("stateslices").get(name, {}))
-
-
-def _has_event(pod: str, reason: str) -> bool:
-    return bool(
-        cluster.kubectl(
-            "get", "events", "-n", town.SPACE, "-o", "name",
-            f"--field-selector=involvedObject.name={pod},reason={reason}",
-        )
-    )  # fmt: skip

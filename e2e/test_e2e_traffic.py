@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,13 +12,6 @@ from rig.asking import Question
 
 pytestmark = pytest.mark.kind
 STILL_SECONDS = 0.5
-
-
-@pytest.fixture(scope="module")
-def place(tidegate: None) -> Iterator[town.Town]:
-    made = town.build()
-    yield made
-    pods.remove_namespaces(town.SPACE)
 
 
 def test_a_pods_socket_is_translated_when_it_connects(

@@ -68,12 +68,7 @@ def _batch(sink: pods.Pod, count: int, may: str) -> list[str]:
 
 
 def _flooder(name: str, node: str, may: str, sink: str) -> pods.Manifest:
-    made = pods.manifest(name, SPACE, {"may": may}, node)
-    container = made["spec"]["containers"][0]
-    container["args"] = ["flood", sink, "53"]
-    del container["readinessProbe"]
-    made["spec"]["terminationGracePeriodSeconds"] = 0
-    return made
+    return pods.flooding(pods.manifest(name, SPACE, {"may": may}, node), sink)
 
 
 def _delete(names: Sequence[str]) -> None:

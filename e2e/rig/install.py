@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,30 @@ def install() -> None:
     # Here and not before the tests: it needs the Docker daemon that they started.
     run("make", "-C", ROOT, "image")
     cluster.load(IMAGE)
-    cluster.kubectl(
-        "apply", "--server-side", "--force-conflicts", "-k", ROOT / "manifests/overlays/kind"
-    )
+    apply()
     if before.returncode == 0:
         for kind in ("daemonset/tidegate-loader", "deployment/tidegate-operator"):
             cluster.kubectl("rollout", "restart", "-n", NAMESPACE, kind)
+    wait_ready()
+
+
+def apply() -> None:
+    """As `kubectl apply --server-side -k`."""
+    cluster.kubectl(
+        "apply", "--server-side", "--force-conflicts", "-k", ROOT / "manifests/overlays/kind"
+    )
+
+
+@contextlib.contextmanager
+def operator_away() -> Iterator[None]:
+    """While in it there is no operator; afterwards there is one, and it is ready."""
+    scale = ("scale", "-n", NAMESPACE, "deployment/tidegate-operator")
+    cluster.kubectl(*scale, "--replicas=0")
+    pods.eventually(lambda: not operators(), "the operator is gone", 60)
+    try:
+        yield
+    finally:
+        cluster.kubectl(*scale, "--replicas=1")
     wait_ready()
 
 

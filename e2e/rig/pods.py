@@ -142,6 +142,21 @@ def parse(item: Manifest, container: str = "") -> Pod | None:
     )
 
 
+def waits(name: str, namespace: str) -> bool:
+    """Whether the kubelet has said that this pod's network cannot be had."""
+    field = f"--field-selector=involvedObject.name={name},reason=FailedCreatePodSandBox"
+    return bool(cluster.kubectl("get", "events", "-n", namespace, "-o", "name", field))
+
+
+def flooding(pod: Manifest, address: str) -> Manifest:
+    """The pod of `manifest`, sending datagrams to port 53 there from its first moment on."""
+    container = pod["spec"]["containers"][0]
+    container["args"] = ["flood", address, "53"]
+    del container["readinessProbe"]
+    pod["spec"]["terminationGracePeriodSeconds"] = 0
+    return pod
+
+
 def wait_ready(*namespaces: str) -> dict[str, Pod]:
     """The pods of these namespaces, once all of them are Ready."""
     for namespace in namespaces:

@@ -1,7 +1,8 @@
 """One small set of pods that the tests of traffic and of faults share.
 
-`server` may be asked by those whose role is `friend`, on port 80; `stranger` may not ask it. Each
-of them has a twin on another node. A Service of the same name stands before `server`."""
+`server` may be asked by those whose role is `friend`, on ports 80 and, by UDP, 53; `stranger` may
+not ask it. Each of them has a twin on another node. A Service of the same name stands before
+`server`."""
 
 from __future__ import annotations
 
@@ -94,7 +95,7 @@ def policy(*roles: str) -> Manifest:
                         {"podSelector": {"matchLabels": {"role": role}}}
                         for role in ("friend", *roles)
                     ],
-                    "ports": [{"port": 80}],
+                    "ports": [{"port": 80}, {"port": 53, "protocol": "UDP"}],
                 }
             ],
         },
