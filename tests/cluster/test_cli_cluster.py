@@ -34,6 +34,7 @@ READ_ONLY = (
     "backends_v1",
     "frags_v1",
     "socks_v1",
+    "streams_v1",
 )
 """Maps that nothing but the loader, or a pod's own traffic, may write."""
 QUESTIONS = [(80, "TCP"), (8080, "TCP"), (53, "UDP"), (9, "SCTP"), (None, "ICMP")]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
 import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.lab import Lab
+from support.lab import U32, Lab
 from tidegate_bpf import AttachType, attach_cgroup, features, mounts, netns
 
 pytestmark = pytest.mark.kernel
@@ -20,6 +23,7 @@ TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 VIP4, VIP6 = "10.96.0.1", "fd00:96::1"
 BACKEND4, BACKEND6 = "127.0.0.2", "fd00:b::1"
 SECONDS = 10
+SO_COOKIE = 57
 FAMILIES = [
     # reason, family, address asked for, backend
     ("IPv4", socket.AF_INET, VIP4, BACKEND4),
@@ -121,6 +125,73 @@ def test_connect(lab: Lab, why: str, family: int, vip: str, backend: str) -> Non
                 assert accepted.recv(100) == b"question"
                 accepted.sendall(b"answer")
                 assert made.recv(100) == b"answer"
+
+
+BUSY = 2**64 - 1
+PLACES: list[tuple[str, dict[str, Callable[[Any], Any]], bool]] = [
+    # reason, what becomes of the connected socket's place, whether its frontend is still known
+    ("its own", {}, True),
+    ("a later socket's", {"cookie": lambda cookie: cookie + 65536}, False),
+    ("being written", {"cookie": lambda _: BUSY}, False),
+    ("of another connection", {"backend_port": lambda number: number ^ 1}, False),
+    ("of another connection", {"backend": lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])}, False),
+]
+
+
+@pytest.mark.parametrize(("kind", "family", "vip", "backend"), FAMILIES)
+def test_a_connections_place(lab: Lab, kind: str, family: int, vip: str, backend: str) -> None:
+    """The frontend is shown only by what the socket itself left, about the peer it has."""
+    with (
+        closing(server(socket.SOCK_STREAM, backend)) as listener,
+        closing(client(family, socket.SOCK_STREAM)) as made,
+    ):
+        serve(lab, listener)
+        made.connect((vip, 80))
+        cookie = int.from_bytes(made.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
+        place = U32.pack(cookie % 65536)
+        table, codec = lab.maps["streams_v1"], lab.codecs["tg_stream"]
+        row = codec.unpack(table.lookup(place))
+        assert (row.cookie, row.frontend_port, row.backend_port) == (cookie, 80, port(listener))
+        direct = f"::ffff:{backend}" if vip.startswith("::ffff:") else backend
+        for why, change, known in PLACES:
+            fields = {name: to(getattr(row, name)) for name, to in change.items()}
+            table.update(place, codec.pack_row(row._replace(**fields)))
+            expected = (vip, 80) if known else (direct, port(listener))
+            assert made.getpeername()[:2] == expected, (kind, why)
+
+
+def test_a_place_that_is_being_written_is_left_alone(lab: Lab) -> None:
+    """The connection is made, and shows the backend."""
+    table, codec = lab.maps["streams_v1"], lab.codecs["tg_stream"]
+    busy = codec.pack_row(codec.unpack(bytes(codec.size))._replace(cookie=BUSY))
+    table.update_items([(U32.pack(place), busy) for place in range(65536)])
+    with closing(server(socket.SOCK_STREAM, BACKEND4)) as listener:
+        serve(lab, listener)
+        with closing(client(socket.AF_INET, socket.SOCK_STREAM)) as made:
+            made.connect((VIP4, 80))
+            assert made.getpeername() == (BACKEND4, port(listener))
+    assert all(value == busy for _, value in table.items())
+
+
+def test_a_socket_that_connects_again(lab: Lab) -> None:
+    with ExitStack() as stack:
+        listeners = [
+            stack.enter_context(closing(server(socket.SOCK_STREAM, BACKEND4))) for _ in range(2)
+        ]
+        made = stack.enter_context(closing(client(socket.AF_INET, socket.SOCK_STREAM)))
+        for number, listener in enumerate(listeners):
+            lab.service(VIP4, 80 + number, TCP, [(BACKEND4, port(listener))], base=number)
+            made.connect((VIP4, 80 + number))
+            assert made.getpeername() == (VIP4, 80 + number)
+            disconnect(made)
+        made.connect((BACKEND4, port(listeners[0])))
+        assert made.getpeername() == (BACKEND4, port(listeners[0]))
+
+
+def disconnect(of: socket.socket) -> None:
+    """connect() to AF_UNSPEC; Python has no name for it."""
+    nowhere = ctypes.create_string_buffer(16)
+    assert ctypes.CDLL(None, use_errno=True).connect(of.fileno(), nowhere, 16) == 0
 
 
 @pytest.mark.parametrize(("why", "family", "vip", "backend"), FAMILIES)

@@ -26,6 +26,7 @@ STRUCTS = [
     "tg_frontend_key",
     "tg_frontend",
     "tg_backend",
+    "tg_stream",
     "tg_ct_key",
     "tg_ct",
     "tg_half_open_set",

@@ -160,6 +160,15 @@ struct {
 	__uint(max_entries, 65536);
 } socks_v1 SEC(".maps");
 
+/* A socket that connects pays for a place in it: an update of an LRU_HASH costs
+ * ten times as much as a word and a line of an ARRAY. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct tg_stream);
+	__uint(max_entries, TG_MAX_STREAMS);
+} streams_v1 SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__type(key, __u32);

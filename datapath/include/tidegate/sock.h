@@ -8,6 +8,7 @@
 #ifndef TIDEGATE_SOCK_H
 #define TIDEGATE_SOCK_H
 
+#include <linux/in.h>
 #include <tidegate/service.h>
 
 #define TG_ECONNREFUSED 111
@@ -38,6 +39,56 @@ tg_inline void tg_sock_write(struct bpf_sock_addr *ctx, int v6, const struct tg_
 		ctx->user_ip4 = addr->w[3];
 	}
 	ctx->user_port = port;
+}
+
+tg_inline struct tg_stream *tg_stream(__u64 cookie)
+{
+	__u32 at = cookie & (TG_MAX_STREAMS - 1);
+
+	return bpf_map_lookup_elem(&streams_v1, &at);
+}
+
+/* A stream has one peer, and its calls hold its lock, so its place has one
+ * writer unless another socket with the same bits connects at the same moment:
+ * then one of the two is not remembered. */
+tg_inline void tg_stream_remember(__u64 cookie, const struct tg_choice *choice,
+				  const struct tg_frontend_key *asked)
+{
+	struct tg_stream *stream = tg_stream(cookie);
+	__u64 held;
+
+	if (!stream)
+		return;
+	held = *(volatile __u64 *)&stream->cookie;
+	if (held == TG_STREAM_BUSY ||
+	    __sync_val_compare_and_swap(&stream->cookie, held, TG_STREAM_BUSY) != held)
+		return;
+	stream->backend = choice->addr;
+	stream->frontend = asked->addr;
+	stream->backend_port = choice->port;
+	stream->frontend_port = asked->port;
+	tg_barrier();
+	*(volatile __u64 *)&stream->cookie = cookie;
+}
+
+/* Fills the frontend that the stream asked for, if it was sent to `addr`. */
+tg_inline int tg_stream_asked(__u64 cookie, struct tg_addr *addr, __be16 *port)
+{
+	struct tg_stream *stream = tg_stream(cookie);
+	struct tg_addr backend;
+	__be16 backend_port;
+
+	if (!stream || *(volatile __u64 *)&stream->cookie != cookie)
+		return 0;
+	tg_barrier();
+	backend = stream->backend;
+	backend_port = stream->backend_port;
+	if (!tg_addr_equal(&backend, addr) || backend_port != *port)
+		return 0;
+	*addr = stream->frontend;
+	*port = stream->frontend_port;
+	tg_barrier();
+	return *(volatile __u64 *)&stream->cookie == cookie;
 }
 
 /* Remembers which frontend the socket asked for, so that the peer's address
@@ -73,7 +124,10 @@ tg_inline int tg_sock_forward(struct bpf_sock_addr *ctx, int v6)
 	/* A plain IPv6 frontend has IPv6 backends; a mapped one mapped ones. */
 	if (!v6 && !tg_addr_is_v4(&choice.addr))
 		return TG_SOCK_PROCEED;
-	tg_sock_remember(ctx, &choice, &key);
+	if (key.protocol == IPPROTO_TCP)
+		tg_stream_remember(bpf_get_socket_cookie(ctx), &choice, &key);
+	else
+		tg_sock_remember(ctx, &choice, &key);
 	tg_sock_write(ctx, v6, &choice.addr, choice.port);
 	return TG_SOCK_PROCEED;
 }
@@ -88,6 +142,13 @@ tg_inline int tg_sock_reverse(struct bpf_sock_addr *ctx, int v6)
 
 	tg_sock_read(ctx, v6, &key.addr);
 	key.port = ctx->user_port;
+	addr = key.addr;
+	port = key.port;
+	if (ctx->protocol == IPPROTO_TCP && tg_stream_asked(key.cookie, &addr, &port)) {
+		tg_sock_write(ctx, v6, &addr, port);
+		return TG_SOCK_PROCEED;
+	}
+	/* Streams too: those that an older version has translated. */
 	found = bpf_map_lookup_elem(&socks_v1, &key);
 	if (!found)
 		return TG_SOCK_PROCEED;

@@ -51,6 +51,7 @@ enum tg_limits {
 	TG_MAX_ENDPOINTS = 1024, /* half-open shares a node */
 	TG_MAX_RULE_SETS = 4096, /* rule sets in force at once, a node */
 	TG_MAX_EXT_HEADERS = 6,  /* IPv6 extension headers walked */
+	TG_MAX_STREAMS = 65536,  /* TCP sockets whose frontend is known; a power of two */
 };
 
 enum tg_policy_flags {
@@ -293,6 +294,19 @@ struct tg_sock {
 	__u8 pad[6];
 };
 TG_SIZE(struct tg_sock, 32);
+
+/* What a TCP socket was translated to; its place is its cookie's low bits. */
+struct tg_stream {
+	__u64 cookie; /* says whose the rest is; TG_STREAM_BUSY while it is written */
+	struct tg_addr backend;
+	struct tg_addr frontend; /* that was asked for */
+	__be16 backend_port;
+	__be16 frontend_port;
+	__u32 pad;
+};
+TG_SIZE(struct tg_stream, 48);
+
+#define TG_STREAM_BUSY (~0ull)
 
 /* ---- control, counters, events ------------------------------------------------ */
 

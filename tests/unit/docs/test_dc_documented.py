@@ -36,7 +36,8 @@ def test_every_drop_reason_is_documented() -> None:
         ("tracked flows a node", OBJECT.maps["ct_v1"].max_entries),
         ("frontends", OBJECT.maps["frontends_v1"].max_entries),
         ("fragmented packets in flight a node", OBJECT.maps["frags_v1"].max_entries),
-        ("sockets translated at connect", OBJECT.maps["socks_v1"].max_entries),
+        ("TCP sockets translated at connect", OBJECT.maps["streams_v1"].max_entries),
+        ("peers of datagram sockets translated", OBJECT.maps["socks_v1"].max_entries),
     ],
 )
 def test_limits_are_documented_as_they_are(what: str, value: int) -> None:
