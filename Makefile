@@ -83,6 +83,10 @@ install: $(BIN)/.installed $(OBJECTS) $(CNI) ## packages, .venv, objects and the
 crds: install ## write crds/*.yaml and docs/api.md anew, of crds/tidegate_api
 	@$(BIN)/python crds/generate.py
 
+.PHONY: protos
+protos: install ## write the observer's *_pb2.py anew, of its .proto files
+	@cd observer && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. tidegate_observer/api/*.proto
+
 .PHONY: manifests
 manifests: crds kube-binaries ## write manifests/base anew, of the chart
 	@PYTHONPATH=e2e $(BIN)/python manifests/render.py

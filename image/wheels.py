@@ -19,7 +19,7 @@ import debian
 HERE = Path(__file__).resolve().parent
 CONSTRAINTS = HERE / "constraints.txt"
 """name==version of everything that the image installs; `build.py --pin` writes it."""
-EXTRAS = ("operator", "loader")
+EXTRAS = ("operator", "loader", "observer")
 CLI = "cli"
 CLI_SITE = "usr/lib/tidegate/cli"
 """Where packages are that only the command line asks for: kopf imports Kubernetes' client, which is

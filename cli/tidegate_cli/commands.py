@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tidegate_cli.arguments import add_cluster, add_local, command
+from tidegate_cli.observe import arguments as observe
 
 Runner = Callable[[argparse.Namespace], int]
 
@@ -25,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     _lists(subparsers)
     _compile(subparsers)
     _doctor(subparsers)
+    observe.add_parser(subparsers, _later("observe.command", "observe"))
 
 
 def _later(module: str, name: str) -> Runner:

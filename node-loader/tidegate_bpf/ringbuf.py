@@ -66,6 +66,31 @@ class RingBuffer:
         self._consumer[0] = at
         return records
 
+    def read_fixed(self, size: int) -> bytes:
+        """The committed records that come next, as long as each has `size` bytes: one after the
+        other, oldest first, each behind eight bytes of the kernel's. Their room is given back. Of
+        a ring whose records are all of one size; ValueError: the next one is not."""
+        at, end = self._consumer[0], self._producer[0]
+        self._order()
+        step = (_HEADER + size + 7) & ~7
+        start = at & (self._size - 1)
+        span = end - at
+        headers = self._words[start >> 2 : (start + span) >> 2 : step >> 2].tolist()
+        whole = len(headers)
+        if headers.count(size) != whole:
+            whole = next(i for i, header in enumerate(headers) if header != size)
+            if not whole and not headers[0] & _BUSY:
+                raise ValueError(f"a record of {headers[0] & _LENGTH} bytes, not {size}")
+        if not whole:
+            return b""
+        self._order()
+        data = bytes(self._data[start : start + whole * step])
+        self._order()
+        self._consumer[0] = at + whole * step
+        if step == size + _HEADER:
+            return data
+        return b"".join(data[i : i + size + _HEADER] for i in range(0, len(data), step))
+
     def _order(self) -> None:
         """Keep loads and stores before this from moving behind it. x86 needs nothing; elsewhere
         taking and releasing a lock is the acquire and release that Python can express."""

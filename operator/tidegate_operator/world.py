@@ -125,6 +125,17 @@ def build(
     return builder.build({document.key: document for document in documents})
 
 
+def workloads(world: MadeWorld) -> dict[tuple[str, str], tuple[str, str]]:
+    """(namespace, pod) → (kind, name) of what made it; pods written as such are not in it."""
+    found = {}
+    for _, made in world.expansions.values():
+        for wanted in cast(Sequence[_Wanted], made):
+            if wanted.workload.kind != "Pod":
+                made_by = wanted.workload.kind, wanted.workload.name
+                found[wanted.namespace, wanted.name] = made_by
+    return found
+
+
 def _short(*parts: str) -> str:
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:6]
 

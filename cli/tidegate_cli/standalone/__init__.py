@@ -8,6 +8,7 @@ changes the namespace it is started in.
     supervisor   the process of `up`: lock, main loop
     feed         the operator's side of it: folder -> objects and layout
     loaders      the loaders' side of it
+    observer     the process that shows flows
     cluster      layout -> namespaces, cgroups, links, processes
     network, netlink, netns, cgroups, children, responder, enter    its tools
     teardown, rundir                                                  what is where, and its removal

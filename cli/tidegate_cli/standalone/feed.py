@@ -4,7 +4,7 @@ where their pods lie on this machine. Touches no network."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import structlog
@@ -19,6 +19,7 @@ from tidegate_cli.standalone.cluster import Layout
 from tidegate_cli.standalone.errors import StandaloneError
 from tidegate_cli.standalone.layout import place_node, place_pod
 from tidegate_cli.standalone.loaders import Loaders
+from tidegate_cli.standalone.observer import Observer
 from tidegate_cli.standalone.options import UpOptions
 from tidegate_cli.standalone.rundir import Pod, Port, RunDir
 from tidegate_cli.standalone.teardown import cgroup_of
@@ -117,15 +118,17 @@ class OperatorFeed:
             )
             for node in snapshot.nodes.values()
         }
+        workloads = world.workloads(snapshot)
         pods = [
-            place_pod(self._run_dir, nodes[pod.node], _pod(pod))
+            place_pod(self._run_dir, nodes[pod.node], _pod(pod, workloads))
             for pod in snapshot.pods.values()
             if pod.node in nodes
         ]
         return Layout(list(nodes.values()), pods)
 
 
-def _pod(pod: MadePod) -> Pod:
+def _pod(pod: MadePod, workloads: Mapping[tuple[str, str], tuple[str, str]]) -> Pod:
+    kind, workload = workloads.get((pod.namespace, pod.name), ("", ""))
     return Pod(
         uid=pod.uid,
         namespace=pod.namespace,
@@ -138,6 +141,9 @@ def _pod(pod: MadePod) -> Pod:
         netns="",
         cgroup="",
         ifname="",
+        labels=pod.labels,
+        workload=workload,
+        workload_kind=kind,
     )
 
 
@@ -153,6 +159,7 @@ def up(options: UpOptions) -> int:
         OperatorFeed(run_dir, folder, options.nodes),
         Loaders(run_dir),
         options.wait,
+        Observer(run_dir),
     )
     ending = f"\nready: following {folder}"
     if options.detach:

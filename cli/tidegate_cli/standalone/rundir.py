@@ -52,6 +52,11 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """The annotation `tidegate.dev/command`; "" = the built-in responder."""
     netns: str
     cgroup: str
+    labels: dict[str, str] = {}
+    """The pod's own, as written: for people to whom flows are shown."""
+    workload: str = ""
+    workload_kind: str = ""
+    """What made the pod; "": it was written as a pod."""
     ifname: str
     """The host side's name in the node's namespace; "" for host-network pods."""
 
@@ -116,6 +121,11 @@ class RunDir:
     @property
     def state(self) -> Path:
         return self.path / "supervisor.json"
+
+    @property
+    def observer(self) -> Path:
+        """Where the observer serves. As short as the lock's: it is a socket, too."""
+        return self.path / "observer.sock"
 
     @property
     def lock(self) -> Path:

@@ -81,6 +81,16 @@ class Launcher(Protocol):
     def stop(self) -> None: ...
 
 
+class Companion(Protocol):
+    """A process that nothing depends on; `observer.Observer`."""
+
+    def start(self, nodes: list[Node], cgroup: Path) -> None: ...
+
+    def tend(self) -> float | None: ...
+
+    def stop(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a supervisor is made of."""
@@ -91,6 +101,7 @@ class Parts:
     launcher: Launcher
     wait: float = READY_SECONDS
     """Seconds until everything must be realised, or `serve` gives up."""
+    companion: Companion | None = None
 
 
 class _Stopped(Exception):
@@ -162,6 +173,8 @@ class _Main:
                 self._start()
                 self._ready = True
                 self._write_state()
+                if self._parts.companion is not None:
+                    self._parts.companion.start(self._cluster.nodes, self._cluster.system_cgroup)
                 on_ready(self._summary())
                 log.info("ready")
                 self._follow()
@@ -169,6 +182,8 @@ class _Main:
                 log.info("stopping")
             finally:
                 self._parts.feed.stop()
+                if self._parts.companion is not None:
+                    self._parts.companion.stop()
                 self._parts.launcher.stop()
                 self._cluster.stop()
 
@@ -195,6 +210,8 @@ class _Main:
         waiting = False
         while True:
             dues = [self._cluster.tend(), self._parts.launcher.tend()]
+            if self._parts.companion is not None:
+                dues.append(self._parts.companion.tend())
             if waiting:
                 dues.append(WAIT_POLL_SECONDS)
             self._wakeup.wait(min((due for due in dues if due is not None), default=None))

@@ -26,7 +26,12 @@ KILL_SECONDS = 5.0
 _POLL_SECONDS = 0.01
 
 _OWN_DIRECTORIES = ("objects", "nodes", "log", "bpf")
-_OWN_FILES = (".supervisor.json.tmp", "supervisor.json")
+_OWN_FILES = (
+    ".supervisor.json.tmp",
+    "supervisor.json",
+    "observer.sock",
+    "observer.lock",
+)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ DOCS = Path(__file__).parents[3] / "docs"
 MODULES = {
     "tidegate-loader": "tidegate_loader",
     "tidegate-node-setup": "tidegate_loader.setup",
+    "tidegate-observer": "tidegate_observer",
     "tidegate-operator": "tidegate_operator",
 }
 """Programs that are no part of `tidegate` -> what runs them."""

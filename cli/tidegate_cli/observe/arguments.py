@@ -1,0 +1,162 @@
+"""The flags of `observe`, with the names that Hubble's users know. argparse only.
+
+A filter may be given more than once; `--not` turns the one after it into one that leaves out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NamedTuple
+
+from tidegate_cli.arguments import add_cluster, add_local, add_run_dir
+
+OUTPUTS = ("tab", "table", "compact", "dict", "json", "jsonpb")
+TIME_FORMATS = ("StampMilli", "RFC3339", "RFC3339Milli", "YearMonthDay")
+
+EITHER = ("pod", "ip", "port", "label", "identity", "service", "workload", "fqdn", "namespace")
+"""Filters of an end; each has a --from- and a --to- form."""
+
+
+class Filter(NamedTuple):
+    """One filter flag as it was given."""
+
+    left_out: bool
+    name: str
+    """Without dashes: "from-pod"."""
+    value: str
+
+
+class _Filter(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
+    ) -> None:
+        found = getattr(namespace, "filters", None) or []
+        left_out, namespace.negate = getattr(namespace, "negate", False), False
+        text = self.const if self.nargs == 0 else str(value)
+        namespace.filters = [*found, Filter(left_out, self.dest, text)]
+
+
+class _Not(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any
+    ) -> None:
+        namespace.negate = True
+
+
+def add_parser(subparsers: Any, run: Any) -> None:
+    text = "flows: who talked to whom, and which rule decided"
+    parser = subparsers.add_parser(
+        "observe",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}. Flags and forms are those of `hubble observe`. "
+        "Without --first, --last, --since or --follow: the last 20.",
+    )
+    add_run_dir(parser)
+    add_cluster(parser)
+    add_local(parser)
+    parser.set_defaults(run=run, filters=[], negate=False)
+    _which(parser.add_argument_group("which flows"))
+    _filters(parser.add_argument_group("filters"))
+    _form(parser.add_argument_group("output"))
+
+
+def _which(group: Any) -> None:
+    add = group.add_argument
+    ends = group.add_mutually_exclusive_group()
+    ends.add_argument("--first", type=int, metavar="N", help="the first N that are held")
+    ends.add_argument("--last", type=int, metavar="N", help="the last N")
+    ends.add_argument("--all", action="store_true", help="every one that is held")
+    add("--since", metavar="TIME", help="5m, 1h, or a time as RFC 3339 has it")
+    add("--until", metavar="TIME", help="as --since")
+    add("-f", "--follow", action="store_true", help="and those to come")
+    add("--server", metavar="ADDR", help="ask this server: unix:///PATH, HOST:PORT")
+
+
+def _filters(group: Any) -> None:
+    def add(*flags: str, help: str, metavar: str | None = None, const: str = "") -> None:
+        dest = max(flags, key=len).lstrip("-")
+        if metavar is None:
+            group.add_argument(
+                *flags,
+                dest=dest,
+                action=_Filter,
+                nargs=0,
+                const=const,
+                help=help,
+                default=argparse.SUPPRESS,
+            )
+        else:
+            group.add_argument(
+                *flags,
+                dest=dest,
+                action=_Filter,
+                metavar=metavar,
+                help=help,
+                default=argparse.SUPPRESS,
+            )
+
+    group.add_argument("--not", action=_Not, nargs=0, help="leave out what the next filter names")
+    words = {
+        "pod": ("[NS/]PREFIX", "pods whose names begin so (namespace: default)"),
+        "ip": ("IP[/N]", "an address or a network"),
+        "port": ("PORT", "a port"),
+        "label": ("SELECTOR", "labels: k8s:app=web, 'app in (a,b)', reserved:world"),
+        "identity": ("N", "an identity: a number, or host, world, kube-apiserver, remote-node"),
+        "service": ("[NS/]PREFIX", "Services whose names begin so"),
+        "workload": ("[KIND/]NAME", "what made the pod"),
+        "fqdn": ("PATTERN", "names of the DNS (none are known)"),
+        "namespace": ("NS", "pods of a namespace; with --pod, the pods' namespace"),
+    }
+    short = {"label": ["-l"], "namespace": ["-n"]}
+    for name in EITHER:
+        metavar, text = words[name]
+        add(*short.get(name, []), f"--{name}", metavar=metavar, help=f"either end: {text}")
+        add(f"--from-{name}", metavar=metavar, help="of the source")
+        add(f"--to-{name}", metavar=metavar, help="of the destination")
+    group.add_argument(
+        "-A", "--all-namespaces", action="store_true", help="pods without one: of any namespace"
+    )
+    add("--verdict", metavar="WORD", help="FORWARDED, DROPPED, AUDIT, …")
+    add("--protocol", metavar="WORD", help="tcp, udp, icmp, icmpv4, icmpv6, sctp")
+    add("-t", "--type", metavar="TYPE[:SUB]", help="drop, trace, policy-verdict, trace:to-stack, …")
+    add("--drop-reason-desc", metavar="WORD", help="POLICY_DENIED, POLICY_DENY, …")
+    add("--drop-reason", metavar="WORD", help="the same")
+    add("--traffic-direction", metavar="WORD", help="ingress or egress")
+    add("--tcp-flags", metavar="FLAGS", help="syn,ack: all of them set")
+    add("-4", "--ipv4", help="IPv4 only", const="v4")
+    add("-6", "--ipv6", help="IPv6 only", const="v6")
+    add("--ip-version", metavar="V", help="v4 or v6")
+    add("--reply", metavar="BOOL", help="true: replies (each event is told as its flow began)")
+    add("--node-name", metavar="PATTERN", help="[CLUSTER/]NODE, with *")
+    add("--node-label", metavar="SELECTOR", help="labels of the node (none are known)")
+    add("--cluster", metavar="NAME", help="either end's cluster")
+    add("--uuid", metavar="ID", help="the one flow of this id")
+    add("--trace-id", metavar="ID", help="of a trace (none are known)")
+    for name in ("http-status", "http-method", "http-path", "http-url", "http-header"):
+        add(f"--{name}", metavar="VALUE", help="of HTTP (none is seen)")
+    add("--dns-query", metavar="REGEX", help="of the DNS (none is seen)")
+
+
+def _form(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "-o",
+        "--output",
+        choices=OUTPUTS,
+        default=argparse.SUPPRESS,
+        help="tab (default), compact, dict, json (flows), jsonpb (responses)",
+    )
+    add(
+        "--json",
+        "-j",
+        action="store_const",
+        const="json",
+        dest="output",
+        default=argparse.SUPPRESS,
+        help="as -o json",
+    )
+    add("--color", choices=("auto", "always", "never"), default="auto", help="default: auto")
+    add("--time-format", choices=TIME_FORMATS, default="StampMilli", help="default: StampMilli")
+    add("--print-node-name", action="store_true", help="show the node, too")
+    add("--numeric", action="store_true", help="addresses, not names")
+    add("--print-raw-filters", action="store_true", help="print the request's filters and end")

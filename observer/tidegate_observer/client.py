@@ -1,0 +1,75 @@
+"""Asking an observer. Errors as one text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from tidegate_observer.api import observer_pb2
+from tidegate_observer.methods import GET_FLOWS, GET_NAMESPACES, GET_NODES, SERVER_STATUS, call
+
+TIMEOUT_SECONDS = 5.0
+
+
+class ObserverError(Exception):
+    """The observer could not be asked, or refused."""
+
+
+class Client:
+    """One server, "unix:PATH" or "HOST:PORT". A context manager. Every call: ObserverError."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(
+            address,
+            options=[("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 1000)],
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._channel.close()
+
+    def flows(
+        self, request: observer_pb2.GetFlowsRequest
+    ) -> Iterator[observer_pb2.GetFlowsResponse]:
+        """As they come; with `follow` until it is left."""
+        stream = call(self._channel, GET_FLOWS)(request)
+        try:
+            yield from stream
+        except grpc.RpcError as error:
+            raise ObserverError(_text(error)) from error
+        finally:
+            stream.cancel()
+
+    def status(self) -> observer_pb2.ServerStatusResponse:
+        answer: observer_pb2.ServerStatusResponse = self._ask(
+            SERVER_STATUS, observer_pb2.ServerStatusRequest()
+        )
+        return answer
+
+    def nodes(self) -> observer_pb2.GetNodesResponse:
+        answer: observer_pb2.GetNodesResponse = self._ask(GET_NODES, observer_pb2.GetNodesRequest())
+        return answer
+
+    def namespaces(self) -> observer_pb2.GetNamespacesResponse:
+        answer: observer_pb2.GetNamespacesResponse = self._ask(
+            GET_NAMESPACES, observer_pb2.GetNamespacesRequest()
+        )
+        return answer
+
+    def _ask(self, method: Any, request: Any) -> Any:
+        try:
+            return call(self._channel, method)(request, timeout=TIMEOUT_SECONDS)
+        except grpc.RpcError as error:
+            raise ObserverError(_text(error)) from error
+
+
+def _text(error: grpc.RpcError) -> str:
+    # Every error of a call is one of its outcome, too; the stubs do not say so.
+    code = error.code() if hasattr(error, "code") else None
+    details = error.details() if hasattr(error, "details") else str(error)
+    return f"{code.name.lower().replace('_', ' ') if code else 'error'}: {details}"

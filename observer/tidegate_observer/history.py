@@ -1,0 +1,78 @@
+"""The last flows, in the order they came, and who waits for the next.
+
+One thread adds, any number read. What is held is bounded by count; a reader that is too slow finds
+that what it wanted is gone, and is told how much.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+from tidegate_observer.flow import Entry, Flow
+
+DEFAULT_SIZE = 65536
+
+
+class History:
+    """Entries have numbers that grow by one from 0 and are never used twice."""
+
+    def __init__(self, size: int = DEFAULT_SIZE) -> None:
+        self.size = size
+        self.added = 0
+        """Entries in all; the number of the next one."""
+        self.seen = 0
+        """Flows in all."""
+        # One more than is said to be held: the slot being written belongs to no reader.
+        self._slots: list[Entry | None] = [None] * (size + 1)
+        self._grown = threading.Condition()
+        self._closed = False
+
+    @property
+    def oldest(self) -> int:
+        """Number of the oldest entry that is held."""
+        return max(0, self.added - self.size)
+
+    @property
+    def held(self) -> int:
+        return min(self.added, self.size)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def extend(self, entries: Iterable[Entry]) -> None:
+        """Adds in order, then wakes who waits."""
+        slots, at, flows = self._slots, self.added, 0
+        length = len(slots)
+        for entry in entries:
+            slots[at % length] = entry
+            at += 1
+            flows += isinstance(entry, Flow)
+            self.added = at
+        self.seen += flows
+        with self._grown:
+            self._grown.notify_all()
+
+    def slice(self, start: int, stop: int) -> list[tuple[int, Entry]]:
+        """(number, entry) of what is still held of [start, stop), in order."""
+        slots = self._slots
+        length = len(slots)
+        stop = min(stop, self.added)
+        start = max(start, self.oldest)
+        found = [(at, slots[at % length]) for at in range(start, stop)]
+        # What was written over meanwhile is another entry by now.
+        gone = max(0, self.oldest - start)
+        return [(at, entry) for at, entry in found[gone:] if entry is not None]
+
+    def wait(self, number: int, seconds: float) -> bool:
+        """Until there is an entry of this number; False: time is over, or there will be none."""
+        with self._grown:
+            self._grown.wait_for(lambda: self.added > number or self._closed, seconds)
+        return self.added > number
+
+    def close(self) -> None:
+        """Nothing will be added: wakes who waits."""
+        self._closed = True
+        with self._grown:
+            self._grown.notify_all()

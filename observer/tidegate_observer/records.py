@@ -1,0 +1,130 @@
+"""Records of the kernel's ring buffers → flows. Pure: bytes and a Directory in, flows out.
+
+Three hundred thousand a second must get through here on one CPU, so each kind of record is one loop
+over `struct.iter_unpack`, and all that can be looked up is looked up in a dict.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Sequence
+
+from tidegate_bpf import LayoutError, ObjectFile
+from tidegate_bpf.btf import Layout
+
+from tidegate_observer.directory import Directory
+from tidegate_observer.flow import Flow, Kind
+
+RECORD_HEADER = 8
+"""Bytes of the kernel's before each record."""
+
+_FORMATS = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "be16": "H"}
+
+PORTS: list[int] = (
+    [(port & 255) << 8 | port >> 8 for port in range(65536)]
+    if sys.byteorder == "little"
+    else list(range(65536))
+)
+"""A port as the machine loads it → as people write it; one int for all flows that have it."""
+
+ICMP_PROTOCOLS = (1, 58)
+
+
+def reader(layout: Layout, names: Sequence[str], optional: Sequence[str] = ()) -> struct.Struct:
+    """Unpacks the named members, in the order of the layout, from a record and the header before
+    it. `names` must be in that order; what is `optional` may be missing, and is then not
+    unpacked. LayoutError: the object does not have the members, or not as numbers and bytes."""
+    held = [field for field in layout.fields if field.name in (*names, *optional)]
+    missing = set(names) - {field.name for field in held}
+    if missing or [f.name for f in held if f.name in names] != list(names):
+        raise LayoutError(f"struct {layout.name}: no {sorted(missing)}, or in another order")
+    parts, at = [f"{RECORD_HEADER}x"], 0
+    for field in held:
+        parts.append(f"{field.offset - at}x")
+        if field.type.startswith("bytes["):
+            parts.append(f"{field.size}s")
+        elif field.kind in _FORMATS and field.count is None:
+            parts.append(_FORMATS[field.kind])
+        else:
+            raise LayoutError(f"struct {layout.name}: {field.name} is {field.type}")
+        at = field.offset + field.size
+    parts.append(f"{layout.size - at}x")
+    return struct.Struct("=" + "".join(parts))
+
+
+EVENT = (
+    "time",
+    "ifindex",
+    "src",
+    "dst",
+    "sport",
+    "dport",
+    "protocol",
+    "reason",
+    "direction",
+    "tcp_flags",
+    "src_identity",
+    "dst_identity",
+    "endpoint",
+    "rule_set",
+    "rule",
+)
+"""Members of struct tg_event that a flow is made of."""
+
+
+class Denials:
+    """struct tg_event: packets that were dropped, by a policy or for what they are."""
+
+    def __init__(self, spec: ObjectFile, node: str) -> None:
+        layout = spec.layout("tg_event")
+        self._node = node
+        self.size = layout.size
+        self._struct = reader(layout, EVENT)
+
+    def flows(self, data: bytes, offset: int, directory: Directory) -> list[Flow]:
+        """`offset`: nanoseconds to add to the kernel's clock to get the time since 1970."""
+        found = []
+        node = self._node
+        end, decision = directory.end, directory.decision
+        egress_of, denied = 1, Kind.DENIED.value
+        for (
+            time,
+            interface,
+            source,
+            destination,
+            sport,
+            dport,
+            protocol,
+            reason,
+            direction,
+            tcp_flags,
+            source_identity,
+            destination_identity,
+            endpoint,
+            rule_set,
+            rule,
+        ) in self._struct.iter_unpack(data):
+            verdict = decision(rule_set, rule) if rule_set else None
+            leaves = direction == egress_of
+            found.append(
+                Flow(
+                    node,
+                    time + offset,
+                    denied,
+                    reason,
+                    direction,
+                    source,
+                    destination,
+                    PORTS[sport],
+                    PORTS[dport],
+                    protocol,
+                    tcp_flags,
+                    interface,
+                    end(source, source_identity, endpoint if leaves else 0),
+                    end(destination, destination_identity, 0 if leaves else endpoint),
+                    verdict if leaves else None,
+                    None if leaves else verdict,
+                )
+            )
+        return found

@@ -1,0 +1,371 @@
+"""The Observer and Peer services of the nodes that one process reads.
+
+A stream is a thread that walks the history at its own pace. It never holds more than a slice of it:
+who reads too slowly finds that what comes next is gone, and is disconnected with how much that was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+
+from tidegate_observer import filters, messages
+from tidegate_observer.api import flow_pb2, observer_pb2, peer_pb2, relay_pb2
+from tidegate_observer.flow import Flow, Lost
+from tidegate_observer.history import History
+from tidegate_observer.meaning import CLUSTER
+from tidegate_observer.methods import handlers
+
+MAX_STREAMS = 32
+"""Calls at once; the next one is told that there are too many."""
+SLICE = 1024
+"""Entries looked at without looking up: the work of one turn of a stream."""
+WAIT_SECONDS = 0.5
+STUCK_SECONDS = 30.0
+"""A stream that takes nothing for so long, although there is something, is cut."""
+MAX_REQUEST = 1 << 20
+STOP_SECONDS = 1.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class About:
+    """What the server says of itself."""
+
+    nodes: tuple[str, ...]
+    version: str
+    address: str = ""
+    namespaces: Callable[[], list[str]] = list
+    instance: int = 0
+    """Makes the flows' ids those of this process."""
+    started: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class _Stream:
+    context: grpc.ServicerContext
+    peer: str
+    moved: float
+    """When it last took something, or had nothing to take."""
+
+
+class ObserverService:
+    """The calls; see `methods`. Each may run in many threads."""
+
+    def __init__(self, history: History, about: About) -> None:
+        self._history = history
+        self._about = about
+        self._streams: set[_Stream] = set()
+
+    # ---- flows -------------------------------------------------------------------------
+
+    def get_flows(
+        self, request: observer_pb2.GetFlowsRequest, context: grpc.ServicerContext
+    ) -> Iterator[observer_pb2.GetFlowsResponse]:
+        end = self._history.added
+        query = self._query(request, context)
+        with self._watched(context) as stream:
+            for number, entry in self._entries(query, end, context, stream):
+                stream.moved = time.monotonic()
+                yield self._response(number, entry, query)
+                stream.moved = time.monotonic()
+
+    def _query(
+        self, request: observer_pb2.GetFlowsRequest, context: grpc.ServicerContext
+    ) -> _Query:
+        if request.first and request.follow:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "first and follow exclude each other")
+        mask: Any = request.field_mask if request.HasField("field_mask") else None
+        if mask is not None and not mask.IsValidForDescriptor(flow_pb2.Flow.DESCRIPTOR):
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "field_mask: no such field of a flow")
+        white, uuids = _split_uuids(request.whitelist)
+        try:
+            if uuids is not None and len(white) > 1:
+                raise filters.FilterError("uuid goes with no second filter")
+            test = filters.build(white, request.blacklist)
+        except filters.FilterError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return _Query(
+            test=test,
+            number=request.number,
+            first=request.first,
+            follow=request.follow,
+            since=_nanoseconds(request, "since"),
+            until=_nanoseconds(request, "until"),
+            uuids=uuids,
+            mask=mask,
+        )
+
+    def _entries(
+        self, query: _Query, end: int, context: grpc.ServicerContext, stream: _Stream
+    ) -> Iterator[tuple[int, Flow | Lost]]:
+        history = self._history
+        left = query.number or None
+        if query.follow and query.number == 0 and query.since is None:
+            at = end
+        elif query.first or query.number == 0:
+            at = history.oldest
+        else:
+            at = self._rewound(query, end)
+        while at < end:
+            stop = min(at + SLICE, end)
+            for number, entry in history.slice(at, stop):
+                if self._fits(query, number, entry):
+                    if left is not None and isinstance(entry, Flow):
+                        if not left:
+                            break
+                        left -= 1
+                    yield number, entry
+            at = stop
+            if left == 0 and not query.follow:
+                return
+        if query.follow:
+            yield from self._following(query, at, context, stream)
+
+    def _rewound(self, query: _Query, end: int) -> int:
+        """Number of the first of the last flows that are asked for."""
+        wanted, at = query.number, end
+        while at > self._history.oldest:
+            start = max(self._history.oldest, at - SLICE)
+            for number, entry in reversed(self._history.slice(start, at)):
+                if isinstance(entry, Flow) and self._fits(query, number, entry):
+                    wanted -= 1
+                    if not wanted:
+                        return number
+            at = start
+        return at
+
+    def _fits(self, query: _Query, number: int, entry: Flow | Lost) -> bool:
+        if query.since is not None and entry.time < query.since:
+            return False
+        if query.until is not None and entry.time > query.until:
+            return False
+        if isinstance(entry, Lost):
+            return True
+        if query.uuids is not None and self._uuid(number) not in query.uuids:
+            return False
+        return query.test(entry)
+
+    def _following(
+        self, query: _Query, at: int, context: grpc.ServicerContext, stream: _Stream
+    ) -> Iterator[tuple[int, Flow | Lost]]:
+        history = self._history
+        while context.is_active() and not history.closed:
+            if query.until is not None and time.time_ns() > query.until:
+                return
+            if not history.wait(at, WAIT_SECONDS):
+                stream.moved = time.monotonic()
+                continue
+            missed = history.oldest - at
+            if missed > 0:
+                text = f"too slow: {missed} flows went by unread; the last {history.size} are held"
+                log.warning("client disconnected", peer=stream.peer, reason=text)
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            stop = min(at + SLICE, history.added)
+            for number, entry in history.slice(at, stop):
+                if self._fits(query, number, entry):
+                    yield number, entry
+            at = stop
+            stream.moved = time.monotonic()
+
+    def _response(
+        self, number: int, entry: Flow | Lost, query: _Query
+    ) -> observer_pb2.GetFlowsResponse:
+        if isinstance(entry, Lost):
+            return observer_pb2.GetFlowsResponse(
+                lost_events=messages.lost_message(entry),
+                node_name=entry.node,
+                time=messages.timestamp(entry.time),
+            )
+        made = messages.flow_message(entry, self._uuid(number))
+        answer = observer_pb2.GetFlowsResponse(node_name=entry.node, time=made.time)
+        if query.mask is None:
+            answer.flow.CopyFrom(made)
+        else:
+            answer.flow.SetInParent()
+            query.mask.MergeMessage(made, answer.flow)
+        return answer
+
+    def _uuid(self, number: int) -> str:
+        digits = f"{self._about.instance & (1 << 64) - 1:016x}{number:016x}"
+        return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+    # ---- the rest ----------------------------------------------------------------------------
+
+    def get_agent_events(
+        self, request: observer_pb2.GetAgentEventsRequest, context: grpc.ServicerContext
+    ) -> Iterator[observer_pb2.GetAgentEventsResponse]:
+        """There is no agent that makes any."""
+        while request.follow and context.is_active() and not self._history.closed:
+            time.sleep(WAIT_SECONDS)
+        yield from ()
+
+    def get_debug_events(
+        self, request: observer_pb2.GetDebugEventsRequest, context: grpc.ServicerContext
+    ) -> Iterator[observer_pb2.GetDebugEventsResponse]:
+        """The programs send none."""
+        while request.follow and context.is_active() and not self._history.closed:
+            time.sleep(WAIT_SECONDS)
+        yield from ()
+
+    def get_nodes(
+        self, _request: observer_pb2.GetNodesRequest, _context: grpc.ServicerContext
+    ) -> observer_pb2.GetNodesResponse:
+        history = self._history
+        return observer_pb2.GetNodesResponse(
+            nodes=[
+                observer_pb2.Node(
+                    name=name,
+                    version=self._about.version,
+                    address=self._about.address,
+                    state=relay_pb2.NODE_CONNECTED,
+                    tls=observer_pb2.TLS(enabled=False),
+                    uptime_ns=self._uptime(),
+                    num_flows=history.held,
+                    max_flows=history.size,
+                    seen_flows=history.seen,
+                )
+                for name in self._about.nodes
+            ]
+        )
+
+    def get_namespaces(
+        self, _request: observer_pb2.GetNamespacesRequest, _context: grpc.ServicerContext
+    ) -> observer_pb2.GetNamespacesResponse:
+        return observer_pb2.GetNamespacesResponse(
+            namespaces=[
+                observer_pb2.Namespace(cluster=CLUSTER, namespace=name)
+                for name in self._about.namespaces()
+            ]
+        )
+
+    def server_status(
+        self, _request: observer_pb2.ServerStatusRequest, _context: grpc.ServicerContext
+    ) -> observer_pb2.ServerStatusResponse:
+        history, uptime = self._history, self._uptime()
+        return observer_pb2.ServerStatusResponse(
+            num_flows=history.held,
+            max_flows=history.size,
+            seen_flows=history.seen,
+            uptime_ns=uptime,
+            version=self._about.version,
+            flows_rate=history.seen / max(uptime / 10**9, 1.0),
+        )
+
+    def _uptime(self) -> int:
+        return int((time.monotonic() - self._about.started) * 10**9)
+
+    def notify(
+        self, _request: peer_pb2.NotifyRequest, context: grpc.ServicerContext
+    ) -> Iterator[peer_pb2.ChangeNotification]:
+        """The nodes of this process, for as long as one listens."""
+        for name in self._about.nodes:
+            yield peer_pb2.ChangeNotification(
+                name=name, address=self._about.address, type=peer_pb2.PEER_ADDED
+            )
+        while context.is_active() and not self._history.closed:
+            time.sleep(WAIT_SECONDS)
+
+    # ---- streams ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _watched(self, context: grpc.ServicerContext) -> Iterator[_Stream]:
+        stream = _Stream(context, context.peer(), time.monotonic())
+        self._streams.add(stream)
+        try:
+            yield stream
+        finally:
+            self._streams.discard(stream)
+
+    @property
+    def streams(self) -> int:
+        return len(self._streams)
+
+    def cut_stuck(self) -> None:
+        """Ends streams whose clients take nothing: their threads wait in the middle of a send."""
+        now = time.monotonic()
+        for stream in list(self._streams):
+            if now - stream.moved > STUCK_SECONDS:
+                log.warning("client disconnected", peer=stream.peer, reason="takes nothing")
+                stream.context.cancel()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Query:
+    test: filters.Test
+    number: int
+    first: bool
+    follow: bool
+    since: int | None
+    until: int | None
+    uuids: frozenset[str] | None
+    mask: Any | None
+
+
+def _nanoseconds(request: observer_pb2.GetFlowsRequest, name: str) -> int | None:
+    if not request.HasField(name):
+        return None
+    value = getattr(request, name)
+    return int(value.seconds * 10**9 + value.nanos)
+
+
+def _split_uuids(
+    white: Any,
+) -> tuple[list[flow_pb2.FlowFilter], frozenset[str] | None]:
+    """The white list without its ids, and the ids: only the server knows a flow's number."""
+    kept, wanted = [], set()
+    for item in white:
+        if item.uuid:
+            wanted.update(item.uuid)
+            copy = flow_pb2.FlowFilter()
+            copy.CopyFrom(item)
+            copy.ClearField("uuid")
+            item = copy
+        kept.append(item)
+    return kept, frozenset(wanted) if wanted else None
+
+
+class Server:
+    """Serves on a Unix socket and, if asked to, a TCP address. A context manager."""
+
+    def __init__(self, service: ObserverService, addresses: list[str]) -> None:
+        """`addresses`: as gRPC writes them, "unix:PATH" or "HOST:PORT". OSError."""
+        self._pool = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="stream")
+        self._server = grpc.server(
+            self._pool,
+            maximum_concurrent_rpcs=MAX_STREAMS,
+            options=[
+                ("grpc.max_receive_message_length", MAX_REQUEST),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        self._server.add_generic_rpc_handlers(handlers(service))
+        for address in addresses:
+            path = address.removeprefix("unix:")
+            if path != address:
+                Path(path).unlink(missing_ok=True)
+            try:
+                bound = self._server.add_insecure_port(address)
+            except RuntimeError as error:
+                raise OSError(f"cannot listen on {address}: {error}") from error
+            if not bound:
+                raise OSError(f"cannot listen on {address}")
+            if path != address:
+                Path(path).chmod(0o660)
+
+    def __enter__(self) -> Server:
+        self._server.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._server.stop(STOP_SECONDS).wait()
+        self._pool.shutdown(wait=False, cancel_futures=True)

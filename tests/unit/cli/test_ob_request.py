@@ -1,0 +1,109 @@
+"""Flags of `observe` → what the server is asked."""
+
+from __future__ import annotations
+
+import pytest
+from google.protobuf.json_format import MessageToDict
+from tidegate_cli.errors import CliError
+from tidegate_cli.main import build_parser
+from tidegate_cli.observe import request
+
+NOW = 10_000.0
+
+ROWS = [
+    ("", {"number": "20"}),
+    ("--last 5", {"number": "5"}),
+    ("--first 5", {"number": "5", "first": True}),
+    ("--follow", {"follow": True}),
+    ("--since 1h30m", {"since": "1970-01-01T01:16:40Z"}),
+    ("--until 1970-01-01T00:00:09Z --last 1", {"number": "1", "until": "1970-01-01T00:00:09Z"}),
+    ("-f --verdict dropped", {"follow": True, "whitelist": [{"verdict": ["DROPPED"]}]}),
+    (
+        "-f --pod shop/web",
+        {
+            "follow": True,
+            "whitelist": [{"source_pod": ["shop/web"]}, {"destination_pod": ["shop/web"]}],
+        },
+    ),
+    ("-f --from-pod web", {"follow": True, "whitelist": [{"source_pod": ["default/web"]}]}),
+    ("-f -A --from-pod web", {"follow": True, "whitelist": [{"source_pod": ["/web"]}]}),
+    (
+        "-f -n shop",
+        {"follow": True, "whitelist": [{"source_pod": ["shop/"]}, {"destination_pod": ["shop/"]}]},
+    ),
+    (
+        "-f --from-namespace shop --from-pod web",
+        {"follow": True, "whitelist": [{"source_pod": ["shop/web"]}]},
+    ),
+    (
+        "-f --from-pod a/b --to-port 80 --protocol TCP",
+        {
+            "follow": True,
+            "whitelist": [{"source_pod": ["a/b"], "destination_port": ["80"], "protocol": ["tcp"]}],
+        },
+    ),
+    (
+        "-f --not --verdict DROPPED --to-identity kube-apiserver",
+        {
+            "follow": True,
+            "blacklist": [{"verdict": ["DROPPED"]}],
+            "whitelist": [{"destination_identity": [7]}],
+        },
+    ),
+    (
+        "-f --type trace:to-stack -t drop",
+        {
+            "follow": True,
+            "whitelist": [
+                {"event_type": [{"type": 4, "match_sub_type": True, "sub_type": 3}, {"type": 1}]}
+            ],
+        },
+    ),
+    (
+        "-f --tcp-flags syn,ack",
+        {"follow": True, "whitelist": [{"tcp_flags": [{"SYN": True, "ACK": True}]}]},
+    ),
+    ("-f -6", {"follow": True, "whitelist": [{"ip_version": ["IPv6"]}]}),
+    (
+        "-f --drop-reason policy_denied",
+        {"follow": True, "whitelist": [{"drop_reason_desc": ["POLICY_DENIED"]}]},
+    ),
+    (
+        "-f --to-service shop/web --from-workload Job/x",
+        {
+            "follow": True,
+            "whitelist": [
+                {
+                    "destination_service": ["shop/web"],
+                    "source_workload": [{"kind": "Job", "name": "x"}],
+                }
+            ],
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), ROWS, ids=[row[0] or "nothing" for row in ROWS])
+def test_requests(words: str, expected: dict[str, object]) -> None:
+    args = build_parser().parse_args(["observe", *words.split()])
+    made = request.build(args, NOW)
+    assert MessageToDict(made, preserving_proto_field_name=True) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--verdict maybe",
+        "--since yesterday",
+        "--first 1 --follow",
+        "--type nothing",
+        "--identity who",
+        "--tcp-flags abc",
+        "--reply perhaps",
+        "--type trace:nowhere",
+    ],
+)
+def test_refused(words: str) -> None:
+    args = build_parser().parse_args(["observe", *words.split()])
+    with pytest.raises(CliError):
+        request.build(args, NOW)
