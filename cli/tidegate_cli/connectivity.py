@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
+from msgspec import UNSET
 from tidegate_api.state import ServicePort
 
 from tidegate_cli import model, objects, prober
@@ -143,6 +144,8 @@ def destinations(
     for name, entries in sorted(services.items()):
         for entry in entries:
             for front in entry.frontends:
+                if front.kind is not UNSET:  # only ClusterIPs
+                    continue
                 if front.protocol == "SCTP" or (":" in front.address) != (family == 6):
                     continue
                 behind = [

@@ -239,6 +239,8 @@ class Model:
         for service in item.spec.services or ():
             self.services.setdefault(f"{service.namespace}/{service.name}", []).append(service)
             for frontend in service.frontends:
+                if frontend.kind == "NodePort":  # at addresses that differ from node to node
+                    continue
                 key = (_ip(frontend.address), frontend.port, frontend.protocol)
                 self._frontends[key] = service
 
@@ -267,7 +269,8 @@ class Model:
         return self.pod(target).endpoint.addresses
 
     def _service_addresses(self, text: str, port: int | None, protocol: str) -> list[str]:
-        ports = [f for entry in self.service(text) for f in entry.frontends]
+        fronts = [f for entry in self.service(text) for f in entry.frontends]
+        ports = [f for f in fronts if f.kind is UNSET]
         found = [f.address for f in ports if (f.port, f.protocol) == (port, protocol)]
         if not found:
             known = ", ".join(sorted({f"{f.port}/{f.protocol}" for f in ports})) or "none"

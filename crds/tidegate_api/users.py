@@ -177,6 +177,31 @@ def _ip(value: str) -> str:
     return value
 
 
+def is_special(value: str) -> bool:
+    """Whether an API server refuses the address for an endpoint or as an external one: nobody's,
+    loopback or link-local, which mean something else on every node."""
+    address = ipaddress.ip_address(value)
+    local = ipaddress.ip_network("224.0.0.0/24" if address.version == 4 else "ff02::/16")
+    return (
+        address.is_unspecified or address.is_loopback or address.is_link_local or address in local
+    )
+
+
+def _outer_ip(value: str) -> str:
+    _ip(value)
+    if is_special(value):
+        raise invalid(
+            f"{value} is unspecified, loopback or link-local",
+            "write an address that is the same for every node",
+        )
+    return value
+
+
+def _padded_cidr(value: str) -> str:
+    """An API server takes spaces around it."""
+    return _cidr(value.strip())
+
+
 def _cluster_ip(value: str) -> str:
     return value if value in ("", "None") else _ip(value)
 
@@ -205,6 +230,8 @@ PortOrName = Annotated[Any, BeforeValidator(_port_or_name)]
 """int or str; a union would hide which of the two was meant in its errors."""
 CIDR = Annotated[str, AfterValidator(_cidr)]
 IP = Annotated[str, AfterValidator(_ip)]
+OuterIP = Annotated[str, AfterValidator(_outer_ip)]
+PaddedCIDR = Annotated[str, AfterValidator(_padded_cidr)]
 ClusterIP = Annotated[str, AfterValidator(_cluster_ip)]
 
 
@@ -332,6 +359,8 @@ class ContainerPort(Open):
     container_port: Port
     name: PortName = ""
     protocol: Protocol = "TCP"
+    host_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    host_ip: str = Field(default="", alias="hostIP")
 
 
 class Container(Open):
@@ -424,8 +453,17 @@ class ServicePort(Upstream):
     protocol: Protocol = "TCP"
     target_port: PortOrName = None
     """Absent: the same as `port`."""
-    node_port: int | None = None
+    node_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """0: an API server gives one where the type has them."""
     app_protocol: Any = None
+
+
+class ClientIPConfig(Upstream):
+    timeout_seconds: Annotated[int, Field(ge=1, le=86_400)] = 10_800
+
+
+class SessionAffinityConfig(Upstream):
+    client_ip: ClientIPConfig = Field(default=ClientIPConfig(), alias="clientIP")
 
 
 class ServiceSpec(Upstream):
@@ -440,15 +478,15 @@ class ServiceSpec(Upstream):
     internal_traffic_policy: Literal["Cluster", "Local"] = "Cluster"
     external_traffic_policy: Literal["Cluster", "Local"] | None = None
     publish_not_ready_addresses: bool = False
-    external_ips: list[IP] = Field(default=[], alias="externalIPs")
+    external_ips: list[OuterIP] = Field(default=[], alias="externalIPs")
     external_name: Any = None
     load_balancer_ip: Any = Field(default=None, alias="loadBalancerIP")
     load_balancer_class: Any = None
-    load_balancer_source_ranges: Any = None
-    allocate_load_balancer_node_ports: Any = None
-    health_check_node_port: Any = None
-    session_affinity_config: Any = None
-    traffic_distribution: Any = None
+    load_balancer_source_ranges: list[PaddedCIDR] = []
+    allocate_load_balancer_node_ports: bool = True
+    health_check_node_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    session_affinity_config: SessionAffinityConfig = SessionAffinityConfig()
+    traffic_distribution: str = ""
 
     @model_validator(mode="after")
     def _ports_are_distinct(self) -> Self:
@@ -467,8 +505,23 @@ class ServiceSpec(Upstream):
         return self
 
 
+class LoadBalancerIngress(Open):
+    ip: str = ""
+    ip_mode: str = "VIP"
+
+
+class LoadBalancerStatus(Open):
+    ingress: list[LoadBalancerIngress] = []
+
+
+class ServiceStatus(Open):
+    load_balancer: LoadBalancerStatus = LoadBalancerStatus()
+
+
 class Service(Object):
     spec: ServiceSpec
+    status: ServiceStatus = ServiceStatus()
+    """Read, unlike other kinds': the addresses of its load balancer are nowhere else."""
 
     @model_validator(mode="after")
     def _label_name(self) -> Self:
@@ -478,11 +531,25 @@ class Service(Object):
 
 class EndpointConditions(Open):
     ready: bool = True
+    serving: bool = True
+    terminating: bool = False
+
+
+class Named(Open):
+    name: str
+
+
+class EndpointHints(Open):
+    for_zones: list[Named] = []
+    for_nodes: list[Named] = []
 
 
 class SliceEndpoint(Open):
     addresses: list[str]
     conditions: EndpointConditions = EndpointConditions()
+    node_name: str = ""
+    zone: str = ""
+    hints: EndpointHints = EndpointHints()
 
 
 class SlicePort(Open):
@@ -501,7 +568,7 @@ class EndpointSlice(Object):
         for endpoint in self.endpoints:
             for address in endpoint.addresses:
                 if self.address_type != "FQDN":
-                    _ip(address)
+                    _outer_ip(address)
                     if (":" in address) != (self.address_type == "IPv6"):
                         raise invalid(
                             f"{address} is not of addressType {self.address_type}",

@@ -214,12 +214,15 @@ def gateways(pod_cidrs: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Node:
-    """Addresses and CIDRs in canonical text. `uid` "": it is no API object."""
+    """Addresses and CIDRs in canonical text. `uid` "": it is no API object. `zone` "": in none.
+    `port_addresses`: those that answer for NodePorts and host ports, IPv4 first."""
 
     name: str
     addresses: tuple[str, ...]
     pod_cidrs: tuple[str, ...]
     uid: str = ""
+    zone: str = ""
+    port_addresses: tuple[str, ...] = ()
 
     @functools.cached_property
     def gateways(self) -> tuple[str, ...]:
@@ -232,6 +235,16 @@ class ContainerPort:
     port: int
     protocol: Protocol
     name: str = ""
+
+
+class HostPort(NamedTuple):
+    """A port of the node that leads to a pod's port `target`. `address` "": at every address that
+    answers for such ports."""
+
+    port: int
+    protocol: Protocol
+    target: int
+    address: str = ""
 
 
 @dataclass(frozen=True)
@@ -250,6 +263,8 @@ class Pod:
     host_network: bool
     identity: IdentityKey
     origin: object = field(compare=False, repr=False)
+    host_ports: tuple[HostPort, ...] = ()
+    """Sorted; () in the host's network, where a port is the node's anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,12 +274,22 @@ class ServicePort:
     name: str
     target: int | str
     """A container port, or the name of one."""
+    node_port: int = 0
+    """Of every node; 0: none."""
+
+
+class Outside(NamedTuple):
+    """An address of a Service that is reached from outside; canonical."""
+
+    kind: Literal["ExternalIP", "LoadBalancer"]
+    address: str
 
 
 @dataclass(frozen=True)
 class Service:
-    """`cluster_ips`: one per family, () for headless and ExternalName. `selector` None:
-    the Service's endpoints are somebody's EndpointSlices."""
+    """`cluster_ips`: one per family, () for headless, ExternalName and what another proxy
+    serves: of such a Service nothing is programmed. `selector` None: the Service's endpoints are
+    somebody's EndpointSlices."""
 
     name: ObjectName
     type: str
@@ -272,27 +297,64 @@ class Service:
     ports: tuple[ServicePort, ...]
     cluster_ips: tuple[str, ...]
     origin: object = field(compare=False, repr=False)
+    outside: tuple[Outside, ...] = ()
+    """Sorted, of both families."""
+    affinity: int = 0
+    """Seconds; 0: none."""
+    internal_local: bool = False
+    external_local: bool = False
+    source_ranges: tuple[str, ...] = ()
+    """Sorted, of both families; (): everybody."""
+    health_check_port: int = 0
+    maglev: bool = False
+    near: Literal["", "PreferSameZone", "PreferSameNode"] = ""
+    """Which hints endpoints get that are derived from a selector."""
+    since: str = ""
+    """RFC 3339; "" = not known. The older one keeps an address that two claim."""
+
+
+class Backend(NamedTuple):
+    """An endpoint behind a Service's port, as its EndpointSlice has it. `node` "": none. `zones`,
+    `nodes`: hints, sorted; (): none. `ends`: it is terminating and still serves."""
+
+    address: str
+    port: int
+    node: str = ""
+    zones: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    ends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointPort:
-    """The backends of one Service port in one family; (address, port), sorted."""
+    """The backends of one Service port in one family: sorted, each address and port once."""
 
     port: int
     protocol: Protocol
     family: Literal[4, 6]
-    backends: tuple[tuple[str, int], ...]
+    backends: tuple[Backend, ...]
+
+
+class Listed(NamedTuple):
+    """An endpoint of a slice that is ready, or `ends` and serves; as Backend, without a port."""
+
+    address: str
+    node: str = ""
+    zones: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    ends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointList:
     """One EndpointSlice after defaulting. `family` None: names, which lead nowhere.
-    `ports`: (name, protocol, number; None = the Service's own). `ready`: canonical
-    addresses of endpoints that take new connections, one for each."""
+    `ports`: (name, protocol, number; None = the Service's own). `endpoints`: those that may get
+    connections, with one address of each; `refused`: addresses that may not be an endpoint's."""
 
     family: Literal[4, 6] | None
     ports: tuple[tuple[str, Protocol, int | None], ...]
-    ready: tuple[str, ...]
+    endpoints: tuple[Listed, ...]
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from tidegate_api.service import format_of
 from tidegate_api.state import (
     DIGEST_ANNOTATION,
     FORMAT,
+    NEWEST_FORMAT,
     TABLES,
     Identity,
     IdentitySpec,
@@ -169,19 +170,27 @@ def _format_of(table: Table, entries: Sequence[Any]) -> int:
             return FORMAT
 
 
+def _node_format(content: NodeContent) -> int:
+    new = content.zone or content.port_addresses
+    ports = any(endpoint.host_ports is not UNSET for endpoint in content.endpoints)
+    return NEWEST_FORMAT if new or ports else FORMAT
+
+
 def node_object(
     name: str, content: NodeContent, tables: Mapping[str, TableRef], term: int | None = None
 ) -> NodeState:
     """`tables`: with the revision without which the content cannot be applied. `term`: of the
     leader that writes it, if leaders are elected."""
     spec = NodeStateSpec(
-        format=FORMAT,
+        format=_node_format(content),
         mode="Enforcing",
         endpoints=content.endpoints,
         rule_sets=content.rule_sets,
         peer_sets=content.peer_sets,
         tables=dict(tables),
         term=UNSET if term is None else term,
+        zone=content.zone or UNSET,
+        node_port_addresses=list(content.port_addresses) or UNSET,
     )
     node = OwnerReference(api_version="v1", kind="Node", name=name, uid=content.uid)
     return NodeState(
@@ -660,7 +669,9 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
 
 def _says(spec: NodeStateSpec, content: NodeContent, tables: Mapping[str, TableRef]) -> bool:
     return (
-        spec.format == FORMAT
+        spec.format == _node_format(content)
+        and (spec.zone or "") == content.zone
+        and tuple(spec.node_port_addresses or ()) == content.port_addresses
         and spec.mode == "Enforcing"
         and spec.endpoints == content.endpoints
         and spec.rule_sets == content.rule_sets

@@ -16,10 +16,11 @@ from typing import cast
 
 from tidegate_api import users
 
-from tidegate_operator import meanings, services
+from tidegate_operator import allocation, meanings, services
 from tidegate_operator.manifests import Document, Key
 from tidegate_operator.objects import (
     ContainerPort,
+    HostPort,
     Node,
     ObjectName,
     Pod,
@@ -53,6 +54,7 @@ class Options:
     first_node: tuple[str, ...] = ("172.18.0.2", "fc00:f853:ccd:e793::2")
     """Addresses of the first node; the others follow it."""
     identities: Settings = DEFAULT_IDENTITIES
+    services: services.Settings = services.DEFAULTS
 
 
 DEFAULTS = Options()
@@ -163,9 +165,11 @@ class _Builder:
         relevant = relevance(found.values(), self.options.identities)
         wanted = self._expand(by_kind, sorted(nodes))
         pods, cursors = _Placement(self, nodes, relevant).place(wanted)
-        served = services.Builder(self.options.service_cidrs, self.previous)
+        served = allocation.Builder(
+            self.options.service_cidrs, self.previous, self.options.services
+        )
         served_services, endpoints = served.build(
-            by_kind.get("Service", []), by_kind.get("EndpointSlice", []), pods, nodes.values()
+            by_kind.get("Service", []), by_kind.get("EndpointSlice", []), pods, nodes
         )
         self.problems += served.problems
         world = MadeWorld(
@@ -207,16 +211,25 @@ class _Builder:
         names = names[:count]
         fillers = (f"node-{number}" for number in range(1, 2 * MAX_NODES + 1))
         names += [name for name in fillers if name not in names][: count - len(names)]
+        zones = {
+            document.key.name: document.object.metadata.labels.get(services.ZONE_LABEL, "")
+            for document in documents
+        }
         known = {name: self.previous.nodes[name] for name in names if name in self.previous.nodes}
         taken = {node.index for node in known.values()}
         free = iter(index for index in range(MAX_NODES) if index not in taken)
-        return {
-            name: known[name] if name in known else self._node(name, next(free))
-            for name in sorted(names)
-        }
+        found = {}
+        for name in sorted(names):
+            before = known.get(name)
+            index = before.index if before is not None else next(free)
+            made = self._node(name, index, zones.get(name, ""))
+            found[name] = before if before is not None and before == made else made
+        return found
 
-    def _node(self, name: str, index: int) -> MadeNode:
-        addresses = [ipaddress.ip_address(first) + index for first in self.options.first_node]
+    def _node(self, name: str, index: int, zone: str) -> MadeNode:
+        addresses = tuple(
+            str(ipaddress.ip_address(first) + index) for first in self.options.first_node
+        )
         cidrs = []
         for text in self.options.pod_cidrs:
             whole = ipaddress.ip_network(text)
@@ -225,9 +238,11 @@ class _Builder:
             cidrs.append(f"{base}/{bits}")
         return MadeNode(
             name=name,
-            addresses=tuple(str(address) for address in addresses),
+            addresses=addresses,
             pod_cidrs=tuple(cidrs),
             index=index,
+            zone=zone,
+            port_addresses=services.port_addresses(addresses, self.options.services),
         )
 
     def _namespaces(
@@ -482,6 +497,7 @@ class _Placement:
             slot=slot,
             identity=self._relevant.key(pod.namespace, pod.labels, ports),
             origin=pod.origin,
+            host_ports=() if pod.spec.host_network else _host_ports(pod.spec),
         )
 
 
@@ -494,5 +510,18 @@ def _ports(spec: users.PodSpec) -> tuple[ContainerPort, ...]:
             ContainerPort(port.container_port, port.protocol, port.name)
             for container in (*spec.containers, *running)
             for port in container.ports
+        )
+    )
+
+
+def _host_ports(spec: users.PodSpec) -> tuple[HostPort, ...]:
+    return tuple(
+        sorted(
+            {
+                services.host_port(port.host_port, port.protocol, port.container_port, port.host_ip)
+                for container in (*spec.containers, *spec.init_containers)
+                for port in container.ports
+                if port.host_port
+            }
         )
     )

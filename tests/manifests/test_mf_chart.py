@@ -100,6 +100,9 @@ OTHER = {
     "kubeletConfig": "kubeletConfig=/other",
     "crds.install": "crds.install=false",
     "createNamespace": "createNamespace=true",
+    "services.externalIPs": "services.externalIPs[0]=192.0.2.0/24",
+    "services.nodePortAddresses": "services.nodePortAddresses[0]=fd00::/8",
+    "services.algorithm": "services.algorithm=maglev",
     "operator.replicas": "operator.replicas=2",
     "operator.logLevel": "operator.logLevel=debug",
     "operator.healthPort": "operator.healthPort=9999",
@@ -127,6 +130,8 @@ def test_every_value_changes_something(value: str) -> None:
         ("loader.maxUnavailable=0", "maxUnavailable"),
         ("loader.maxUnavailable=0%", "maxUnavailable"),
         ("operator.healthPort=65536", "healthPort"),
+        ("services.externalIPs[0]=192.0.2.1", "externalIPs"),
+        ("services.algorithm=fastest", "algorithm"),
         ("cni.binaryDirectory=opt/cni/bin", "binaryDirectory"),
     ],
 )

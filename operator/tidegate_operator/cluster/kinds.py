@@ -12,15 +12,29 @@ import functools
 import ipaddress
 from collections.abc import Callable, Mapping
 from sys import intern
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 from tidegate_api import API_VERSION, state, users
 
-from tidegate_operator.objects import ContainerPort, EndpointList, ObjectName, Protocol
+from tidegate_operator import endpoints
+from tidegate_operator.objects import (
+    ContainerPort,
+    EndpointList,
+    HostPort,
+    Listed,
+    ObjectName,
+    Protocol,
+)
 from tidegate_operator.policies import RulePlace
-from tidegate_operator.services import SERVICE_NAME_LABEL, family_of
+from tidegate_operator.services import (
+    FAMILIES,
+    SERVICE_NAME_LABEL,
+    ZONE_LABEL,
+    family_of,
+    host_port,
+)
 
 NOT_READY_TAINT = "tidegate.dev/agent-not-ready"
 PORT_CACHE = 4096
@@ -52,10 +66,12 @@ class PodFacts(msgspec.Struct, frozen=True):
     running: bool
     ended: bool
     since: str
+    host_ports: tuple[HostPort, ...] = ()
 
 
 class NodeFacts(msgspec.Struct, frozen=True):
-    """`pod_cidrs` and `addresses` (internal and external): canonical."""
+    """`pod_cidrs` and `addresses` (internal and external): canonical; addresses IPv4 first, and
+    internal ones before external ones. `zone` "": in none."""
 
     name: str
     uid: str
@@ -65,6 +81,7 @@ class NodeFacts(msgspec.Struct, frozen=True):
     """Where in `spec.taints` ours is."""
     taints: int
     linux: bool
+    zone: str = ""
 
 
 class NamespaceFacts(msgspec.Struct, frozen=True):
@@ -166,6 +183,8 @@ class _WithStatus(_Camel, frozen=True):
 
 class _ContainerPort(_Camel, frozen=True):
     container_port: int = 0
+    host_port: int | None = None
+    host_ip: str | None = msgspec.field(default=None, name="hostIP")
     name: str | None = None
     protocol: Protocol | None = None
 
@@ -230,11 +249,24 @@ class _Namespace(_Camel, frozen=True):
 
 class _Conditions(_Camel, frozen=True):
     ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+
+class _Named(_Camel, frozen=True):
+    name: str = ""
+
+
+class _Hints(_Camel, frozen=True):
+    for_zones: list[_Named] | None = None
+    for_nodes: list[_Named] | None = None
 
 
 class _Endpoint(_Camel, frozen=True):
     addresses: list[str] | None = None
     conditions: _Conditions | None = None
+    node_name: str | None = None
+    hints: _Hints | None = None
 
 
 class _Port(_Camel, frozen=True):
@@ -249,8 +281,6 @@ class _EndpointSlice(_Camel, frozen=True):
     endpoints: list[_Endpoint] | None = None
     ports: list[_Port] | None = None
 
-
-_FAMILIES: dict[str, Literal[4, 6]] = {"IPv4": 4, "IPv6": 6}
 
 _A = TypeVar("_A")
 
@@ -288,6 +318,7 @@ def pod(data: bytes) -> PodFacts:
         host_network=bool(spec.host_network),
         addresses=_addresses(texts),
         ports=_named_ports(spec),
+        host_ports=() if spec.host_network else _host_ports(spec),
         running=status.phase == "Running",
         ended=status.phase in ("Succeeded", "Failed"),
         since=status.start_time or meta.creation_timestamp or "",
@@ -298,9 +329,13 @@ def node(data: bytes) -> NodeFacts:
     found = _node(data)
     spec, status = found.spec or _NodeSpec(), found.status or _NodeStatus()
     addresses = [
-        item.address for item in status.addresses or () if item.type in ("InternalIP", "ExternalIP")
+        item.address
+        for kind in ("InternalIP", "ExternalIP")
+        for item in status.addresses or ()
+        if item.type == kind
     ]
     taints = [item.key for item in spec.taints or ()]
+    labels = found.metadata.labels or {}
     cidrs = spec.pod_cidrs or ([spec.pod_cidr] if spec.pod_cidr else [])
     return NodeFacts(
         name=intern(found.metadata.name),
@@ -309,7 +344,8 @@ def node(data: bytes) -> NodeFacts:
         pod_cidrs=tuple(dict.fromkeys(_network(text) for text in cidrs)),
         taint=next((at for at, key in enumerate(taints) if key == NOT_READY_TAINT), None),
         taints=len(taints),
-        linux=(found.metadata.labels or {}).get("kubernetes.io/os", "linux") == "linux",
+        linux=labels.get("kubernetes.io/os", "linux") == "linux",
+        zone=intern(labels.get(ZONE_LABEL, "")),
     )
 
 
@@ -321,24 +357,45 @@ def namespace(data: bytes) -> NamespaceFacts:
 def endpoint_slice(data: bytes) -> SliceFacts:
     found = _slice(data)
     owner = (found.metadata.labels or {}).get(SERVICE_NAME_LABEL, "")
-    family = _FAMILIES.get(found.address_type)
-    ready = [
-        item.addresses[0]
-        for item in found.endpoints or ()
-        if item.addresses and (item.conditions is None or item.conditions.ready is not False)
-    ]
+    family = FAMILIES.get(found.address_type)
     ports = tuple(
         (port.name or "", port.protocol or "TCP", port.port) for port in found.ports or ()
     )
+    listed: list[Listed] = []
+    refused: list[str] = []
     # Names (addressType FQDN) lead nowhere.
-    addresses = tuple(_address(text) for text in ready if family is not None)
-    return SliceFacts(intern(owner), EndpointList(family, ports, addresses))
+    for item in found.endpoints or () if family is not None else ():
+        one = _listed(item)
+        if one is not None and users.is_special(one.address):
+            refused.append(one.address)
+        elif one is not None:
+            listed.append(one)
+    return SliceFacts(
+        intern(owner), EndpointList(family, ports, tuple(listed), tuple(sorted(refused)))
+    )
+
+
+def _listed(item: _Endpoint) -> Listed | None:
+    """What is not said of conditions: ready, and serving, and not terminating."""
+    conditions, hints = item.conditions or _Conditions(), item.hints or _Hints()
+    try:
+        return endpoints.listed(
+            item.addresses or (),
+            conditions.ready is not False,
+            conditions.serving is not False,
+            conditions.terminating is True,
+            intern(item.node_name or ""),
+            [intern(zone.name) for zone in hints.for_zones or ()],
+            [intern(node.name) for node in hints.for_nodes or ()],
+        )
+    except ValueError as error:
+        raise DecodeError(str(error)) from error
 
 
 def service(data: bytes) -> ServiceFacts:
     """A Service that the API server took is served as far as we understand it: fields that
     a newer server knows and we do not are left out, and named."""
-    tree = _bare(data, "v1", "Service")
+    tree = _bare(data, "v1", "Service", status=True)
     try:
         return ServiceFacts(users.Service.model_validate(tree), ())
     except ValidationError as error:
@@ -451,6 +508,16 @@ def _named_ports(spec: _PodSpec) -> tuple[ContainerPort, ...]:
     )
 
 
+def _host_ports(spec: _PodSpec) -> tuple[HostPort, ...]:
+    found = {
+        host_port(port.host_port, port.protocol or "TCP", port.container_port, port.host_ip or "")
+        for container in (*(spec.containers or ()), *(spec.init_containers or ()))
+        for port in container.ports or ()
+        if port.host_port
+    }
+    return tuple(sorted(found))
+
+
 _container_port = functools.lru_cache(maxsize=PORT_CACHE)(ContainerPort)
 
 
@@ -473,14 +540,17 @@ def _network(text: str) -> str:
         raise DecodeError(str(error)) from error
 
 
-def _bare(data: bytes, version: str, kind: str) -> dict[str, Any]:
-    """Without what changes without meaning anything; items of a list do not say their kind."""
+def _bare(data: bytes, version: str, kind: str, status: bool = False) -> dict[str, Any]:
+    """Without what changes without meaning anything; items of a list do not say their kind.
+    `status`: the status means something, and the annotations, and how old the object is."""
     tree = _tree(data)
     tree.update(apiVersion=version, kind=kind)
-    tree.pop("status", None)
+    if not status:
+        tree.pop("status", None)
     metadata = tree.get("metadata")
     if isinstance(metadata, Mapping):
-        kept = ("name", "namespace", "labels", "uid", "generation")
+        kept = ["name", "namespace", "labels", "uid", "generation"]
+        kept += ["annotations", "creationTimestamp"] if status else []
         tree["metadata"] = {key: metadata[key] for key in kept if key in metadata}
     return tree
 

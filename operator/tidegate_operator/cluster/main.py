@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ipaddress
 import logging
 import os
 import socket
@@ -24,6 +25,7 @@ from tidegate_kube import Access, AccessError, Client, in_cluster
 from tidegate_kube.access import read as read_source
 from tidegate_kube.kubeconfig import from_kubeconfig
 
+from tidegate_operator import services
 from tidegate_operator.cluster.lead import Alone, Lead
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.runner import Runner
@@ -55,6 +57,7 @@ class Options:
     taint_nodes: bool
     listen: tuple[str, int]
     log_level: str
+    services: services.Settings
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -94,6 +97,29 @@ def parse(arguments: list[str] | None = None) -> Options:
         help=f"address of /healthz, /readyz and /metrics (default: {DEFAULT_LISTEN})",
     )
     parser.add_argument(
+        "--external-ips",
+        type=cidrs,
+        default=(),
+        metavar="CIDR,...",
+        help="serve spec.externalIPs of Services inside these networks (default: none, as whoever "
+        "may write a Service could take any address with them)",
+    )
+    parser.add_argument(
+        "--nodeport-addresses",
+        type=cidrs,
+        default=(),
+        metavar="CIDR,...",
+        help="the addresses of a node that answer for NodePorts and host ports are those inside "
+        "these networks (default: its primary address of each family)",
+    )
+    parser.add_argument(
+        "--service-algorithm",
+        choices=("random", "maglev"),
+        default="random",
+        help="how a new connection gets its backend, where a Service does not say it in the "
+        "annotation tidegate.dev/algorithm (default: %(default)s)",
+    )
+    parser.add_argument(
         "--log-level", choices=("debug", "info", "warning"), default="info", help="of JSON lines"
     )
     found = parser.parse_args(arguments)
@@ -107,7 +133,20 @@ def parse(arguments: list[str] | None = None) -> Options:
         taint_nodes=found.taint_nodes,
         listen=found.listen,
         log_level=found.log_level,
+        services=services.Settings(
+            external_ips=found.external_ips,
+            node_ports=found.nodeport_addresses,
+            maglev=found.service_algorithm == "maglev",
+        ),
     )
+
+
+def cidrs(text: str) -> tuple[str, ...]:
+    """Networks, separated by commas; "" is none."""
+    try:
+        return tuple(str(ipaddress.ip_network(part.strip())) for part in text.split(",") if part)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -140,7 +179,12 @@ class Operator:
             self.client, self.watches, self.lead, self.metrics, options.taint_nodes
         )
         self.runner = Runner(
-            self.client, self.watches, self.lead, self.metrics, self.statuses.published
+            self.client,
+            self.watches,
+            self.lead,
+            self.metrics,
+            self.statuses.published,
+            options.services,
         )
         self.watches.changed = self._changed
         self.metrics.watch(self.runner)

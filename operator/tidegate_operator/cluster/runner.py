@@ -18,7 +18,7 @@ import structlog
 from tidegate_api.state import Identity
 from tidegate_kube import Client, KubeError
 
-from tidegate_operator import identities, publish
+from tidegate_operator import identities, publish, services
 from tidegate_operator.cluster import world
 from tidegate_operator.cluster.lead import Lead, term_of
 from tidegate_operator.cluster.metrics import Metrics
@@ -75,6 +75,7 @@ class Runner:
         lead: Lead,
         metrics: Metrics,
         on_published: Callable[[Published], None] | None = None,
+        of_services: services.Settings = services.DEFAULTS,
     ) -> None:
         self.watches = watches
         watches.changed = self.poke
@@ -82,6 +83,7 @@ class Runner:
         self._lead = lead
         self._metrics = metrics
         self._on_published = on_published
+        self._of_services = of_services
         self._thread = threading.Thread(target=self._run, name="runner", daemon=True)
         self._stopping = threading.Event()
         self._wake = threading.Event()
@@ -257,7 +259,7 @@ class Runner:
     def _step(self, snapshot: Snapshot, arrived: float) -> None:
         assert self._publisher is not None
         began = time.monotonic()
-        now, problems = world.build(snapshot, self._world)
+        now, problems = world.build(snapshot, self._world, of_services=self._of_services)
         self._world = now
         built = time.monotonic()
         ledger = self._ledger

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from tidegate_operator import meanings, services
+from tidegate_api import users
+
+from tidegate_operator import endpoints, meanings, services
 from tidegate_operator.cluster.kinds import (
     NamespaceFacts,
     NodeFacts,
@@ -41,6 +44,8 @@ API_SERVICE = ObjectName("default", "kubernetes")
 """Its endpoints serve the API."""
 STAYS = "the last valid version stays in force"
 
+_V = TypeVar("_V")
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -63,26 +68,33 @@ class ClusterWorld(World):
     """A World with what the next one is made from."""
 
     snapshot: Snapshot = field(compare=False, repr=False)
-    by_service: dict[ObjectName, tuple[EndpointList, ...]] = field(compare=False, repr=False)
+    by_service: dict[ObjectName, dict[Key, EndpointList]] = field(compare=False, repr=False)
     stalled: dict[str, str] = field(compare=False, repr=False)
     """User-made Identities that are not in force, and why."""
     claims: dict[str, tuple[PodFacts, ...]] = field(compare=False, repr=False)
     """address -> the pods that say they have it, in order of their names."""
+    of_services: services.Settings = field(compare=False, repr=False)
+    remarks: dict[tuple[str, Key], tuple[Problem, ...]] = field(compare=False, repr=False)
+    """(kind, key) of a Service or a slice -> what there is to say of it."""
     said: tuple[Problem, ...] = field(compare=False, repr=False)
 
 
 def build(
-    snapshot: Snapshot, previous: ClusterWorld | None = None, settings: Settings = DEFAULTS
+    snapshot: Snapshot,
+    previous: ClusterWorld | None = None,
+    settings: Settings = DEFAULTS,
+    of_services: services.Settings = services.DEFAULTS,
 ) -> tuple[ClusterWorld, tuple[Problem, ...]]:
     """Never raises for what the snapshot says."""
     before = previous or EMPTY_WORLD
     policies, relevant = _policies(snapshot, before, settings)
-    nodes = _nodes(snapshot, before)
+    nodes = _nodes(snapshot, before, of_services)
     pod_cidrs = tuple(sorted({cidr for node in nodes.values() for cidr in node.pod_cidrs}))
     pods, claims = _pods(snapshot, relevant, before)
     found, stalled = _user_identities(snapshot, relevant, pod_cidrs, before)
     by_service = _by_service(snapshot, before)
-    served = _services(snapshot, before)
+    remarks = _remarks(snapshot, before, of_services)
+    served = _services(snapshot, before, of_services)
     world = ClusterWorld(
         nodes=nodes,
         namespaces=_namespaces(snapshot, pods, found),
@@ -95,13 +107,22 @@ def build(
         relevance=relevant,
         pod_cidrs=pod_cidrs,
         apiservers=tuple(
-            sorted({text for item in by_service.get(API_SERVICE, ()) for text in item.ready})
+            sorted(
+                {
+                    one.address
+                    for item in by_service.get(API_SERVICE, {}).values()
+                    for one in item.endpoints
+                    if not one.ends
+                }
+            )
         ),
         snapshot=snapshot,
         by_service=by_service,
         stalled=stalled,
         claims=claims,
-        said=_said(snapshot, before),
+        of_services=of_services,
+        remarks=remarks,
+        said=_said(snapshot, before, remarks),
     )
     return world, (*world.said, *_stalled(stalled))
 
@@ -136,12 +157,21 @@ def _user_identities(
 # ---- nodes and namespaces ------------------------------------------------------------------
 
 
-def _nodes(snapshot: Snapshot, before: ClusterWorld) -> dict[str, Node]:
-    if snapshot.nodes is before.snapshot.nodes:
+def _nodes(
+    snapshot: Snapshot, before: ClusterWorld, of_services: services.Settings
+) -> dict[str, Node]:
+    if snapshot.nodes is before.snapshot.nodes and of_services == before.of_services:
         return dict(before.nodes)
     found = {}
     for item in sorted(snapshot.nodes.values(), key=lambda item: item.name):
-        made = Node(item.name, item.addresses, item.pod_cidrs, item.uid)
+        made = Node(
+            item.name,
+            item.addresses,
+            item.pod_cidrs,
+            item.uid,
+            item.zone,
+            services.port_addresses(item.addresses, of_services),
+        )
         held = before.nodes.get(item.name)
         found[item.name] = held if held is not None and held == made else made
     return found
@@ -210,7 +240,7 @@ def _pods(
     return found, claims
 
 
-def _first(item: tuple[ObjectName, Pod]) -> ObjectName:
+def _first(item: tuple[ObjectName, object]) -> ObjectName:
     return item[0]
 
 
@@ -249,77 +279,148 @@ def _pod(item: PodFacts, addresses: tuple[str, ...], relevant: Relevance) -> Pod
         host_network=item.host_network,
         identity=relevant.key(item.key.namespace, item.labels, item.ports),
         origin=item,
+        host_ports=item.host_ports,
     )
 
 
 # ---- services ------------------------------------------------------------------------------
 
 
-def _services(snapshot: Snapshot, before: ClusterWorld) -> dict[ObjectName, Service]:
-    if snapshot.services is before.snapshot.services:
+def _services(
+    snapshot: Snapshot, before: ClusterWorld, of_services: services.Settings
+) -> dict[ObjectName, Service]:
+    """Looks only at Services that changed."""
+    same = of_services == before.of_services
+    old: Mapping[Key, ServiceFacts] = before.snapshot.services if same else {}
+    now = snapshot.services
+    if same and now is old:
         return before.services
-    found = {}
-    for key in sorted(snapshot.services):
-        name, written = ObjectName(*key), snapshot.services[key].written
-        addresses = _cluster_ips(written.spec.cluster_ip, written.spec.cluster_ips)
-        if written.spec.type == "ExternalName":
-            addresses = ()
-        found[name] = services.service(name, written, addresses, before.services.get(name))
+    changed = [key for key, item in now.items() if old.get(key) is not item]
+    found = dict(before.services)
+    for key in changed:
+        name, written = ObjectName(*key), now[key].written
+        addresses = _cluster_ips(written) if services.is_programmed(written) else ()
+        held = before.services.get(name)
+        found[name] = services.service(name, written, addresses, held, of_services)
+    return _as_there(found, now)
+
+
+def _as_there(found: dict[ObjectName, _V], there: Mapping[Any, object]) -> dict[ObjectName, _V]:
+    """Without what is not `there`; in order."""
+    if len(found) != len(there) or found.keys() != there.keys():
+        for name in found.keys() - there.keys():
+            del found[name]
+        return dict(sorted(found.items(), key=_first))
     return found
 
 
-def _cluster_ips(one: str, several: Iterable[str]) -> tuple[str, ...]:
-    """As the API server gave them; none for a headless Service."""
-    texts = [text for text in dict.fromkeys((one, *several)) if text]
-    return () if "None" in texts else tuple(services.canonical(text) for text in texts)
+def _cluster_ips(written: users.Service) -> tuple[str, ...]:
+    """As the API server gave them."""
+    spec = written.spec
+    texts = dict.fromkeys((spec.cluster_ip, *spec.cluster_ips))
+    return tuple(services.canonical(text) for text in texts if text)
 
 
 def _by_service(
     snapshot: Snapshot, before: ClusterWorld
-) -> dict[ObjectName, tuple[EndpointList, ...]]:
-    if snapshot.slices is before.snapshot.slices:
+) -> dict[ObjectName, dict[Key, EndpointList]]:
+    """Looks only at slices that changed."""
+    old, now = before.snapshot.slices, snapshot.slices
+    if now is old:
         return before.by_service
-    lists: dict[ObjectName, list[EndpointList]] = {}
-    for key in sorted(snapshot.slices):
-        item = snapshot.slices[key]
-        if item.service:
-            lists.setdefault(ObjectName(key[0], item.service), []).append(item.endpoints)
-    return {name: tuple(found) for name, found in lists.items()}
+    found = dict(before.by_service)
+    changed = [key for key, item in now.items() if old.get(key) is not item]
+    others = {*changed, *(key for key in old if key not in now)}
+    touched: set[ObjectName] = set()
+    for key in others:
+        for item in (old.get(key), now.get(key)):
+            if item is not None and item.service:
+                touched.add(ObjectName(key[0], item.service))
+    for name in touched:
+        held = found.get(name, {})
+        found[name] = {key: item for key, item in held.items() if key not in others}
+    for key in changed:
+        if owner := now[key].service:
+            found[ObjectName(key[0], owner)][key] = now[key].endpoints
+    for name in touched:
+        if not found[name]:
+            del found[name]
+    return found
 
 
 def _endpoints(
-    served: Mapping[ObjectName, Service],
-    by_service: Mapping[ObjectName, tuple[EndpointList, ...]],
+    served: dict[ObjectName, Service],
+    by_service: Mapping[ObjectName, Mapping[Key, EndpointList]],
     before: ClusterWorld,
 ) -> dict[ObjectName, Endpoints]:
     if served is before.services and by_service is before.by_service:
         return before.endpoints
-    found = {}
+    old, slices = before.services, before.by_service
+    nothing: Mapping[Key, EndpointList] = {}
+    found = dict(before.endpoints)
     for name, service in served.items():
-        slices = by_service.get(name, ())
-        held = before.endpoints.get(name)
-        if (
-            held is None
-            or before.services.get(name) is not service
-            or before.by_service.get(name, ()) != slices
-        ):
-            made = services.endpoints_of(service, slices)
-            held = held if held is not None and held == made else made
-        found[name] = held
-    return found
+        own = by_service.get(name, nothing)
+        if old.get(name) is not service or slices.get(name, nothing) is not own:
+            made = endpoints.from_slices(service, [*own.values()])
+            held = before.endpoints.get(name)
+            found[name] = held if held is not None and held == made else made
+    return _as_there(found, served)
 
 
 # ---- what people should know ---------------------------------------------------------------
 
 
-def _said(snapshot: Snapshot, before: ClusterWorld) -> tuple[Problem, ...]:
+def _said(
+    snapshot: Snapshot,
+    before: ClusterWorld,
+    remarks: Mapping[tuple[str, Key], tuple[Problem, ...]],
+) -> tuple[Problem, ...]:
     if (
-        snapshot.services is before.snapshot.services
+        remarks is before.remarks
         and snapshot.policies is before.snapshot.policies
         and snapshot.invalid is before.snapshot.invalid
     ):
         return before.said
-    return tuple(_of_objects(snapshot))
+    return (*_of_objects(snapshot), *(one for key in sorted(remarks) for one in remarks[key]))
+
+
+def _remarks(
+    snapshot: Snapshot, before: ClusterWorld, of_services: services.Settings
+) -> dict[tuple[str, Key], tuple[Problem, ...]]:
+    """Looks only at what changed; the same object if nothing of it did."""
+    same = of_services == before.of_services
+    old = before.snapshot if same else Snapshot()
+    found = dict(before.remarks) if same else {}
+    pairs: tuple[tuple[str, Mapping[Key, object], Mapping[Key, object]], ...] = (
+        ("Service", old.services, snapshot.services),
+        ("EndpointSlice", old.slices, snapshot.slices),
+    )
+    for kind, was, now in pairs:
+        if was is now:
+            continue
+        for key in was.keys() - now.keys():
+            found.pop((kind, key), None)
+        for key, item in now.items():
+            if was.get(key) is item:
+                continue
+            if said := tuple(_remarks_of(key, item, of_services)):
+                found[kind, key] = said
+            else:
+                found.pop((kind, key), None)
+    return before.remarks if same and found == before.remarks else found
+
+
+def _remarks_of(key: Key, item: object, of_services: services.Settings) -> Iterable[Problem]:
+    match item:
+        case ServiceFacts(written=written, ignored=ignored):
+            for remark in services.remarks(written, of_services):
+                yield _problem("warning", "Service", key, *remark)
+            for name in ignored:
+                yield _problem("warning", "Service", key, name, "is not known here, and not served")
+        case SliceFacts(endpoints=found) if found.refused:
+            text = f"{', '.join(found.refused)}: unspecified, loopback or link-local"
+            remedy = "name addresses that are the same for every node"
+            yield _problem("error", "EndpointSlice", key, "endpoints", text, remedy)
 
 
 def _of_objects(snapshot: Snapshot) -> Iterable[Problem]:
@@ -331,11 +432,6 @@ def _of_objects(snapshot: Snapshot) -> Iterable[Problem]:
             text = f"{policy.why}: rules that are not understood allow nothing"
             remedy = "say it in fields that this version serves, or upgrade Tidegate"
             yield _problem("error", "NetworkPolicy", key, "spec", text, remedy)
-    for key, facts in sorted(snapshot.services.items(), key=lambda item: item[0]):
-        for name, text in services.unserved(facts.written.spec):
-            yield _problem("warning", "Service", key, name, text)
-        for name in facts.ignored:
-            yield _problem("warning", "Service", key, name, "is not known here, and not served")
 
 
 def _stalled(found: Mapping[str, str]) -> Iterable[Problem]:
@@ -368,5 +464,7 @@ EMPTY_WORLD = ClusterWorld(
     by_service={},
     stalled={},
     claims={},
+    of_services=services.DEFAULTS,
+    remarks={},
     said=(),
 )

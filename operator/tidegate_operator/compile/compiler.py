@@ -7,13 +7,12 @@ while they are the same ones; entries that a pass did not use are dropped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from msgspec import UNSET
 from tidegate_api.state import (
-    Backend,
     Endpoint,
-    Frontend,
+    HostPort,
     IPCacheEntry,
     PeerSet,
     Reserved,
@@ -29,17 +28,16 @@ from tidegate_operator.compile.rules import (
     inexpressible,
     peer_fields,
 )
+from tidegate_operator.compile.services import ServiceTable
 from tidegate_operator.identities import Ledger
 from tidegate_operator.objects import (
     Direction,
-    Endpoints,
     IdentityKey,
     ObjectName,
     Pod,
     PodPeer,
     Policy,
     PolicyName,
-    Service,
     World,
 )
 from tidegate_operator.problems import Problem, Source, at
@@ -54,6 +52,10 @@ class NodeContent:
     peer_sets: list[str]
     uid: str = ""
     """Of the Node that the state belongs to; "" where nodes are no objects."""
+    zone: str = ""
+    """"" also where no Service asks for it."""
+    port_addresses: tuple[str, ...] = ()
+    """Those that answer for NodePorts and host ports; () also where there is no such port."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,6 @@ class _Facts:
 
 
 _PodCache = tuple[Pod, int, _Subject, Endpoint, tuple[IPCacheEntry, ...]]
-_ServiceCache = tuple[Service, Endpoints, list[ServicePort]]
 _RuleSetKey = tuple[Direction, tuple[int, ...]]
 
 
@@ -125,9 +126,9 @@ class _Pass:
     ledger: Ledger
     rule_sets: dict[str, RuleSet]
     peers: tuple[str, ...]
-    services: dict[str, list[ServicePort]]
     problems: tuple[Problem, ...]
-    peers_version: int
+    versions: tuple[int, int]
+    """Of the peer sets, and of what services' conflicts say."""
 
 
 class Compiler:
@@ -145,7 +146,7 @@ class Compiler:
         self._subjects: dict[IdentityKey, _Subject] = {}
         self._rule_sets: dict[_RuleSetKey, Compiled] = {}
         self._pods: dict[ObjectName, _PodCache] = {}
-        self._services: dict[ObjectName, _ServiceCache] = {}
+        self._services = ServiceTable()
         self._facts: dict[PolicyName, _Facts] = {}
         self._running = _Running({}, {}, {}, {}, {}, set())
         self._last: _Pass | None = None
@@ -173,23 +174,24 @@ class Compiler:
             rule_sets, peers = self._in_force()
         else:
             rule_sets, peers = last.rule_sets, last.peers
-        services = self._all_services(world, last)
+        services = self._update_services(world)
         if (
             last is None
             or not same_subjects
             or on_host
-            or last.peers_version != self._peers.version
+            or last.versions != (self._peers.version, services.version)
             or last.world.sources != world.sources
         ):
-            problems = tuple(self._problems(world))
+            problems = (*self._problems(world), *services.problems(world.sources))
         else:
             problems = last.problems
-        self._last = _Pass(world, ledger, rule_sets, peers, services, problems, self._peers.version)
+        versions = (self._peers.version, services.version)
+        self._last = _Pass(world, ledger, rule_sets, peers, problems, versions)
         return Desired(
             rule_sets=rule_sets,
             nodes=self._nodes(world, None if last is None else touched),
             ipcache=self._ipcache(world, ledger),
-            services=services,
+            services=services.entries,
             peers={name: self._peers.published(name) for name in peers},
             problems=problems,
         )
@@ -352,6 +354,16 @@ class Compiler:
             addresses=list(pod.addresses),
             ingress=ingress.name if ingress is not None else UNSET,
             egress=egress.name if egress is not None else UNSET,
+            host_ports=[
+                HostPort(
+                    port=one.port,
+                    protocol=one.protocol,
+                    target=one.target,
+                    address=one.address or UNSET,
+                )
+                for one in pod.host_ports
+            ]
+            or UNSET,
         )
         entries = tuple(
             IPCacheEntry(cidr=_host(address), identity=number, node=pod.node)
@@ -361,54 +373,13 @@ class Compiler:
             entries = held[4]
         return pod, number, subject, endpoint, entries
 
-    def _service(self, name: ObjectName, service: Service, endpoints: Endpoints) -> _ServiceCache:
-        held = self._services.get(name)
-        if held is not None and held[0] is service and held[1] is endpoints:
-            return held
-        names = {(port.port, port.protocol): port.name for port in service.ports}
-        address_of = {6 if ":" in address else 4: address for address in service.cluster_ips}
-        ports = [
-            ServicePort(
-                namespace=name.namespace,
-                name=name.name,
-                type=service.type,
-                frontends=[
-                    Frontend(
-                        address=address_of[port.family],
-                        port=port.port,
-                        protocol=port.protocol,
-                        port_name=names[port.port, port.protocol],
-                    )
-                ],
-                backends=[
-                    Backend(address=address, port=number) for address, number in port.backends
-                ],
-            )
-            for port in endpoints.ports
-        ]
-        ports.sort(
-            key=lambda port: (
-                port.frontends[0].address,
-                port.frontends[0].port,
-                port.frontends[0].protocol,
-            )
-        )
-        return service, endpoints, ports
-
     # ---- the whole ----
 
-    def _all_services(self, world: World, last: _Pass | None) -> dict[str, list[ServicePort]]:
-        if (
-            last is not None
-            and last.world.services is world.services
-            and last.world.endpoints is world.endpoints
-        ):
-            return last.services
-        self._services = {
-            name: self._service(name, service, world.endpoints[name])
-            for name, service in world.services.items()
-        }
-        return {str(name): ports for name, (_, _, ports) in self._services.items() if ports}
+    def _update_services(self, world: World) -> ServiceTable:
+        table, self._services = self._services, ServiceTable()  # as `_last`
+        table.update(world.services, world.endpoints)
+        self._services = table
+        return table
 
     def _in_force(self) -> tuple[dict[str, RuleSet], tuple[str, ...]]:
         """Rule sets, and the names of peer sets, that pods use."""
@@ -427,6 +398,13 @@ class Compiler:
             held = before.get(name)
             if held is None or touched is None or name in touched or held.uid != node.uid:
                 held = self._node(name, node.uid)
+            zone = node.zone if self._services.asks_zones else ""
+            ported = self._services.asks_node_ports or any(
+                endpoint.host_ports is not UNSET for endpoint in held.endpoints
+            )
+            addresses = node.port_addresses if ported else ()
+            if (held.zone, held.port_addresses) != (zone, addresses):
+                held = replace(held, zone=zone, port_addresses=addresses)
             found[name] = held
         self._running.nodes = found
         return found
