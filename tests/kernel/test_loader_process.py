@@ -11,6 +11,7 @@ import pytest
 from support import loader_node
 from support import loader_world as world
 from support.loader_node import TIMEOUT, Node, ip, poll
+from support.other_version import compile_object
 from tidegate_api import state as api
 from tidegate_bpf import Link, clsact, mounts, netns
 from tidegate_loader import addresses, kernel
@@ -192,7 +193,7 @@ def test_socket_programs_attach_to_a_cgroup(node: Node) -> None:
         world.STUB.split('SEC("tc")')[0].replace("SCRATCH", "8")
         + 'SEC("cgroup/connect4") int connect4(struct bpf_sock_addr *c) { return 1; }'
     )
-    world.compile_object(source, node.objects / "sock.o")
+    compile_object(source, node.objects / "sock.o")
     cgroup = Path(root) / node.namespace
     cgroup.mkdir()
     try:

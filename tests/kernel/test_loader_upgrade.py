@@ -1,7 +1,6 @@
 """Upgrade and downgrade between two layouts of the maps that programs fill, under traffic.
 
-The other version is this one's source with the layout of tracked flows changed: another order of
-members, one more, and the names of the maps that hold them raised by one, as CONTRIBUTING asks.
+The other version is made of this one's source: tests/support/other_version.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import loader_node
+from support import loader_node, other_version
 from support import loader_world as world
 from support.cni_step import Pod, call, config, pod
 from support.loader_node import Node, ip, poll
@@ -29,18 +28,6 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
 ]
 
-CHANGED = {
-    "types.h": [
-        ("\t__u32 seen;  /*", "\t__u64 news;\n\t__u32 MOVED; /*"),
-        ("\t__u32 flags; /* enum tg_ct_flags */", "\t__u32 seen;"),
-        ("__u32 MOVED;", "__u32 flags;"),
-        ("TG_SIZE(struct tg_ct, 88)", "TG_SIZE(struct tg_ct, 96)"),
-        ("TG_SIZE(struct tg_half_open, 128)", "TG_SIZE(struct tg_half_open, 136)"),
-        ("TG_SIZE(struct tg_half_open_set, 512)", "TG_SIZE(struct tg_half_open_set, 544)"),
-    ],
-}
-RENAMED = ("ct_v1", "ct_v2"), ("half_open_v1", "half_open_v2")
-
 
 class Version:
     """A loader's code and its objects."""
@@ -52,39 +39,15 @@ class Version:
 
 @pytest.fixture(scope="module")
 def one() -> Version:
-    return Version(world.ROOT / "datapath" / "build", world.ROOT)
+    return Version(other_version.ROOT / "datapath" / "build", other_version.ROOT)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Version:
     """The same with another layout."""
     root = tmp_path_factory.mktemp("two")
-    for part in ("crds", "datapath", "node-loader"):
-        skipped = shutil.ignore_patterns("build", "__pycache__")
-        shutil.copytree(world.ROOT / part, root / part, ignore=skipped)
-    for name, edits in CHANGED.items():
-        path = root / "datapath" / "include" / "tidegate" / name
-        text = path.read_text()
-        for before, after in edits:
-            assert text.count(before) == 1, before
-            text = text.replace(before, after)
-        path.write_text(text)
-    sources = [*(root / "datapath").rglob("*.[ch]"), *(root / "node-loader").rglob("*.py")]
-    for path in sources:
-        text = path.read_text()
-        for before, after in RENAMED:
-            text = text.replace(f"{before} ", f"{after} ").replace(f"&{before}", f"&{after}")
-            text = text.replace(f'"{before}"', f'"{after}"')
-        path.write_text(text)
-    built = root / "datapath" / "build"
-    built.mkdir()
-    for name in ("pod", "sock"):
-        world.compile_object(
-            root / "datapath" / f"{name}.bpf.c",
-            built / f"{name}.o",
-            include=root / "datapath" / "include",
-        )
-    return Version(built, root)
+    other_version.other_layout(root)
+    return Version(root / "datapath" / "build", root)
 
 
 @pytest.fixture

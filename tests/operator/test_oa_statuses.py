@@ -115,6 +115,25 @@ def test_policy_not_as_written_stalls_with_an_event_once(town: Town) -> None:
     assert events(town)[0] == ("p", "Normal", "AsWritten")
 
 
+def test_a_loader_too_old_for_what_is_published_is_named(town: Town) -> None:
+    populate(town)
+    town.settled()
+    town.realise("n1")
+    # It says what it had before, and that it reads nothing of today's.
+    town.realise("n2", "before", formats=(7,))
+
+    def message() -> str:
+        found = held(town).get("status", {}).get("conditions", [])
+        return next((c["message"] for c in found if c["type"] == "Reconciling"), "")
+
+    why = "the loader of node n2 reads format 7, not format 1, in which this is published"
+    until(lambda: why in message(), "the policy's status says so", SECONDS)
+    until(lambda: events(town) == [("n2", "Warning", "FormatNotRead")], "an event", SECONDS)
+    town.realise("n2", formats=(1, 7))
+    say(town, READY, (2, 2))
+    assert len(events(town)) == 1
+
+
 def test_status_goes_with_its_policy_and_comes_back_if_deleted(town: Town) -> None:
     populate(town)
     town.settled()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 from msgspec import UNSET, UnsetType
+from support import other_version
 from tidegate_api import API_VERSION
 from tidegate_api import state as api
 from tidegate_loader.local import LocalInterface
 from tidegate_loader.maps import State
 
 NODE = "node-1"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = other_version.ROOT
 
 STUB = """
 #include <tidegate/maps.h>
@@ -35,19 +35,8 @@ def stub_object(directory: Path, verdict: int = -1) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     source = directory / "pod.bpf.c"
     source.write_text(STUB.replace("SCRATCH", str(8 + verdict)) % (verdict, verdict))
-    compile_object(source, directory / "pod.o")
+    other_version.compile_object(source, directory / "pod.o")
     return directory
-
-
-def compile_object(
-    source: Path, target: Path, include: Path = ROOT / "datapath" / "include"
-) -> None:
-    machine = subprocess.run(
-        ["gcc", "-print-multiarch"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    command = ["clang-19", "-O2", "-g", "-target", "bpf", "-mcpu=v3", f"-I{include}"]
-    command += [f"-I/usr/include/{machine}", "-c", str(source), "-o", str(target)]
-    subprocess.run(command, check=True)
 
 
 def peer_set(name: str, *identities: int) -> api.PeerSet:

@@ -117,11 +117,14 @@ class Town:
         found = {key: count - before.get(key, 0) for key, count in self.writes().items()}
         return {key: count for key, count in found.items() if count}
 
-    def realise(self, name: str, digest: str | None = None) -> None:
-        """As a loader does: the node says that its state, or another, is in force."""
+    def realise(
+        self, name: str, digest: str | None = None, formats: tuple[int, ...] = (1,)
+    ) -> None:
+        """As a loader does: the node says that its state, or another, is in force, and what
+        formats it reads."""
         tree = json.loads(self.client.get(resources.NODE_STATES, name))
         said = digest or tree["metadata"]["annotations"]["tidegate.dev/digest"]
-        tree["status"] = {"realised": said, "endpoints": 0, "drift": 0, "formats": [1]}
+        tree["status"] = {"realised": said, "endpoints": 0, "drift": 0, "formats": list(formats)}
         body = msgspec.json.encode(tree)
         self.client.update(resources.NODE_STATES, name, body, subresource="status")
 

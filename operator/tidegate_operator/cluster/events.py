@@ -15,7 +15,7 @@ import structlog
 from tidegate_api.state import PolicyStatusStatus
 from tidegate_kube import Client, KubeError, resources
 
-from tidegate_operator.cluster.kinds import ServiceFacts
+from tidegate_operator.cluster.kinds import NodeFacts, ServiceFacts
 from tidegate_operator.objects import ObjectName
 from tidegate_operator.problems import Problem
 
@@ -23,7 +23,7 @@ CONTROLLER = "tidegate.dev/operator"
 MAX_NOTE = 1024
 """Bytes that the API takes."""
 MAX_EVENTS_ONCE = 20
-"""Of services, in one round: a cluster full of them is no reason for a storm."""
+"""Of one kind, in one round: a cluster full of them is no reason for a storm."""
 
 log = structlog.get_logger()
 
@@ -35,6 +35,7 @@ class Events:
         self._client = client
         self._instance = f"{socket.gethostname()}-{os.getpid()}"
         self._services: dict[tuple[str, str], frozenset[str]] | None = None
+        self._unread: Mapping[str, str] = {}
 
     def policy(
         self,
@@ -61,6 +62,22 @@ class Events:
             self._post(
                 regarding, "Normal", "AsWritten", "all of it is in force, or about to", check
             )
+
+    def nodes(
+        self,
+        unread: Mapping[str, str],
+        there: Mapping[tuple[str, str], NodeFacts],
+        check: Callable[[], float],
+    ) -> None:
+        """`unread`: node → why its loader cannot read what is published for it."""
+        fresh = [name for name in sorted(unread) if unread[name] != self._unread.get(name)]
+        self._unread = unread
+        for name in fresh[:MAX_EVENTS_ONCE]:
+            node = there.get(("", name))
+            if node is not None:
+                regarding = {"apiVersion": "v1", "kind": "Node", "namespace": "", "name": name,
+                             "uid": node.uid}  # fmt: skip
+                self._post(regarding, "Warning", "FormatNotRead", unread[name], check)
 
     def services(
         self,

@@ -68,3 +68,8 @@ class Progress:
         since = self._since.get(key, {})
         done = sum(self._reached.get(name, 0) >= number for name, number in since.items())
         return Count(done, len(since))
+
+    def behind(self, key: PolicyKey) -> list[str]:
+        """The nodes where it matters and is not in force yet."""
+        since = self._since.get(key, {})
+        return sorted(name for name, number in since.items() if self._reached.get(name, 0) < number)

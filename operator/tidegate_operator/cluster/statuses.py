@@ -37,6 +37,7 @@ from tidegate_api.state import (
 )
 from tidegate_kube import AlreadyExists, Client, Conflict, Invalid, KubeError, NotFound, resources
 
+from tidegate_operator.cluster import formats
 from tidegate_operator.cluster.events import Events
 from tidegate_operator.cluster.kinds import NOT_READY_TAINT, Held, PolicyFacts, UserIdentityFacts
 from tidegate_operator.cluster.lead import Lead, term_of
@@ -103,8 +104,9 @@ def conditions(
     return found
 
 
-def of_policy(count: Count, problems: Iterable[Problem]) -> list[Said]:
-    """`Reconciling` and `Stalled` only while true, as kstatus, Flux and Argo CD read them."""
+def of_policy(count: Count, problems: Iterable[Problem], why: str = "") -> list[Said]:
+    """`Reconciling` and `Stalled` only while true, as kstatus, Flux and Argo CD read them.
+    `why`: what keeps a node from putting it in force, if that is known."""
     errors = [item for item in problems if item.severity == "error"]
     warnings = "; ".join(_words(item) for item in problems if item.severity == "warning")
     place = f"{count.realised} of {count.total} nodes"
@@ -115,9 +117,10 @@ def of_policy(count: Count, problems: Iterable[Problem]) -> list[Said]:
             Said("Stalled", True, "NotAsWritten", text),
         ]
     if count.realised < count.total:
+        text = "; ".join(filter(None, (f"in force on {place}", why)))
         return [
-            Said("Ready", False, "Realising", f"in force on {place}"),
-            Said("Reconciling", True, "Realising", f"in force on {place}"),
+            Said("Ready", False, "Realising", text),
+            Said("Reconciling", True, "Realising", text),
         ]
     reason = "Realised" if count.total else "SelectsNothing"
     return [Said("Ready", True, reason, warnings or f"in force on {place}")]
@@ -153,6 +156,8 @@ class Statuses:
         self._latest: Published | None = None
         self._policies: dict[PolicyKey, frozenset[str]] = {}
         self._problems: dict[str, list[Problem]] = {}
+        self._unread: dict[str, str] = {}
+        """Node → why its loader cannot read what is published for it."""
         self._arrived: list[tuple[int, float]] = []
         self._written: dict[object, float] = {}
         self._looked = -IDENTITY_SECONDS
@@ -217,7 +222,14 @@ class Statuses:
         self._problems = {}
         for problem in what.problems:
             self._problems.setdefault(problem.object, []).append(problem)
+        watches = self._watches
+        self._unread = formats.unread(
+            watches.node_states.snapshot(),
+            watches.rule_sets.snapshot(),
+            watches.state_slices.snapshot(),
+        )
         due = [self._nodes(), self._policy_statuses(what), self._identities(what)]
+        self._events.nodes(self._unread, self._watches.nodes.snapshot(), self._lead.check)
         self._events.services(what.problems, what.world.snapshot.services, self._lead.check)
         self._written = {
             key: when
@@ -347,12 +359,14 @@ class Statuses:
         problems = self._problems.get(f"NetworkPolicy {policy}", [])
         with self._lock:
             count = self._progress.of((policy, target.uid, target.generation))
+            behind = self._progress.behind((policy, target.uid, target.generation))
+        why = next((self._unread[node] for node in behind if node in self._unread), "")
         before = there.status if there.status is not UNSET else PolicyStatusStatus()
         generation = there.metadata.generation or 0
         status = PolicyStatusStatus(
             nodes=NodeCount(realised=count.realised, total=count.total),
             conditions=conditions(
-                of_policy(count, problems), before.conditions, generation, now_text()
+                of_policy(count, problems, why), before.conditions, generation, now_text()
             ),
             observed_generation=generation,
         )
