@@ -6,7 +6,6 @@ server alone (tests/manifests/test_mf_run.py); here are its start and its daily 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import yaml
@@ -21,22 +20,20 @@ SPACE = "permissions"
 
 
 @pytest.fixture(scope="module")
-def log(tidegate: None) -> Iterator[list[str]]:
+def log(tidegate: None) -> list[str]:
     """Of a start of all of Tidegate, pods and a policy that come and go."""
-    with audit.recorded() as start:
-        for kind in ("daemonset/tidegate-loader", "deployment/tidegate-operator"):
-            cluster.kubectl("rollout", "restart", "-n", install.NAMESPACE, kind)
-        install.wait_ready()
-        _work()
-        install.wait_realised()
-        # Statuses come some seconds after what they tell of.
-        pods.eventually(
-            lambda: not _compared("tidegate-loader", audit.lines()[start:]).unused,
-            "loaders use what they may",
-        )
-        yield audit.lines()[start:]
+    start = audit.size()
+    for kind in ("daemonset/tidegate-loader", "deployment/tidegate-operator"):
+        cluster.kubectl("rollout", "restart", "-n", install.NAMESPACE, kind)
     install.wait_ready()
+    _work()
     install.wait_realised()
+    # Statuses come some seconds after what they tell of.
+    pods.eventually(
+        lambda: not _compared("tidegate-loader", audit.lines(start)).unused,
+        "loaders use what they may",
+    )
+    return audit.lines(start)
 
 
 def _work() -> None:

@@ -24,6 +24,9 @@ SERVICE_RANGES = ("10.96.0.0/16", "fd00:10:96::/112")
 READY_SECONDS = 120
 POLL_SECONDS = 0.2
 MADE_OF = "/kind/made-of"
+AUDIT_POLICY = Path(__file__).parents[2] / "tests" / "support" / "audit-policy.yaml"
+POLICY_ON_NODE = "/kind/audit-policy.yaml"
+AUDIT_LOG = "/var/log/tidegate-audit/audit.log"
 CNI_FILE = "/etc/cni/net.d/10-ptp.conflist"
 # Restarted with the node, before the kubelet starts pods.
 ROUTES_UNIT = """[Unit]
@@ -135,15 +138,51 @@ def configuration() -> dict[str, Any]:
             "podSubnet": ",".join(POD_RANGES),
             "serviceSubnet": ",".join(SERVICE_RANGES),
         },
-        "nodes": [{"role": "control-plane"}, *({"role": "worker"} for _ in range(WORKERS))],
-        "kubeadmConfigPatches": [json.dumps(kubelet)],
+        "nodes": [
+            {
+                "role": "control-plane",
+                "extraMounts": [
+                    {
+                        "hostPath": str(AUDIT_POLICY),
+                        "containerPath": POLICY_ON_NODE,
+                        "readOnly": True,
+                    }
+                ],
+            },
+            *({"role": "worker"} for _ in range(WORKERS)),
+        ],
+        "kubeadmConfigPatches": [json.dumps(kubelet), json.dumps(_audited())],
+    }
+
+
+def _audited() -> dict[str, Any]:
+    """The API server keeps what Tidegate asks it for, which tests compare with its permissions."""
+    directory = AUDIT_LOG.rpartition("/")[0]
+    arguments = {
+        "audit-policy-file": POLICY_ON_NODE,
+        "audit-log-path": AUDIT_LOG,
+        "audit-log-maxsize": "1000",  # megabytes: never cut
+    }
+    volumes = (
+        ("audit-policy", POLICY_ON_NODE, "File"),
+        ("audit-log", directory, "DirectoryOrCreate"),
+    )
+    return {
+        "kind": "ClusterConfiguration",
+        "apiServer": {
+            "extraArgs": [{"name": n, "value": v} for n, v in arguments.items()],
+            "extraVolumes": [
+                {"name": n, "hostPath": path, "mountPath": path, "pathType": kind}
+                for n, path, kind in volumes
+            ],
+        },
     }
 
 
 def _content(image: str) -> str:
     """Changes with whatever decides how the cluster is."""
     parts = [image, json.dumps(configuration()), (settings.HERE / "cni-routes.sh").read_text()]
-    parts.append((settings.HERE / "cluster.py").read_text())
+    parts += [(settings.HERE / "cluster.py").read_text(), AUDIT_POLICY.read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
