@@ -114,13 +114,16 @@ def _lists(subparsers: Any) -> None:
     ):
         group = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
-        found[name] = _command(verbs, verb, _later("lists", function), text)
+        module = "balancer" if name == "lb" else "lists"
+        found[name] = _command(verbs, verb, _later(module, function), text)
     policy, lb = found["policy"], found["lb"]
     policy.add_argument("pod", nargs="?", help="namespace/name; default: every pod")
     policy.add_argument("-n", "--numeric", action="store_true", help="identity numbers")
     only = lb.add_mutually_exclusive_group()
     only.add_argument("--frontends", action="store_true", help="frontends only")
     only.add_argument("--backends", action="store_true", help="backends only")
+    only.add_argument("--revnat", action="store_true", help="numbers and the addresses they have")
+    only.add_argument("--source-ranges", action="store_true", help="who may use what from outside")
 
 
 def _compile(subparsers: Any) -> None:

@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 from msgspec import UNSET
@@ -23,7 +22,6 @@ from tidegate_api.state import (
     StateObject,
     identity_labels,
 )
-from tidegate_loader import addresses
 
 from tidegate_cli import live, lookup, reasons, render
 from tidegate_cli.errors import CliError
@@ -134,7 +132,7 @@ def gather(
     return {node: answer[node] for node, answer in asked.answers.items()}, 2 if asked.failed else 0
 
 
-def _by_node(
+def by_node(
     args: argparse.Namespace,
     found: dict[str, Any],
     header: Sequence[str],
@@ -195,7 +193,7 @@ def endpoint_list(args: argparse.Namespace) -> int:
             yield row["id"], pod, identity, *enforced, row["ifindex"], four, six, row["mac"]
 
     found, code = gather(choose(args), args, read)
-    _by_node(args, found, header, cells)
+    by_node(args, found, header, cells)
     return code
 
 
@@ -224,7 +222,7 @@ def ipcache_list(args: argparse.Namespace) -> int:
     found, code = gather(place, args, read)
     for row in (row for rows in found.values() for row in rows):
         row["labels"] = words.get(row["identity"], [])
-    _by_node(args, found, ("IP PREFIX/ADDRESS", "IDENTITY", "FLAGS", "LABELS"), cells)
+    by_node(args, found, ("IP PREFIX/ADDRESS", "IDENTITY", "FLAGS", "LABELS"), cells)
     return code
 
 
@@ -245,92 +243,16 @@ def metrics_list(args: argparse.Namespace) -> int:
                 yield row["description"], direction.upper(), count["packets"], count["bytes"]
 
     found, code = gather(choose(args), args, read)
-    _by_node(args, found, ("REASON", "DIRECTION", "PACKETS", "BYTES"), cells)
+    by_node(args, found, ("REASON", "DIRECTION", "PACKETS", "BYTES"), cells)
     return code
 
 
-# ---- services ------------------------------------------------------------------------
-
-
-def lb_list(args: argparse.Namespace) -> int:
-    place = choose(args)
-    model = Model.from_objects(place.all() if isinstance(place, RunObjects) else ())
-    if args.backends:
-        found, code = gather(place, args, _backends, "--backends")
-        _by_node(args, found, ("ID", "BACKEND ADDRESS", "STATE"), _values)
-    elif args.frontends:
-        found, code = gather(place, args, partial(_frontends, model), "--frontends")
-        header = ("SERVICE ADDRESS", "SERVICE", "TYPE", "BASE", "COUNT")
-        _by_node(args, found, header, _values)
-    else:
-        found, code = gather(place, args, partial(_lb, model))
-        _by_node(args, found, ("SERVICE ADDRESS", "BACKEND ADDRESS (REVNAT_ID) (SLOT)"), _slots)
-    return code
-
-
-def _values(rows: Any) -> Iterable[Sequence[object]]:
+def values_of(rows: Any) -> Iterable[Sequence[object]]:
+    """Rows whose cells are their values."""
     return (tuple(row.values()) for row in rows)
 
 
-def _slots(found: Any) -> Iterable[Sequence[object]]:
-    return ((address, text) for address, texts in found.items() for text in texts)
-
-
-def _lb(model: Model, view: NodeView) -> dict[str, list[str]]:
-    """ "address:port/PROTOCOL (slot)" → what is in it; slot 0 is the frontend itself. There is
-    no reverse-NAT id: conntrack holds the frontend."""
-    found: dict[str, list[str]] = {}
-    for front in view.maps.frontends():
-        protocol = _protocol(front.protocol)
-        name = f"{render.host_port(front.address, front.port)}/{protocol}"
-        kind = _service_type(model, front, protocol)
-        words = [kind, *(["non-routable"] if kind == "ClusterIP" else [])]
-        none = render.host_port("::" if ":" in front.address else "0.0.0.0", 0)
-        found[f"{name} (0)"] = [f"{none} (0) (0) [{', '.join(words)}]"]
-        for slot, backend in enumerate(front.backends, 1):
-            if isinstance(backend, int):
-                text = f"backend {backend} not found"
-            else:
-                text = f"{render.host_port(*backend[1:])}/{protocol} (0) ({slot})"
-            found[f"{name} ({slot})"] = [text]
-    return found
-
-
-def _service_type(model: Model, front: live.Frontend, protocol: str) -> str:
-    known = model.service_of(front.address, front.port, protocol)
-    return known.type if known is not None else "unknown"
-
-
-def _frontends(model: Model, view: NodeView) -> list[dict[str, Any]]:
-    rows = []
-    for front in view.maps.frontends():
-        protocol = _protocol(front.protocol)
-        known = model.service_of(front.address, front.port, protocol)
-        rows.append(
-            {
-                "address": f"{render.host_port(front.address, front.port)}/{protocol}",
-                "service": f"{known.namespace}/{known.name}" if known else "-",
-                "type": known.type if known else "-",
-                "base": front.base,
-                "count": front.count,
-            }
-        )
-    return rows
-
-
-def _backends(view: NodeView) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": number,
-            "address": f"{render.host_port(addresses.text(row.addr), row.port)}/"
-            + _protocol(row.protocol),
-            "state": "active" if row.state else "resting",
-        }
-        for number, row in view.maps.backends()
-    ]
-
-
-def _protocol(number: int) -> str:
+def protocol_name(number: int) -> str:
     return PROTOCOL_NAMES.get(number, str(number))
 
 
@@ -375,7 +297,7 @@ def flow_line(flow: dict[str, Any]) -> str:
 
 def flow_object(flow: Flow, view: NodeView) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "protocol": _protocol(flow.protocol),
+        "protocol": protocol_name(flow.protocol),
         "direction": "SVC" if flow.flags & live.SERVICE else "OUT" if flow.src_endpoint else "IN",
         "source": render.host_port(*flow.source),
         "destination": render.host_port(*flow.destination),
@@ -532,7 +454,7 @@ def _port(key: Any) -> str:
     """ "8080/TCP"; a partial port is 0xPORT/BITS/PROTOCOL."""
     if not key.prefix:
         return "ANY"
-    protocol = _protocol(key.protocol)
+    protocol = protocol_name(key.protocol)
     if key.prefix == 8:
         return f"ANY/{protocol}"
     if key.prefix == 24:

@@ -20,8 +20,10 @@ from typing import Any
 import tidegate_bpf
 from tidegate_bpf import BpfError, Codec, Map, MapSpec, ObjectFile
 from tidegate_loader import addresses
-from tidegate_loader.kernel import Layouts
+from tidegate_loader.kernel import FLAGS_SHIFT, SLOT_MASK, Layouts
 from tidegate_loader.local import Realised
+from tidegate_loader.plan_services import SLOT_HEADER
+from tidegate_loader.services import HEADER
 
 from tidegate_cli.errors import CliError
 from tidegate_cli.objects import RunObjects
@@ -107,6 +109,10 @@ class Flow:
     """Low 40 bits of the policy epoch it was judged in."""
 
 
+Slot = tuple[int, str, int] | int
+"""(backend id, address, port), or the id that no active backend has."""
+
+
 @dataclass(frozen=True)
 class Frontend:
     address: str
@@ -114,8 +120,16 @@ class Frontend:
     protocol: int
     base: int
     count: int
-    backends: tuple[tuple[int, str, int] | int, ...]
-    """Each slot: (backend id, address, port), or the id that no active backend has."""
+    backends: tuple[Slot, ...]
+    """Each slot."""
+    flags: int = 0
+    """enum tg_frontend_flags."""
+    number: int = 0
+    """Of the service port, with a header."""
+    affinity: int = 0
+    """Seconds for which a client keeps its backend."""
+    outside: tuple[Slot, ...] = ()
+    """What clients from outside get, where that is another list."""
 
 
 class NodeMaps:
@@ -230,13 +244,38 @@ class NodeMaps:
         found = []
         for key, value in self.map("frontends_v1").items():
             front, word = self.layouts.frontend_key.unpack(key), self.layouts.frontend.unpack(value)
-            slots = range(word.base, word.base + word.count)
-            backends = tuple(self._slot(slot, front.protocol) for slot in slots)
-            text = addresses.text(front.addr)
+            base, flags = word.base & SLOT_MASK, word.base >> FLAGS_SHIFT
+            header, at = (0, 0, 0), base
+            if flags & HEADER:
+                slots = self.map("slots_v1")
+                number, affinity, outer = (
+                    INDEX.unpack(slots.lookup(INDEX.pack(base + i)))[0] for i in range(3)
+                )
+                header, at = (number, affinity, outer), base + SLOT_HEADER
+            inside, outside = (
+                tuple(self._slot(slot, front.protocol) for slot in range(first, first + count))
+                for first, count in ((at, word.count), (at + word.count, header[2]))
+            )
             found.append(
-                Frontend(text, front.port, front.protocol, word.base, word.count, backends)
+                Frontend(
+                    addresses.text(front.addr),
+                    front.port,
+                    front.protocol,
+                    base,
+                    word.count,
+                    inside,
+                    flags,
+                    header[0],
+                    header[1],
+                    outside,
+                )
             )
         return sorted(found, key=lambda f: (f.address, f.port, f.protocol))
+
+    def source_ranges(self) -> list[tuple[int, str]]:
+        """(number of the service port, prefix), sorted."""
+        rows = map(self.layouts.range.unpack, self.map("source_ranges_v1").keys())
+        return sorted((r.service, addresses.prefix_text((r.bits - 32, r.addr))) for r in rows)
 
     def backends(self) -> list[tuple[int, Any]]:
         """(id, row) of every id that was ever written."""

@@ -17,7 +17,10 @@ TEXT: dict[int, str] = {
     155: "CT: Map insertion failed",
     156: "Invalid IPv6 extension header",
     158: "Service backend not found",
+    169: "FIB lookup failed",
+    177: "Denied by LB src range check",
     181: "Policy denied by denylist",
+    196: "TTL exceeded",
     203: "Endpoint policy program not available",
     220: "VLAN tag from a pod",
     221: "Router advertisement or redirect from a pod, or a forged neighbour message",
@@ -28,6 +31,8 @@ TEXT: dict[int, str] = {
     226: "Source routed packet",
     227: "No node table is in force",
     228: "Forged ARP or neighbour sender",
+    229: "No free port to send on with the node's address",
+    230: "Answer whose translation was forgotten",
     254: "Events lost",
 }
 """TG_REASON_MAX is a bound, not a reason."""

@@ -17,8 +17,15 @@ from tidegate_bpf import BpfError, Map, MapType
 from tidegate_bpf.maps import NO_PREALLOC
 
 from tidegate_loader import addresses
-from tidegate_loader.kernel import FEW, INDEX, ZERO_KEY, Kernel, ipcache_values, node_key_row
-from tidegate_loader.maps import FrontendKey
+from tidegate_loader.kernel import (
+    FEW,
+    FLAGS_SHIFT,
+    INDEX,
+    ZERO_KEY,
+    Kernel,
+    ipcache_values,
+    node_key_row,
+)
 from tidegate_loader.plan import (
     RANGE_REST_SECONDS,
     Actual,
@@ -31,6 +38,7 @@ from tidegate_loader.plan import (
     DeleteFrontends,
     DeleteIpcache,
     DeleteNetworks,
+    DeleteRanges,
     FreeBackends,
     FrontendInForce,
     NodeEntry,
@@ -46,10 +54,13 @@ from tidegate_loader.plan import (
     UpsertFrontends,
     UpsertIpcache,
     UpsertNetworks,
+    UpsertRanges,
     WriteBackends,
+    WriteNode,
     WriteSlots,
 )
 from tidegate_loader.rules import MAX_SHAPES, content_of
+from tidegate_loader.services import FrontendKey, RangeKey, Special
 
 POLL_SECONDS = 0.0002
 """How long to wait between looks for a batch to become visible."""
@@ -87,7 +98,14 @@ def _group(step: AnyStep) -> Group:
         case BumpEpoch():  # never left out: whatever was written before it counts
             return "epoch"
         case (
-            DeleteFrontends() | WriteBackends() | WriteSlots() | UpsertFrontends() | FreeBackends()
+            DeleteFrontends()
+            | WriteBackends()
+            | WriteSlots()
+            | UpsertFrontends()
+            | FreeBackends()
+            | WriteNode()
+            | UpsertRanges()
+            | DeleteRanges()
         ):
             return "services"
         case _:
@@ -138,6 +156,17 @@ class Writer:
                     self._layouts.prefix.pack_all(networks), _u32(networks.values())
                 )
                 self._actual.networks = self._kernel.read_networks()
+            case WriteNode(addresses=own, source=source):
+                self._write_node(own, source)
+            case UpsertRanges(keys=ranges):
+                self._kernel.map("source_ranges_v1").update_batch(
+                    self._pack_ranges(ranges), _u32([1] * len(ranges))
+                )
+                self._actual.ranges = self._kernel.read_ranges()
+            case DeleteRanges(keys=ranges):
+                for packed in map(self._pack_ranges, ((key,) for key in ranges)):
+                    self._kernel.map("source_ranges_v1").discard(packed)
+                self._actual.ranges = self._kernel.read_ranges()
             case DeleteFrontends(keys=frontends):
                 self._delete_frontends(frontends)
             case WriteBackends(entries=backends) | FreeBackends(entries=backends):
@@ -146,6 +175,9 @@ class Writer:
                 numbers = [base + i for base, ids in ranges.items() for i in range(len(ids))]
                 values = [n for ids in ranges.values() for n in ids]
                 self._kernel.map("slots_v1").update_batch(_u32(numbers), _u32(values))
+                if self._actual.index is not None:
+                    for base, ids in ranges.items():
+                        self._actual.index.taken(base, len(ids))
             case UpsertFrontends(entries=frontends):
                 self._upsert_frontends(frontends)
 
@@ -314,17 +346,29 @@ class Writer:
         actual = self._actual
         left = [f for f in map(actual.frontends.get, keys) if f is not None and f.count]
         until = actual.now + RANGE_REST_SECONDS
-        resting = [r for r in actual.resting if r.until > actual.now]
-        actual.resting = (*resting, *(Resting(f.base, f.count, until) for f in left))
+        actual.resting = (*actual.resting, *(Resting(f.base, f.count, until) for f in left))
 
     def _delete_frontends(self, keys: Sequence[FrontendKey]) -> None:
         self._kernel.map("frontends_v1").delete_batch(self._layouts.frontend_key.pack_all(keys))
         self._rest(keys)
         for key in keys:
-            self._actual.frontends.pop(key, None)
+            self._replace(key, None)
+
+    def _replace(self, key: FrontendKey, found: FrontendInForce | None) -> None:
+        """What is in force under the key now."""
+        actual, index = self._actual, self._actual.index
+        if index is not None:
+            index.used(key, actual.frontends.get(key), -1)
+            index.used(key, found, 1)
+        if found is None:
+            actual.frontends.pop(key, None)
+        else:
+            actual.frontends[key] = found
 
     def _upsert_frontends(self, entries: dict[FrontendKey, FrontendInForce]) -> None:
-        rows = [(f.base, f.count, addresses.frontend_proof(*key)) for key, f in entries.items()]
+        rows = [
+            (*_frontend_word(held), addresses.frontend_proof(*key)) for key, held in entries.items()
+        ]
         self._kernel.map("frontends_v1").update_batch(
             self._layouts.frontend_key.pack_all(entries), self._layouts.frontend.pack_all(rows)
         )
@@ -333,14 +377,42 @@ class Writer:
             found = self._kernel.read_frontends(self._actual.backends)
         else:
             found = self._kernel.read_frontend_keys(entries, self._actual.backends)
-        self._actual.frontends.update(found)
+        for key in entries:
+            self._replace(key, found.get(key))
 
     def _write_backends(self, entries: dict[int, BackendInForce]) -> None:
         rows = [(*b.key, b.state, b.freed_at) for b in entries.values()]
         self._kernel.map("backends_v1").update_batch(
             _u32(entries), self._layouts.backend.pack_all(rows)
         )
-        self._actual.backends.update(self._kernel.read_backend_ids(entries))
+        found = self._kernel.read_backend_ids(entries)
+        if self._actual.index is not None:
+            for number, backend in found.items():
+                self._actual.index.written(number, self._actual.backends.get(number), backend)
+        self._actual.backends.update(found)
+
+    def _write_node(self, own: frozenset[bytes], source: tuple[bytes, bytes]) -> None:
+        opened, codec = self._kernel.map("node_addrs_v1"), self._layouts.node_addr
+        for address in self._actual.node_addresses - own:
+            opened.discard(address)
+        for address in own - self._actual.node_addresses:
+            opened.update(address, codec.pack_row((address, addresses.addr_proof(address))))
+        for at, address in enumerate(source):
+            packed = codec.pack_row((address, addresses.addr_proof(address)))
+            self._kernel.map("node_source_v1").update(INDEX.pack(at), packed)
+        self._actual.node_addresses = self._kernel.read_node_addresses()
+        self._actual.node_source = self._kernel.read_node_source()
+
+    def _pack_ranges(self, keys: Iterable[RangeKey]) -> bytes:
+        rows = [(bits + 32, number, address) for number, bits, address in keys]
+        return self._layouts.range.pack_all(rows)
+
+
+def _frontend_word(held: FrontendInForce) -> tuple[int, int]:
+    """(base and flags, count) as struct tg_frontend has them."""
+    if isinstance(held.backends, Special):
+        return held.base | held.backends.flags << FLAGS_SHIFT, len(held.backends.inside)
+    return held.base, held.count
 
 
 class _Linking(threading.Thread):

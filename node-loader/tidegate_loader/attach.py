@@ -28,7 +28,7 @@ from tidegate_bpf import (
 from tidegate_loader import addresses, migrate
 from tidegate_loader.local import LocalInterface
 
-OBJECTS = ("pod.o", "sock.o")
+OBJECTS = ("pod.o", "sock.o", "net.o")
 SUMS = "SHA256SUMS"
 """Beside installed objects: what `sha256sum` prints of each. A source tree has none."""
 KNOBS = {
@@ -38,6 +38,10 @@ KNOBS = {
 """What programs are loaded with: as whom a pod sees itself through a Service. Never on a wire."""
 HOOKS = {"ingress": "from_pod", "egress": "to_pod"}
 """tc's direction at the host side -> program: what leaves the pod is tc ingress."""
+UPLINK_HOOKS = {"ingress": "from_net", "egress": "to_net"}
+"""The same at an uplink."""
+UPLINK = "uplink"
+"""Before the interface in the name of an uplink's pins."""
 
 CGROUP_HOOKS = {
     "connect4": AttachType.INET4_CONNECT,
@@ -210,10 +214,32 @@ class Attacher:
         self._forget_gone({i.ifindex for i in gated.values()}, move)
         return gated, problems
 
-    def _interface(self, ifindex: int, move: bool) -> None:
-        for direction, name in HOOKS.items():
+    def uplinks(self, wanted: Iterable[int], *, move: bool = True) -> list[str]:
+        """Attach to the uplinks; what went wrong. Where a program hangs it stays, so that the
+        flows it translates do: on an interface that is no uplink it only looks."""
+        problems = []
+        here = {int(p.name.split("-")[1]) for p in self._links.glob(f"{UPLINK}-*")}
+        for ifindex in sorted(here.union(wanted)):
+            try:
+                self._interface(ifindex, move, UPLINK_HOOKS, f"{UPLINK}-{ifindex}")
+            except BpfError as error:
+                if error.errno not in _GONE:
+                    problems.append(f"cannot attach to interface {ifindex}: {error}")
+                    continue
+                for path in self._links.glob(f"{UPLINK}-{ifindex}-*"):
+                    path.unlink(missing_ok=True)
+        return problems
+
+    def _interface(
+        self,
+        ifindex: int,
+        move: bool,
+        hooks: Mapping[str, str] = HOOKS,
+        name_of_pin: str = "",
+    ) -> None:
+        for direction, name in hooks.items():
             program = self._programs[name]
-            pin = self._links / f"{ifindex}-{direction}"
+            pin = self._links / f"{name_of_pin or ifindex}-{direction}"
             ingress = direction == "ingress"
             if not self._clsact:
                 try:
@@ -288,8 +314,23 @@ def detach(pin_dir: Path, ifindexes: Iterable[int]) -> None:
     for ifindex in ifindexes:
         for ingress in (True, False):
             clsact.detach(ifindex, ingress=ingress)
+    _detach_uplinks(pin_dir)
     for directory, _, files in os.walk(pin_dir, topdown=False):
         for name in files:
             os.unlink(os.path.join(directory, name))
         if Path(directory) != pin_dir:
             os.rmdir(directory)
+
+
+def _detach_uplinks(pin_dir: Path) -> None:
+    """Filters of ours, wherever they hang: which interfaces were uplinks is written nowhere."""
+    for direction, name in UPLINK_HOOKS.items():
+        try:
+            with Program.open_pinned(str(pin_dir / "progs" / name)) as program:
+                number = program.info.id
+        except BpfError:
+            continue
+        ingress = direction == "ingress"
+        for ifindex, _ in socket.if_nameindex():
+            if clsact.query(ifindex, ingress=ingress) == number:
+                clsact.detach(ifindex, ingress=ingress)

@@ -18,10 +18,9 @@ from typing import Any
 
 from tidegate_bpf import BpfError, Codec, LayoutError, Map, ObjectFile
 
-from tidegate_loader import addresses, maps, plan, rules
+from tidegate_loader import addresses, maps, plan, plan_services, rules, services
 from tidegate_loader.addresses import ZERO, Prefix
 from tidegate_loader.local import Realised
-from tidegate_loader.maps import BackendAddress, FrontendKey
 from tidegate_loader.plan import (
     Actual,
     BackendInForce,
@@ -33,11 +32,15 @@ from tidegate_loader.plan import (
     RuleSetInForce,
 )
 from tidegate_loader.rules import RuleKey, RuleValue
+from tidegate_loader.services import HEADER, BackendAddress, FrontendKey, RangeKey, Special, Wanted
 
 WRONG = -1
 """Stands for a value whose proof is not its key's; equals no desired value."""
 FEW = 1024
 """Up to so many keys are read one by one, more by a dump."""
+
+SLOT_MASK, FLAGS_SHIFT = 0x00FFFFFF, 24
+"""Of tg_frontend.base: the first slot, and above it enum tg_frontend_flags."""
 
 INDEX = struct.Struct("=I")
 ZERO_KEY = INDEX.pack(0)
@@ -78,6 +81,8 @@ _STRUCTS: dict[str, dict[str, str]] = {
         "state": "u8",
         "freed_at": "u32",
     },
+    "tg_range": {"bits": "u32", "service": "be32", "addr": "bytes[16]"},
+    "tg_node_addr": {"addr": "bytes[16]", "proof": "u32"},
     "tg_control": {"epoch": "u64", "next_id": "u64"},
 }
 
@@ -99,6 +104,17 @@ _ENUMS: dict[str, int] = {
     "TG_IPCACHE_PEER": maps.PEER,
     "TG_BACKEND_FREE": plan.FREE,
     "TG_BACKEND_ACTIVE": plan.ACTIVE,
+    "TG_FRONTEND_AFFINITY": services.AFFINITY,
+    "TG_FRONTEND_RANGES": services.RANGES,
+    "TG_FRONTEND_OUTSIDE": services.OUTSIDE,
+    "TG_FRONTEND_LOCAL": services.LOCAL,
+    "TG_FRONTEND_INTERNAL_LOCAL": services.INTERNAL_LOCAL,
+    "TG_FRONTEND_TWO": services.TWO,
+    "TG_FRONTEND_RING": services.RING,
+    "TG_FRONTEND_HEADER": services.HEADER,
+    "TG_FRONTEND_SLOT": SLOT_MASK,
+    "TG_FRONTEND_FLAGS": FLAGS_SHIFT,
+    "TG_SLOT_HEADER": plan_services.SLOT_HEADER,
 }
 
 
@@ -122,6 +138,8 @@ class Layouts:
         self.frontend = codecs["tg_frontend"]
         self.backend = codecs["tg_backend"]
         self.control = codecs["tg_control"]
+        self.range = codecs["tg_range"]
+        self.node_addr = codecs["tg_node_addr"]
         inner = spec.maps["half_open_v1"].inner
         if inner is None:
             raise LayoutError("half_open_v1 declares no inner map")
@@ -196,6 +214,9 @@ class Kernel:
             networks=self.read_networks(),
             backends=backends,
             frontends=self.read_frontends(backends),
+            ranges=self.read_ranges(),
+            node_addresses=self.read_node_addresses(),
+            node_source=self.read_node_source(),
         )
         if realised is not None:
             found.uids = {u: e.id for u, e in realised.endpoints.items() if e.id < next_id}
@@ -216,6 +237,7 @@ class Kernel:
             backends=size["backends_v1"],
             rule_sets=size["rule_sets_v1"],
             half_open=size["half_open_v1"],
+            ranges=size["source_ranges_v1"],
         )
 
     def read_control(self) -> tuple[int, int]:
@@ -414,25 +436,101 @@ class Kernel:
         backends: Mapping[int, BackendInForce],
     ) -> dict[FrontendKey, FrontendInForce]:
         """Each frontend with the backends that a program would find."""
-        slots = self._slots([(base, count) for base, count, _ in words.values()])
+        slots = _Slots(self.map("slots_v1"), sum(count for _, count, _ in words.values()))
         found = {}
-        for key, (base, count, proof) in words.items():
-            listed: tuple[BackendAddress, ...] | None = None
-            if proof == addresses.frontend_proof(*key):
-                members = [backends.get(slots.get(base + i, 0)) for i in range(count)]
-                good = [b.key[:2] for b in members if b and _serves(b, key[2])]
-                listed = tuple(good) if len(good) == count else None
-            found[key] = FrontendInForce(base, count, listed)
+        for key, (word, count, proof) in words.items():
+            base, flags = word & SLOT_MASK, word >> FLAGS_SHIFT
+            listed: Wanted | None
+            if flags & HEADER:
+                size, listed = _read_special(slots, (base, flags, count), key[2], backends)
+            else:
+                size, listed = count, _members(slots.read(base, count), key[2], backends)
+            if proof != addresses.frontend_proof(*key) or (flags and not flags & HEADER):
+                listed = None
+            found[key] = FrontendInForce(base, size, listed)
         return found
 
-    def _slots(self, ranges: list[tuple[int, int]]) -> dict[int, int]:
-        opened = self.map("slots_v1")
-        size = opened.info.max_entries
-        wanted = {i for base, count in ranges for i in range(base, min(base + count, size))}
-        if len(wanted) <= FEW:
-            return {i: INDEX.unpack(opened.lookup(INDEX.pack(i)))[0] for i in wanted}
-        keys, values = opened.dump()
-        return dict(zip(array("I", keys), array("I", values), strict=True))
+    # -- for clients outside ---------------------------------------------------------------
+
+    def read_ranges(self) -> frozenset[RangeKey]:
+        keys, _ = self.map("source_ranges_v1").dump()
+        rows = self.layouts.range.unpack_all(keys)
+        return frozenset((row.service, row.bits - 32, row.addr) for row in rows)
+
+    def read_node_addresses(self) -> frozenset[bytes]:
+        """An address whose value is not its own is none."""
+        keys, values = self.map("node_addrs_v1").dump()
+        packed = [key for (key,) in _ADDRESS.iter_unpack(keys)]
+        rows = self.layouts.node_addr.unpack_all(values)
+        return frozenset(
+            key
+            for key, row in zip(packed, rows, strict=True)
+            if row.addr == key and row.proof == addresses.addr_proof(key)
+        )
+
+    def read_node_source(self) -> tuple[bytes, bytes]:
+        opened = self.map("node_source_v1")
+        rows = [self.layouts.node_addr.unpack(opened.lookup(INDEX.pack(i))) for i in (0, 1)]
+        first, second = (
+            row.addr if row.proof == addresses.addr_proof(row.addr) else ZERO for row in rows
+        )
+        return first, second
+
+
+class _Slots:
+    """Ranges of slots: one by one if they are few, else all at once."""
+
+    def __init__(self, opened: Map, expected: int) -> None:
+        self._map = opened
+        self._size = opened.info.max_entries
+        self._all: array[int] | None = None
+        if expected > FEW:
+            self._all = array("I", opened.dump(dense=True)[1])
+
+    def read(self, base: int, count: int) -> list[int]:
+        """What is there; what is not, is 0."""
+        if self._all is not None:
+            found = self._all[base : base + count].tolist()
+        else:
+            slots = range(base, min(base + count, self._size))
+            found = [INDEX.unpack(self._map.lookup(INDEX.pack(i)))[0] for i in slots]
+        return found + [0] * (count - len(found))
+
+
+def _members(
+    numbers: Iterable[int], protocol: int, backends: Mapping[int, BackendInForce]
+) -> tuple[BackendAddress, ...] | None:
+    """None: one of them is none."""
+    found = [backends.get(number) for number in numbers]
+    if not all(b is not None and _serves(b, protocol) for b in found):
+        return None
+    return tuple(b.key[:2] for b in found if b is not None)
+
+
+def _read_special(
+    slots: _Slots,
+    word: tuple[int, int, int],
+    protocol: int,
+    backends: Mapping[int, BackendInForce],
+) -> tuple[int, Special | None]:
+    """(slots that it takes, what it is). `word`: base, flags, count."""
+    base, flags, count = word
+    header = plan_services.SLOT_HEADER
+    number, affinity, outer, elsewhere = slots.read(base, header)
+    if outer > services.MAX_BACKENDS:
+        return header + count, None
+    inside, outside = (
+        slots.read(base + header, count),
+        slots.read(base + header + count, outer),
+    )
+    lists = [_members(numbers, protocol, backends) for numbers in (inside, outside)]
+    if None in lists or (
+        not flags & services.RING and (inside != sorted(inside) or outside != sorted(outside))
+    ):
+        return header + count + outer, None
+    ordered = [tuple(sorted(listed or ())) for listed in lists]
+    made = Special(flags, number, affinity, bool(elsewhere), ordered[0], ordered[1])
+    return header + count + outer, made
 
 
 def ipcache_values(packed: bytes, identities: Iterable[int]) -> bytes:

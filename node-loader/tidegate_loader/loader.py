@@ -19,7 +19,7 @@ from msgspec import UNSET, structs
 from tidegate_api.state import Condition, NodeStateStatus, encode
 from tidegate_bpf import BpfError, mounts
 
-from tidegate_loader import addresses, attach, cni, kernel, plan
+from tidegate_loader import addresses, attach, cni, kernel, plan, uplinks
 from tidegate_loader.apply import apply
 from tidegate_loader.local import (
     READS_FORMATS,
@@ -31,7 +31,7 @@ from tidegate_loader.local import (
     read_realised,
     write_realised,
 )
-from tidegate_loader.maps import Builder, DesiredMaps, MapsError, Part, State
+from tidegate_loader.maps import Builder, DesiredMaps, MapsError, Part, State, Uplinks
 from tidegate_loader.plan import Actual, NodeEntry
 from tidegate_loader.rules import RuleSetError
 from tidegate_loader.source import Source, Stalled
@@ -75,6 +75,7 @@ class Loader:
         self._attached = True
         """Something of ours may be in the kernel; a loader before this one may have left it."""
         self._built_from: State | None = None
+        self._uplinks = uplinks.Found(frozenset(), Uplinks())
         self._asked: dict[str, LocalInterface] | None = None
         self._gated: dict[str, LocalInterface] = {}
         self._standing: list[str] = []
@@ -120,6 +121,7 @@ class Loader:
         gating.start()
         try:
             self._attach_sockets(self._options.cgroup)
+            self._attach_uplinks()
             self._look(foresight, dumped)
         finally:
             gating.join()
@@ -147,6 +149,7 @@ class Loader:
         carried = sum(migration.copy() for migration in programs.migrations)
         self._attach_sockets(self._options.cgroup)
         self._attacher.interfaces(self._gated)
+        self._attach_uplinks()
         carried += sum(migration.copy() for migration in programs.migrations)
         names = [migration.old.name for migration in programs.migrations]
         programs.migrated()
@@ -172,6 +175,7 @@ class Loader:
                 self._actual = self._kernel.actual(self._realised, names)
         if self._actual.ipcache is foresight.ipcache:
             self._actual.ipcache_parts = foresight.parts
+        self._actual.reindex()
         # Without a word of how it ended, the last apply may have missed its bump.
         self._actual.interrupted = self._paths.applying.exists()
 
@@ -197,6 +201,27 @@ class Loader:
         if cgroup is not None:
             self._attacher.cgroup(cgroup)
 
+    def _attach_uplinks(self) -> list[str]:
+        if "net.o" not in self._programs.specs:
+            return []
+        return self._attacher.uplinks(self._uplinks.interfaces)
+
+    def _build(self, state: State) -> tuple[DesiredMaps, list[str]]:
+        """What the maps should hold, and what of the machine is in the way."""
+        desired = self._builder.build(state, self._gated, self._uplinks.uplinks)
+        if not desired.outer:
+            return desired, []
+        try:
+            found = uplinks.look(desired.ipcache, desired.networks)
+        except OSError as error:
+            return desired, [f"the node's addresses and routes cannot be read: {error}"]
+        if found.uplinks != self._uplinks.uplinks:
+            desired = self._builder.build(state, self._gated, found.uplinks)
+        self._uplinks = found
+        if not found.interfaces:
+            return desired, ["no uplink: no interface has a node's address or the default route"]
+        return desired, []
+
     def close(self) -> None:
         """Close descriptors; everything stays in force."""
         if self._kernel is not None:
@@ -221,12 +246,15 @@ class Loader:
         problems = [*self._standing, *self._gate(look_again)]
         if self._state is not None:
             try:
-                self._desired = self._builder.build(self._state, self._gated)
+                self._desired, missed = self._build(self._state)
+                problems += missed
                 self._built_from = self._state
             except (MapsError, RuleSetError) as error:
                 stalled = Stalled("Refused", str(error))
         if self._desired is not None:
             problems += self._apply(self._desired)
+            if self._desired.outer and not self._programs.migrations:
+                problems += self._attach_uplinks()
             if self._programs.migrations and not self.dirty:
                 problems += self._try_to_move()
         in_force = self._desired is not None and not self.dirty
@@ -302,7 +330,7 @@ class Loader:
         """What went wrong. `self.dirty`: the kernel is not equal to `desired`."""
         assert self._kernel is not None
         actual = self._actual
-        actual.now = kernel.now()
+        actual.wake(kernel.now())
         made = plan.plan(desired, actual)
         counters = structs.replace(self._realised.counters, left_out=made.left_out)
         self._realised = structs.replace(self._realised, counters=counters)
@@ -349,6 +377,7 @@ class Loader:
         found.uids = self._actual.uids
         found.resting = self._actual.resting
         found.interrupted = self._actual.interrupted
+        found.reindex()
         return found
 
     def verify(self) -> None:

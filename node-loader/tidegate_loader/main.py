@@ -49,7 +49,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--run-dir", required=True, type=Path, help="where objects/ and nodes/ are")
     parser.add_argument("--pin-dir", required=True, type=Path, help="directory on a bpffs")
-    parser.add_argument("--objects", required=True, type=Path, help="where pod.o and sock.o are")
+    parser.add_argument(
+        "--objects", required=True, type=Path, help="where pod.o, sock.o and net.o are"
+    )
     parser.add_argument("--netns", type=Path, help="the node's network namespace")
     parser.add_argument(
         "--cgroup",

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 from msgspec import UNSET
-from tidegate_api.choice import choose
 from tidegate_api.state import (
     FIRST_IDENTITY,
     Endpoint,
@@ -21,28 +20,27 @@ from tidegate_api.state import (
     PeerSet,
     Reserved,
     RuleSet,
-    ServicePort,
     SetPeer,
     StateSlice,
 )
 
-from tidegate_loader import addresses, rules
+from tidegate_loader import addresses, rules, services
 from tidegate_loader.addresses import MAPPED, MAPPED_BITS, ZERO, Prefix
 from tidegate_loader.local import LocalInterface
-from tidegate_loader.rules import PROTOCOLS, Expanded, RuleSetError
+from tidegate_loader.rules import Expanded, RuleSetError
+from tidegate_loader.services import (
+    BackendKey,
+    Place,
+    RangeKey,
+    ServicePart,
+    Services,
+    SharedPart,
+)
 
 LOCAL, FRONTEND, PEER = 0x01000000, 0x02000000, 0x04000000
 """Flags above an ipcache entry's identity; enum tg_ipcache_flags."""
 IDENTITY_MASK = 0x00FFFFFF
-MAX_BACKENDS = 0xFFFF
-"""Backends of one frontend: tg_frontend.count has 16 bits."""
-
-FrontendKey = tuple[bytes, int, int]
-"""(16 address bytes, port, protocol number)."""
-BackendAddress = tuple[bytes, int]
-"""(16 address bytes, port)."""
 Part = dict[bytes, int]
-ServicePart = dict[FrontendKey, tuple[BackendAddress, ...]]
 
 
 class MapsError(Exception):
@@ -87,6 +85,15 @@ class DesiredMaps(msgspec.Struct, frozen=True):
     """16 address bytes -> identity | flags."""
     networks: dict[Prefix, int]
     services: tuple[ServicePart, ...]
+    draining: tuple[frozenset[BackendKey], ...]
+    """Backends that no frontend here uses, and that keep the flows they have."""
+    ranges: frozenset[RangeKey]
+    node_addresses: frozenset[bytes]
+    """Every address of the node itself."""
+    node_source: tuple[bytes, bytes]
+    """As whom the node sends on, IPv4 and IPv6; ZERO: not at all."""
+    outer: bool
+    """Some frontend is for clients outside the node."""
     service_names: dict[str, str]
     """Frontend text -> what a person calls the service port."""
     pending: tuple[str, ...]
@@ -124,11 +131,13 @@ class _FlaggedPart(msgspec.Struct, frozen=True):
     part: Part
 
 
-class _ServiceShard(msgspec.Struct, frozen=True):
-    part: ServicePart
-    names: dict[str, str]
-    addresses: frozenset[bytes]
-    problems: tuple[str, ...]
+class Uplinks(msgspec.Struct, frozen=True):
+    """What the node's own interfaces say."""
+
+    addresses: frozenset[bytes] = frozenset()
+    """Every address of the node, 16 bytes; loopback's and link-local ones are not among them."""
+    source: tuple[bytes, bytes] = (ZERO, ZERO)
+    """One that the uplink has, IPv4 and IPv6."""
 
 
 class Builder:
@@ -137,8 +146,9 @@ class Builder:
     def __init__(self) -> None:
         self._expanded: dict[str, tuple[RuleSet, tuple[PeerSet, ...], Expanded]] = {}
         self._hosts: dict[int, tuple[StateSlice, _HostPart]] = {}
-        self._services: dict[int, tuple[StateSlice, tuple[str, str], _ServiceShard]] = {}
-        self._merged: tuple[tuple[_ServiceShard, ...], _Services] | None = None
+        self._services: dict[int, tuple[StateSlice, Place, SharedPart]] = {}
+        self._host_ports: SharedPart | None = None
+        self._merged: tuple[tuple[SharedPart, ...], Services] | None = None
         self._parts: dict[int, _FlaggedPart] = {}
         self._known: tuple[frozenset[bytes], ...] = ()
         self._extra_networks: dict[Prefix, int] | None = None
@@ -146,12 +156,18 @@ class Builder:
         self._extra: Part = {}
         self._networks: tuple[tuple[_HostPart, ...], dict[Prefix, int]] = ((), {})
 
-    def build(self, state: State, interfaces: Mapping[str, LocalInterface]) -> DesiredMaps:
+    def build(
+        self,
+        state: State,
+        interfaces: Mapping[str, LocalInterface],
+        uplinks: Uplinks = Uplinks(),  # noqa: B008 - frozen
+    ) -> DesiredMaps:
         endpoints, pending, problems = _endpoints(state.node.spec.endpoints, interfaces)
-        services = self._service_parts(state.services, state.node)
+        place = services.place_of(state.node)
+        served = self._service_parts(state, place)
         hosts = self._host_parts(state.ipcache)
         networks = self._merge_networks(hosts)
-        flags = dict.fromkeys(services.addresses, FRONTEND)
+        flags = dict.fromkeys(served.addresses, FRONTEND)
         for endpoint in endpoints:
             for address in (endpoint.ip4, endpoint.ip6):
                 if address != ZERO:
@@ -161,10 +177,15 @@ class Builder:
             rule_sets=self._rule_sets(state, endpoints),
             ipcache=self._ipcache(hosts, flags, networks),
             networks=networks,
-            services=services.parts,
-            service_names=services.names,
+            services=served.parts,
+            draining=served.draining,
+            ranges=served.ranges,
+            node_addresses=uplinks.addresses,
+            node_source=_source(place, uplinks),
+            outer=served.outer,
+            service_names=served.names,
             pending=pending,
-            problems=(*problems, *services.problems),
+            problems=(*problems, *served.problems),
         )
 
     def _rule_sets(self, state: State, endpoints: Iterable[DesiredEndpoint]) -> dict[str, Expanded]:
@@ -226,28 +247,29 @@ class Builder:
         self._extra_networks = networks
         return (*(held.part for held in kept.values()), self._extra)
 
-    def _service_parts(self, slices: tuple[StateSlice, ...], node: NodeState) -> _Services:
+    def _service_parts(self, state: State, place: Place) -> Services:
         kept = {}
-        place = (node.metadata.name, node.spec.zone or "")
-        for shard, item in enumerate(slices):
+        for shard, item in enumerate(state.services):
             held = self._services.get(shard)
             if held is None or held[0] is not item or held[1] != place:
-                held = (item, place, _service_shard(item, place))
+                try:
+                    held = (item, place, services.shard(item, place))
+                except ValueError as error:
+                    raise MapsError(f"{item.metadata.name}: {error}") from error
             kept[shard] = held
         self._services = kept
-        shards = tuple(held[2] for held in kept.values())
+        try:
+            ports = services.host_ports(state.node.spec.endpoints, place)
+        except ValueError as error:
+            raise MapsError(f"host ports: {error}") from error
+        if self._host_ports is None or ports != self._host_ports:
+            self._host_ports = ports
+        shards = (*(held[2] for held in kept.values()), self._host_ports)
         merged = self._merged
         if merged is None or not same_parts(shards, merged[0]):
-            merged = (shards, _merge_services(shards))
+            merged = (shards, services.merge(shards))
             self._merged = merged
         return merged[1]
-
-
-class _Services(msgspec.Struct, frozen=True):
-    parts: tuple[ServicePart, ...]
-    names: dict[str, str]
-    addresses: frozenset[bytes]
-    problems: tuple[str, ...]
 
 
 def set_names(rule_set: RuleSet) -> list[str]:
@@ -384,70 +406,17 @@ def lookup_network(networks: Mapping[Prefix, int], address: bytes) -> int:
     return int(Reserved.WORLD)
 
 
-# ---- services --------------------------------------------------------------------
+# ---- the node itself ------------------------------------------------------------------
 
 
-def frontend_text(key: FrontendKey) -> str:
-    """10.96.0.1:80/TCP, [fd00::1]:80/TCP."""
-    address, port, number = key
-    text = addresses.text(address)
-    host = text if addresses.is_v4(address) else f"[{text}]"
-    return f"{host}:{port}/{next(n for n, v in PROTOCOLS.items() if v == number)}"
-
-
-def _service_shard(item: StateSlice, place: tuple[str, str]) -> _ServiceShard:
-    """Of the frontends only ClusterIPs; `place`: the node and its zone."""
-    part: ServicePart = {}
-    names: dict[str, str] = {}
-    problems: list[str] = []
-    ports: list[ServicePort] = item.spec.services or []
-    try:
-        for port in ports:
-            chosen = choose(port, UNSET, *place).backends
-            backends = [(addresses.pack(b.address), b.port) for b in chosen]
-            if len(backends) > MAX_BACKENDS:
-                problems.append(f"{port.namespace}/{port.name}: only {MAX_BACKENDS} backends fit")
-            families = {
-                v4: tuple(b for b in backends if addresses.is_v4(b[0]) == v4)[:MAX_BACKENDS]
-                for v4 in (True, False)
-            }
-            for frontend in port.frontends:
-                if frontend.kind is not UNSET:
-                    continue
-                address = addresses.pack(frontend.address)
-                key = (address, frontend.port, PROTOCOLS[frontend.protocol])
-                if key in part:
-                    problems.append(f"{port.namespace}/{port.name}: {frontend_text(key)} is taken")
-                    continue
-                part[key] = families[addresses.is_v4(address)]
-                suffix = f":{frontend.port_name}" if frontend.port_name else ""
-                names[frontend_text(key)] = f"{port.namespace}/{port.name}{suffix}"
-    except ValueError as error:
-        raise MapsError(f"{item.metadata.name}: {error}") from error
-    return _ServiceShard(part, names, frozenset(key[0] for key in part), tuple(problems))
-
-
-def _merge_services(shards: tuple[_ServiceShard, ...]) -> _Services:
-    """Of two services that claim one frontend, the one in the lower shard has it."""
-    parts: list[ServicePart] = []
-    names: dict[str, str] = {}
-    problems = [p for shard in shards for p in shard.problems]
-    taken: set[FrontendKey] = set()
-    for shard in shards:
-        part = shard.part
-        if not taken.isdisjoint(part):
-            for key in sorted(taken & part.keys()):
-                problems.append(f"{shard.names[frontend_text(key)]}: {frontend_text(key)} is taken")
-            part = {k: v for k, v in part.items() if k not in taken}
-        taken |= part.keys()
-        parts.append(part)
-        names = shard.names | names
-    return _Services(
-        tuple(parts),
-        names,
-        frozenset[bytes]().union(*(s.addresses for s in shards)),
-        tuple(problems),
-    )
+def _source(place: Place, uplinks: Uplinks) -> tuple[bytes, bytes]:
+    """Of each family the first that the cluster knows the node by, else what the uplink has."""
+    found = list(uplinks.source)
+    for text in reversed(place.addresses):
+        address = addresses.pack(text)
+        if address in uplinks.addresses:
+            found[0 if addresses.is_v4(address) else 1] = address
+    return found[0], found[1]
 
 
 __all__ = [
@@ -457,5 +426,6 @@ __all__ = [
     "MapsError",
     "RuleSetError",
     "State",
+    "Uplinks",
     "build",
 ]

@@ -18,7 +18,7 @@ from pathlib import Path
 from tidegate_bpf import Map, ObjectFile
 from tidegate_bpf.btf import Field, Layout
 
-CARRIED = ("ct", "socks")
+CARRIED = ("ct", "socks", "nat", "affinity")
 """Maps, without their versions, whose entries outlive a change of layout. Half-open flows do
 not: their next packet opens them again."""
 _CHUNK = 8192

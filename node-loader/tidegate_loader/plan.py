@@ -16,39 +16,59 @@ from tidegate_loader import addresses
 from tidegate_loader.addresses import ZERO, Prefix
 from tidegate_loader.maps import (
     FRONTEND,
-    BackendAddress,
     DesiredEndpoint,
     DesiredMaps,
-    FrontendKey,
     Part,
-    ServicePart,
-    frontend_text,
     same_parts,
 )
+from tidegate_loader.plan_services import (
+    ACTIVE,
+    FREE,
+    RANGE_REST_SECONDS,
+    REST_SECONDS,
+    BackendInForce,
+    FrontendInForce,
+    Held,
+    Index,
+    Resting,
+    ServicesPlan,
+    changes,
+    plan_services,
+)
 from tidegate_loader.rules import Expanded
+from tidegate_loader.services import (
+    FrontendKey,
+    RangeKey,
+    ServicePart,
+)
 
-REST_SECONDS = 600
-"""How long a backend id rests: the longest conntrack and affinity time."""
-RANGE_REST_SECONDS = 10
-"""How long a range of slots rests; a program holds a frontend's word for microseconds."""
+# Of services: what is in force of them, as `Actual` holds it.
+__all__ = [
+    "ACTIVE",
+    "FREE",
+    "RANGE_REST_SECONDS",
+    "REST_SECONDS",
+    "BackendInForce",
+    "FrontendInForce",
+    "Resting",
+]
+
 MAX_PROBLEMS = 10
 """Problems reported one by one; the rest are counted."""
 
 NODE_IFINDEX, NODE_ADDR = 1, 2
 ISOLATED, HAS_CIDR = 1, 2
-FREE, ACTIVE = 0, 1
 
 WORLD_FRONTEND = 2 | FRONTEND
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
-_Sortable = TypeVar("_Sortable", bytes, tuple[int, bytes], tuple[bytes, int, int])
+_Sortable = TypeVar("_Sortable", bytes, tuple[int, bytes], tuple[int, int, bytes])
 
 NodeKey = tuple[int, int | bytes]
 """(NODE_IFINDEX, ifindex) or (NODE_ADDR, 16 address bytes)."""
-BackendKey = tuple[bytes, int, int]
-"""(16 address bytes, port, protocol)."""
-
+NodeSource = tuple[bytes, bytes]
+"""As whom the node sends on: IPv4, IPv6; ZERO: not at all."""
 
 # ---- what the kernel holds ---------------------------------------------------------
 
@@ -87,27 +107,6 @@ class RuleSetInForce(msgspec.Struct, frozen=True):
     """None: not linked into rule_sets_v1 (and cidrs_v1) as it should be."""
 
 
-class FrontendInForce(msgspec.Struct, frozen=True):
-    base: int
-    count: int
-    backends: tuple[BackendAddress, ...] | None
-    """None: the word, a slot or a backend is not as it should be."""
-
-
-class BackendInForce(msgspec.Struct, frozen=True):
-    key: BackendKey
-    state: int
-    freed_at: int
-
-
-class Resting(msgspec.Struct, frozen=True):
-    """Slots that a program may still be reading."""
-
-    base: int
-    count: int
-    until: int
-
-
 class Limits(msgspec.Struct, frozen=True):
     """Entries that each map holds."""
 
@@ -118,6 +117,7 @@ class Limits(msgspec.Struct, frozen=True):
     backends: int
     rule_sets: int
     half_open: int
+    ranges: int = 65536
 
 
 class Actual(msgspec.Struct):
@@ -144,6 +144,35 @@ class Actual(msgspec.Struct):
     service_parts: tuple[ServicePart, ...] | None = None
     backends: dict[int, BackendInForce] = {}
     resting: tuple[Resting, ...] = ()
+    index: Index | None = None
+    """Of frontends, backends and resting; None: nobody keeps it."""
+    ranges: frozenset[RangeKey] = frozenset()
+    node_addresses: frozenset[bytes] = frozenset()
+    node_source: NodeSource = (ZERO, ZERO)
+
+    def wake(self, now: int) -> None:
+        """Time has passed: some slots have rested."""
+        self.now = now
+        due = [r for r in self.resting if r.until <= now]
+        if due:
+            self.resting = tuple(r for r in self.resting if r.until > now)
+            if self.index is not None:
+                self.index.rested(due)
+
+    def reindex(self) -> None:
+        self.index = Index(self.services())
+
+    def services(self) -> Held:
+        limits = self.limits
+        return Held(
+            frontends=self.frontends,
+            backends=self.backends,
+            resting=self.resting,
+            now=self.now,
+            max_frontends=limits.frontends,
+            max_slots=limits.slots,
+            max_backends=limits.backends,
+        )
 
 
 # ---- steps -----------------------------------------------------------------------------
@@ -214,6 +243,21 @@ class UpsertNetworks(Step, frozen=True):
     entries: dict[Prefix, int]
 
 
+class WriteNode(Step, frozen=True):
+    """The node's own addresses, and as whom it sends on."""
+
+    addresses: frozenset[bytes]
+    source: NodeSource
+
+
+class UpsertRanges(Step, frozen=True):
+    keys: tuple[RangeKey, ...]
+
+
+class DeleteRanges(Step, frozen=True):
+    keys: tuple[RangeKey, ...]
+
+
 class DeleteFrontends(Step, frozen=True):
     keys: tuple[FrontendKey, ...]
 
@@ -252,6 +296,9 @@ AnyStep = (
     | UpsertIpcache
     | DeleteNetworks
     | UpsertNetworks
+    | WriteNode
+    | UpsertRanges
+    | DeleteRanges
     | DeleteFrontends
     | WriteBackends
     | WriteSlots
@@ -274,10 +321,11 @@ def plan(desired: DesiredMaps, actual: Actual) -> Plan:
     policy = _plan_policy(desired, actual, problems)
     facts = _plan_facts(desired, actual, problems)
     services = _plan_services(desired, actual, problems)
+    outside = _plan_outside(desired, actual, problems)
     left_out = len(problems)
     if left_out > MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = [f"and {left_out - MAX_PROBLEMS} more"]
-    steps = tuple(_in_order(policy, facts, services, actual))
+    steps = tuple(_in_order(policy, facts, services, outside, actual))
     return Plan(steps, tuple(problems), left_out)
 
 
@@ -298,16 +346,20 @@ class _FactsPlan(msgspec.Struct):
     bump: bool
 
 
-class _ServicesPlan(msgspec.Struct):
-    delete: tuple[FrontendKey, ...] = ()
-    backends: dict[int, BackendInForce] = {}
-    slots: dict[int, tuple[int, ...]] = {}
-    upsert: dict[FrontendKey, FrontendInForce] = {}
-    free: dict[int, BackendInForce] = {}
+class _OutsidePlan(msgspec.Struct):
+    """What frontends for clients outside rely on."""
+
+    node: WriteNode | None
+    upsert: tuple[RangeKey, ...]
+    delete: tuple[RangeKey, ...]
 
 
 def _in_order(
-    policy: _PolicyPlan, facts: _FactsPlan, services: _ServicesPlan, actual: Actual
+    policy: _PolicyPlan,
+    facts: _FactsPlan,
+    services: ServicesPlan,
+    outside: _OutsidePlan,
+    actual: Actual,
 ) -> Iterator[AnyStep]:
     """The one order of writes. Referents first, removals reversed:
 
@@ -317,7 +369,8 @@ def _in_order(
     4. One pointer swap puts the new policy in force; it returns when nobody reads the old one.
     5. Then addresses move: the rule sets in force know old and new identity.
     6. Then the epoch: flows are re-evaluated against what is now there, all of it.
-    7. Services: frontends go before what they name, come after it.
+    7. Services: frontends go before what they name, come after it. Who may use one is known
+       before it asks, and until it asks no more.
     8. What only the old node table named goes last.
     """
     if policy.next_id != actual.next_id:
@@ -340,6 +393,10 @@ def _in_order(
         yield UpsertIpcache(facts.upsert_hosts)
     if policy.build is not None or facts.bump or actual.interrupted:
         yield BumpEpoch(actual.epoch + 1)
+    if outside.node is not None:
+        yield outside.node
+    if outside.upsert:
+        yield UpsertRanges(outside.upsert)
     if services.delete:
         yield DeleteFrontends(services.delete)
     if services.backends:
@@ -350,6 +407,8 @@ def _in_order(
         yield UpsertFrontends(services.upsert)
     if services.free:
         yield FreeBackends(services.free)
+    if outside.delete:
+        yield DeleteRanges(outside.delete)
     if policy.remove_rule_sets:
         yield RemoveRuleSets(policy.remove_rule_sets)
     if policy.remove_half_open:
@@ -516,8 +575,8 @@ def _name(key: object) -> str:
             return addresses.text(key)
         case (int() as bits, bytes() as address):
             return addresses.prefix_text((bits, address))
-        case (bytes() as address, int() as port, int() as protocol):
-            return frontend_text((address, port, protocol))
+        case (int(), int() as bits, bytes() as address):
+            return addresses.prefix_text((bits, address))
         case _:
             return str(key)
 
@@ -549,124 +608,27 @@ def _plan_facts(desired: DesiredMaps, actual: Actual, problems: list[str]) -> _F
 # ---- services ----------------------------------------------------------------------------------
 
 
-class _Ranges:
-    """First fit over the slots that nothing refers to and that do not rest."""
-
-    def __init__(self, actual: Actual) -> None:
-        taken = [(f.base, f.count) for f in actual.frontends.values() if f.count]
-        taken += [(r.base, r.count) for r in actual.resting if r.until > actual.now]
-        self._gaps: list[tuple[int, int]] = []
-        at = 0
-        for base, count in sorted(taken):
-            if base > at:
-                self._gaps.append((at, base - at))
-            at = max(at, base + count)
-        if at < actual.limits.slots:
-            self._gaps.append((at, actual.limits.slots - at))
-
-    def take(self, count: int) -> int | None:
-        """A base of `count` free slots; None: there are none in a row."""
-        for index, (base, size) in enumerate(self._gaps):
-            if size >= count:
-                rest = [(base + count, size - count)] if size > count else []
-                self._gaps[index : index + 1] = rest
-                return base
-        return None
+def _plan_services(desired: DesiredMaps, actual: Actual, problems: list[str]) -> ServicesPlan:
+    index = actual.index
+    same = same_parts(desired.services, actual.service_parts)
+    if same and (index is None or not index.idle):
+        return ServicesPlan()
+    gone, upserts = changes(desired.services, actual.service_parts, actual.frontends)
+    held = actual.services()
+    return plan_services(gone, upserts, desired.draining, held, index or Index(held), problems)
 
 
-class _Backends:
-    """Ids: a backend keeps its id; a new one gets an id that never was, or has rested."""
-
-    def __init__(self, actual: Actual) -> None:
-        self._held = actual.backends
-        self.ids: dict[BackendKey, int] = {}
-        for number, backend in sorted(actual.backends.items()):
-            if backend.state == ACTIVE or backend.key not in self.ids:
-                self.ids[backend.key] = number
-        self.written: dict[int, BackendInForce] = {}
-        self._free = (n for n in range(1, actual.limits.backends) if self._is_free(n, actual.now))
-
-    def _is_free(self, number: int, now: int) -> bool:
-        backend = self._held.get(number)
-        return backend is None or (
-            backend.state == FREE
-            and backend.freed_at + REST_SECONDS <= now
-            and self.ids.get(backend.key) == number
-            and number not in self.written
-        )
-
-    def take(self, key: BackendKey) -> int | None:
-        number = self.ids.get(key)
-        if number is None:
-            number = next(self._free, None)
-            if number is None:
-                return None
-            old = self._held.get(number)
-            if old is not None:
-                self.ids.pop(old.key, None)
-            self.ids[key] = number
-        held = self.written.get(number) or self._held.get(number)
-        if held is None or held.key != key or held.state != ACTIVE:
-            self.written[number] = BackendInForce(key, ACTIVE, 0)
-        return number
-
-
-def _plan_services(desired: DesiredMaps, actual: Actual, problems: list[str]) -> _ServicesPlan:
-    if same_parts(desired.services, actual.service_parts):
-        return _ServicesPlan()
-    wanted: ServicePart = {}
-    for part in desired.services:
-        wanted.update(part)
-    held = actual.frontends
-    gone = tuple(sorted(key for key in held if key not in wanted))
-    changed = sorted(
-        key
-        for key, backends in wanted.items()
-        if (now := held.get(key)) is None or now.backends != backends
-    )
-    left = _fit(
-        "frontends",
-        [k for k in changed if k not in held],
-        actual.limits.frontends - len(held) + len(gone),
-        problems,
-    )
-    ids, ranges = _Backends(actual), _Ranges(actual)
-    found = _ServicesPlan(delete=gone, backends=ids.written, slots={}, upsert={})
-    for key in changed:
-        if key in left or not _place(key, wanted[key], ids, ranges, found):
-            if key not in left:
-                problems.append(f"no room for the backends of {frontend_text(key)}")
-            # What is in force stays: its backends are in use.
-            wanted[key] = (held[key].backends or ()) if key in held else ()
-    used = {(*b, key[2]) for key, backends in wanted.items() for b in backends}
-    found.free = {
-        number: BackendInForce(backend.key, FREE, actual.now)
-        for number, backend in actual.backends.items()
-        if backend.state == ACTIVE and backend.key not in used and number not in ids.written
-    }
-    return found
-
-
-def _place(
-    key: FrontendKey,
-    backends: tuple[BackendAddress, ...],
-    ids: _Backends,
-    ranges: _Ranges,
-    found: _ServicesPlan,
-) -> bool:
-    numbers = []
-    for address, port in backends:
-        number = ids.take((address, port, key[2]))
-        if number is None:
-            return False
-        numbers.append(number)
-    base = ranges.take(len(numbers)) if numbers else 0
-    if base is None:
-        return False
-    if numbers:
-        found.slots[base] = tuple(numbers)
-    found.upsert[key] = FrontendInForce(base, len(numbers), backends)
-    return True
+def _plan_outside(desired: DesiredMaps, actual: Actual, problems: list[str]) -> _OutsidePlan:
+    node = None
+    if (desired.node_addresses, desired.node_source) != (actual.node_addresses, actual.node_source):
+        node = WriteNode(desired.node_addresses, desired.node_source)
+    if desired.ranges == actual.ranges:
+        return _OutsidePlan(node, (), ())
+    gone = actual.ranges - desired.ranges
+    new = desired.ranges - actual.ranges
+    room = actual.limits.ranges - len(actual.ranges)
+    left = _fit("source ranges", new, room, problems) if len(new) > room else set()
+    return _OutsidePlan(node, tuple(sorted(new - left)), tuple(sorted(gone)))
 
 
 # ---- drift ----------------------------------------------------------------------------------
@@ -682,6 +644,9 @@ def drift(expected: Actual, found: Actual) -> int:
         + _differing(expected.networks, found.networks)
         + _differing(expected.frontends, found.frontends)
         + _differing(expected.backends, found.backends)
+        + len(expected.ranges ^ found.ranges)
+        + len(expected.node_addresses ^ found.node_addresses)
+        + (expected.node_source != found.node_source)
         + (expected.epoch != found.epoch)
     )
 

@@ -35,6 +35,8 @@ static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struc
 		made->src_endpoint = src->id;
 		tg_set_forward(&made->to_src, src);
 	}
+	if (r->s->flags & TG_CT_UPLINK)
+		made->to_src.ifindex = r->s->uplink;
 	if (dst) {
 		made->dst_endpoint = dst->id;
 		/* Later packets show by this that they are sent by who has the address. */
@@ -203,7 +205,8 @@ static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, __u64 word,
 	}
 	self_is_src = !from_pod == !!reply;
 	r->s->host = ct->dst_rule == (__u32)TG_RULE_HOST;
-	r->s->flags = ct->flags & (TG_CT_NAT | TG_CT_HAIRPIN);
+	r->s->flags = ct->flags & (TG_CT_NAT | TG_CT_HAIRPIN | TG_CT_UPLINK);
+	r->s->uplink = ct->to_src.ifindex;
 	reason = tg_judge(r, t, &s->made, self_is_src);
 	if (reason) {
 		if (!dry_run && ct->seen != r->s->now)
@@ -409,8 +412,14 @@ tg_inline int tg_choose(struct tg_run *r, struct tg_choice *choice)
 	struct tg_frontend_key key = { .addr = r->s->p.t.dst, .port = r->s->p.t.dport,
 				       .protocol = r->s->p.t.protocol };
 	__u32 hash = tg_mix(tg_addr_proof(&r->s->p.t.src) * 31 + r->s->p.t.sport + (__u32)r->s->proof);
+	int answer = tg_service(&key, hash, choice);
 
-	return tg_service(&key, hash, choice);
+	if (answer != TG_SERVICE_SPECIAL)
+		return answer;
+	r->s->asks.addr = r->s->p.t.src;
+	r->s->asks.hash = hash;
+	r->s->asks.outside = !r->from_pod;
+	return tg_special(&key, &r->s->asks, choice, dry_run);
 }
 
 /* ---- the slow path ------------------------------------------------------------------------ */
@@ -468,7 +477,7 @@ static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 		if (r->from_pod)
 			answer = tg_choose(r, choice);
 	}
-	if (answer == TG_SERVICE_EMPTY)
+	if (answer == TG_SERVICE_EMPTY || answer == TG_SERVICE_SILENT)
 		return TG_DROP_NO_BACKEND;
 	if (answer == TG_SERVICE_FOUND) {
 		found = tg_translate(r, choice);

@@ -51,7 +51,7 @@ tg_global int tg_check_arp(struct __sk_buff *skb, const struct tg_endpoint *ep)
 
 /* RFC 4861: hop limit 255 proves the sender is on the link. Routers are not
  * pods; an advertisement may only be of the sender's own address. */
-static __noinline int tg_check_nd(struct tg_run *r)
+static __noinline __attribute__((unused)) int tg_check_nd(struct tg_run *r)
 {
 	const struct tg_endpoint *ep = r->ep;
 	struct tg_addr target;

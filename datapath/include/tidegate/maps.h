@@ -33,6 +33,12 @@ struct tg_anchors {
 	enum tg_identity identity;
 	enum tg_ipcache_flags ipcache_flags;
 	enum tg_backend_state backend_state;
+	enum tg_frontend_flags frontend_flags;
+	enum tg_frontend_base frontend_base;
+	enum tg_slot_header slot_header;
+	enum tg_affinity_word affinity_word;
+	enum tg_nat_word nat_word;
+	enum tg_nat_flags nat_flags;
 	enum tg_ct_flags ct_flags;
 	enum tg_ct_word ct_word;
 	enum tg_half_open_size half_open_size;
@@ -123,6 +129,45 @@ struct {
 	__type(value, struct tg_backend);
 	__uint(max_entries, 65536);
 } backends_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tg_range);
+	__type(value, __u32); /* 1 */
+	__uint(max_entries, 65536);
+} source_ranges_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct tg_affinity_key);
+	__type(value, __u64); /* enum tg_affinity_word */
+	__uint(max_entries, 65536);
+} affinity_v1 SEC(".maps");
+
+/* As whom a node sends on what is not for its own pods: IPv4, IPv6. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct tg_node_addr);
+	__uint(max_entries, 2);
+} node_source_v1 SEC(".maps");
+
+/* Every address of the node itself. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tg_addr);
+	__type(value, struct tg_node_addr);
+	__uint(max_entries, 1024);
+} node_addrs_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct tg_nat_key);
+	__type(value, struct tg_nat);
+	__uint(max_entries, 131072);
+} nat_v1 SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);

@@ -12,32 +12,16 @@
 #include <tidegate/fast.h>
 #include <tidegate/l2.h>
 
-/* The epoch is read first: a flow judged by tables of a later policy state
- * with the epoch of an earlier one is only judged once more. */
 tg_inline int tg_begin(struct tg_run *r)
 {
 	struct tg_node_key key = { .kind = TG_NODE_IFINDEX };
-	struct tg_control *control;
-	__u32 zero = 0;
+	int reason = tg_open(r);
 
-	r->s = bpf_map_lookup_elem(&scratch, &zero);
-	if (!r->s)
-		return TG_DROP_NO_NODE_TABLE;
-	__builtin_memset(r->s, 0, offsetof(struct tg_scratch, made));
-	control = bpf_map_lookup_elem(&control_v1, &zero);
-	if (!control)
-		return TG_DROP_NO_NODE_TABLE;
-	r->s->epoch = *(volatile __u64 *)&control->epoch;
-	tg_barrier();
-	r->node = bpf_map_lookup_elem(&node_v1, &zero);
-	if (!r->node)
-		return TG_DROP_NO_NODE_TABLE;
+	if (reason)
+		return reason;
 	key.addr.w[0] = r->skb->ifindex;
 	r->ep = bpf_map_lookup_elem(r->node, &key);
-	if (!r->ep)
-		return TG_DROP_PENDING;
-	r->s->now = tg_now();
-	return 0;
+	return r->ep ? 0 : TG_DROP_PENDING;
 }
 
 tg_inline int tg_check_packet(struct tg_run *r)

@@ -7,7 +7,7 @@
 #include <tidegate/conntrack.h>
 #include <tidegate/nat.h>
 #include <tidegate/policy.h>
-#include <tidegate/service.h>
+#include <tidegate/special.h>
 
 /* A copy loaded with dry_run writes no map and no event, and answers in
  * skb->cb and skb->mark: 1 judges as if the flow were new, 2 asks conntrack. */
@@ -47,6 +47,13 @@ struct tg_scratch {
 	struct tg_tuple client;
 	struct tg_target inner; /* in errors */
 	struct tg_target outer;
+	struct tg_client asks;  /* of a service */
+	__u32 uplink;           /* the interface it came in by, of TG_CT_UPLINK */
+	struct tg_nat_key nat_key;
+	struct tg_nat_key nat_twin;
+	struct tg_nat nat_made;
+	struct tg_nat nat_found;
+	struct tg_nat nat_other;
 };
 
 struct {
@@ -63,6 +70,29 @@ struct tg_run {
 	struct tg_scratch *s;
 	__u32 from_pod;
 };
+
+/* Scratch, tables and time. The epoch is read first: a flow judged by tables of
+ * a later policy state with the epoch of an earlier one is only judged once more. */
+tg_inline int tg_open(struct tg_run *r)
+{
+	struct tg_control *control;
+	__u32 zero = 0;
+
+	r->s = bpf_map_lookup_elem(&scratch, &zero);
+	if (!r->s)
+		return TG_DROP_NO_NODE_TABLE;
+	__builtin_memset(r->s, 0, offsetof(struct tg_scratch, made));
+	control = bpf_map_lookup_elem(&control_v1, &zero);
+	if (!control)
+		return TG_DROP_NO_NODE_TABLE;
+	r->s->epoch = *(volatile __u64 *)&control->epoch;
+	tg_barrier();
+	r->node = bpf_map_lookup_elem(&node_v1, &zero);
+	if (!r->node)
+		return TG_DROP_NO_NODE_TABLE;
+	r->s->now = tg_now();
+	return 0;
+}
 
 /* ---- counters and events ---------------------------------------------------- */
 
@@ -157,6 +187,11 @@ tg_inline int tg_pass(struct tg_run *r)
 	return TG_PASS;
 }
 
+tg_inline int tg_no_mac(const __u8 mac[6])
+{
+	return !(mac[0] | mac[1] | mac[2] | mac[3] | mac[4] | mac[5]);
+}
+
 /* Into the pod at `forward`, or on to the stack. */
 tg_inline int tg_deliver(struct __sk_buff *skb, int from_pod, const struct tg_forward *forward)
 {
@@ -165,6 +200,9 @@ tg_inline int tg_deliver(struct __sk_buff *skb, int from_pod, const struct tg_fo
 	tg_count(skb, TG_FORWARDED, from_pod);
 	if (!from_pod || !forward->ifindex)
 		return TG_PASS;
+	/* Back out of the uplink: the answer of a NodePort has an address of the node. */
+	if (tg_no_mac(forward->pod_mac))
+		return bpf_redirect_neigh(forward->ifindex, NULL, 0, 0);
 	eth = tg_at(skb, 0, sizeof(*eth));
 	if (!eth) /* never: every header before it was parsed */
 		return TC_ACT_SHOT;

@@ -9,7 +9,10 @@
 enum tg_service_answer {
 	TG_SERVICE_NONE = 0,    /* not a frontend */
 	TG_SERVICE_FOUND = 1,
-	TG_SERVICE_EMPTY = 2,   /* a frontend without backends */
+	TG_SERVICE_EMPTY = 2,   /* a frontend without backends: refused */
+	TG_SERVICE_SPECIAL = 3, /* ask `special.h` */
+	TG_SERVICE_SILENT = 4,  /* no backend on this node, and only those would do: dropped */
+	TG_SERVICE_RANGE = 5,   /* not for this client */
 };
 
 struct tg_choice {
@@ -17,6 +20,8 @@ struct tg_choice {
 	__be16 port;
 	__u16 pad;
 	__u32 backend; /* id */
+	__u32 base;    /* of TG_SERVICE_SPECIAL: the frontend's */
+	__u32 count;
 };
 
 tg_inline int tg_backend(__u32 id, __u8 protocol, struct tg_choice *choice)
@@ -58,6 +63,11 @@ tg_global int tg_service(const struct tg_frontend_key *asked, __u32 hash,
 	}
 	if (frontend.proof != proof)
 		return TG_SERVICE_NONE;
+	if (frontend.base > TG_FRONTEND_SLOT) {
+		choice->base = frontend.base;
+		choice->count = frontend.count;
+		return TG_SERVICE_SPECIAL;
+	}
 	if (!frontend.count)
 		return TG_SERVICE_EMPTY;
 	slot = frontend.base + (__u32)((__u64)hash * frontend.count >> 32);

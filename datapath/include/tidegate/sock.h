@@ -9,7 +9,7 @@
 #define TIDEGATE_SOCK_H
 
 #include <linux/in.h>
-#include <tidegate/service.h>
+#include <tidegate/special.h>
 
 #define TG_ECONNREFUSED 111
 #define TG_SOCK_PROCEED 1
@@ -104,17 +104,34 @@ tg_inline void tg_sock_remember(struct bpf_sock_addr *ctx, const struct tg_choic
 	bpf_map_update_elem(&socks_v1, &key, &value, BPF_ANY);
 }
 
+/* A client is its network namespace: its address is not chosen yet. */
+tg_inline int tg_sock_special(struct bpf_sock_addr *ctx, const struct tg_frontend_key *key,
+			      struct tg_choice *choice)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	struct tg_client client = { .hash = bpf_get_prandom_u32() };
+
+	client.addr.w[0] = cookie >> 32;
+	client.addr.w[1] = cookie;
+	return tg_special(key, &client, choice, 0);
+}
+
 /* connect and sendmsg */
 tg_inline int tg_sock_forward(struct bpf_sock_addr *ctx, int v6)
 {
 	struct tg_frontend_key key = {};
 	struct tg_choice choice = {};
+	int answer;
 
 	tg_sock_read(ctx, v6, &key.addr);
 	key.port = ctx->user_port;
 	key.protocol = ctx->protocol;
-	switch (tg_service(&key, bpf_get_prandom_u32(), &choice)) {
+	answer = tg_service(&key, bpf_get_prandom_u32(), &choice);
+	if (answer == TG_SERVICE_SPECIAL)
+		answer = tg_sock_special(ctx, &key, &choice);
+	switch (answer) {
 	case TG_SERVICE_NONE:
+	case TG_SERVICE_SILENT: /* its packets are dropped, and counted, where they leave */
 		return TG_SOCK_PROCEED;
 	case TG_SERVICE_EMPTY:
 		/* As a user of kube-proxy expects: refused, not a time-out. */

@@ -156,14 +156,40 @@ struct tg_frontend_key {
 };
 TG_SIZE(struct tg_frontend_key, 20);
 
-/* Read as one word: slots[base .. base + count) hold the backends' ids.
- * proof = low 16 bits of tg_frontend_proof(key). */
+/* Read as one word: slots[base .. base + count) hold the backends' ids, sorted
+ * but for a ring's. proof = low 16 bits of tg_frontend_proof(key). */
 struct tg_frontend {
-	__u32 base;
+	__u32 base;  /* low 24 bits; above them enum tg_frontend_flags */
 	__u16 count; /* 0: the service has no ready backend */
 	__u16 proof;
 } __attribute__((aligned(8)));
 TG_SIZE(struct tg_frontend, 8);
+
+/* A frontend that asks for more than one of its backends has TG_SLOT_HEADER slots
+ * before them, enum tg_slot_header, and what clients from outside get behind them. */
+enum tg_frontend_flags {
+	TG_FRONTEND_AFFINITY = 0x01,       /* a client keeps its backend */
+	TG_FRONTEND_RANGES = 0x02,         /* clients from outside must be in source_ranges */
+	TG_FRONTEND_OUTSIDE = 0x04,        /* clients outside the cluster may use it */
+	TG_FRONTEND_LOCAL = 0x08,          /* those get this node's backends only */
+	TG_FRONTEND_INTERNAL_LOCAL = 0x10, /* so do all others */
+	TG_FRONTEND_TWO = 0x20,            /* those from outside have a list of their own */
+	TG_FRONTEND_RING = 0x40,           /* the slots are a Maglev ring */
+	TG_FRONTEND_HEADER = 0x80,
+};
+
+enum tg_frontend_base {
+	TG_FRONTEND_SLOT = 0x00ffffff,
+	TG_FRONTEND_FLAGS = 24, /* how far to shift */
+};
+
+enum tg_slot_header {
+	TG_SLOT_SERVICE = 0,  /* number of the service port, for affinity and source_ranges */
+	TG_SLOT_AFFINITY = 1, /* seconds */
+	TG_SLOT_OUTSIDE = 2,  /* slots of the second list, with TG_FRONTEND_TWO */
+	TG_SLOT_ELSEWHERE = 3, /* whether there are backends at all */
+	TG_SLOT_HEADER = 4,
+};
 
 /* Written only while no slot names its id; ids rest before reuse. */
 struct tg_backend {
@@ -179,6 +205,72 @@ enum tg_backend_state {
 	TG_BACKEND_FREE = 0,
 	TG_BACKEND_ACTIVE = 1,
 };
+
+/* Which clients of a service come from where; in an LPM trie. */
+struct tg_range {
+	__u32 bits; /* 32 + those of 128 */
+	__be32 service;
+	struct tg_addr addr;
+};
+TG_SIZE(struct tg_range, 24);
+
+struct tg_affinity_key {
+	struct tg_addr client; /* of a socket: its network namespace's cookie */
+	__u32 service;
+	__u32 outside; /* the other list has other backends */
+};
+TG_SIZE(struct tg_affinity_key, 24);
+
+/* One word: backend id, proof of the key, when it was last asked for. */
+enum tg_affinity_word {
+	TG_AFFINITY_PROOF = 24, /* bits; as many for the id */
+	TG_AFFINITY_SEEN = 48,
+	TG_AFFINITY_UNIT = 2,   /* 4 s: 16 bits are three days */
+};
+
+/* ---- translation at the uplink --------------------------------------------- */
+
+/* A packet as it comes in. */
+struct tg_nat_key {
+	struct tg_addr src;
+	struct tg_addr dst;
+	__be16 sport;
+	__be16 dport;
+	__u8 protocol;
+	__u8 pad[3];
+};
+TG_SIZE(struct tg_nat_key, 40);
+
+enum tg_nat_word {
+	TG_NAT_PROOF_BITS = 40, /* word = when it was made << 40 | 40 bits of the key's hash */
+};
+
+/* What becomes of it. The entry of the other direction has the same turned round:
+ * its key is (dst, src) here. Never changed but for `seen` and `flags`. */
+struct tg_nat {
+	__u64 word;
+	__u32 seen;
+	__u32 flags; /* enum tg_ct_flags: TG_CT_REPLIED, _FIN_*, _RST; enum tg_nat_flags */
+	struct tg_addr src;
+	struct tg_addr dst;
+	__be16 sport;
+	__be16 dport;
+	__u32 backend; /* id */
+};
+TG_SIZE(struct tg_nat, 56);
+
+enum tg_nat_flags {
+	TG_NAT_REPLY = 0x10000,  /* the entry is of the direction from the backend */
+	TG_NAT_HOST = 0x20000,   /* the backend is this node itself: its source is kept */
+};
+
+/* An address of this node. Its proof says that it is not torn. */
+struct tg_node_addr {
+	struct tg_addr addr;
+	__u32 proof; /* tg_addr_proof(addr) */
+	__u32 pad;
+};
+TG_SIZE(struct tg_node_addr, 24);
 
 /* ---- conntrack ------------------------------------------------------------ */
 
@@ -204,6 +296,7 @@ enum tg_ct_flags {
 	TG_CT_NAT = 0x20,       /* nat_* is the frontend the client asked for */
 	TG_CT_SERVICE = 0x40,   /* client -> frontend; nat_* is the backend chosen */
 	TG_CT_HAIRPIN = 0x80,   /* client and backend are one pod */
+	TG_CT_UPLINK = 0x100,   /* translated at an uplink: replies leave by to_src.ifindex */
 };
 
 /* Where to hand a packet that is bound for a local endpoint. */
@@ -334,7 +427,10 @@ enum tg_reason {
 	TG_DROP_CT_INSERT = 155,
 	TG_DROP_EXT_HEADER = 156,
 	TG_DROP_NO_BACKEND = 158,
+	TG_DROP_NO_ROUTE = 169,
+	TG_DROP_SOURCE_RANGE = 177,
 	TG_DROP_POLICY_DENY = 181,
+	TG_DROP_TTL = 196,
 	TG_DROP_PENDING = 203,
 	TG_DROP_VLAN = 220,
 	TG_DROP_ND = 221,
@@ -345,6 +441,8 @@ enum tg_reason {
 	TG_DROP_SOURCE_ROUTE = 226,
 	TG_DROP_NO_NODE_TABLE = 227,
 	TG_DROP_L2_SENDER = 228,
+	TG_DROP_NAT_FULL = 229,
+	TG_REASON_NAT_LOST = 230,  /* counted, not a drop */
 	TG_REASON_EVENT_LOST = 254, /* counted, not a drop */
 	TG_REASON_MAX = 256,
 };

@@ -14,7 +14,6 @@ from tidegate_cli import lists, render
 from tidegate_cli.errors import CliError
 from tidegate_cli.explain import parse_port
 from tidegate_cli.live import Endpoint, Flow, Frontend, NodeView, life, signed
-from tidegate_cli.model import Model
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:
@@ -79,19 +78,6 @@ class Maps:
 
 def view(**content: Any) -> NodeView:
     return NodeView("node", Maps(**content), None)  # type: ignore[arg-type]
-
-
-def test_services_as_people_know_them() -> None:
-    fronts = [
-        Frontend("10.96.0.1", 80, 6, 0, 2, ((1, "10.0.0.1", 8080), 7)),
-        Frontend("fd00::1", 53, 17, 2, 0, ()),
-    ]
-    assert lists._lb(Model(), view(frontends=fronts)) == {
-        "10.96.0.1:80/TCP (0)": ["0.0.0.0:0 (0) (0) [unknown]"],
-        "10.96.0.1:80/TCP (1)": ["10.0.0.1:8080/TCP (0) (1)"],
-        "10.96.0.1:80/TCP (2)": ["backend 7 not found"],
-        "[fd00::1]:53/UDP (0)": ["[::]:0 (0) (0) [unknown]"],
-    }
 
 
 def flow(**changes: Any) -> Flow:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import loader_world as world
 from tidegate_api import state as api
-from tidegate_loader import addresses, maps
+from tidegate_loader import addresses, maps, services
 from tidegate_loader.maps import FRONTEND, LOCAL, PEER
 
 GOLDEN = world.ROOT / "tests" / "golden" / "maps"
@@ -38,7 +38,7 @@ def dump(found: maps.DesiredMaps) -> str:
     for part in found.services:
         for frontend, backends in sorted(part.items()):
             listed = " ".join(f"{addresses.text(a)}:{p}" for a, p in backends)
-            lines.append(f"frontend {maps.frontend_text(frontend)} -> {listed}".rstrip())
+            lines.append(f"frontend {services.frontend_text(frontend)} -> {listed}".rstrip())
     lines += [f"pending {uid}" for uid in found.pending]
     lines += [f"problem {text}" for text in found.problems]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,323 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* The way of a packet at a node's uplink: Services for clients outside the node.
+ *
+ * `from_net` sees what comes in. A backend that is a pod of this node gets the
+ * packet with the client's address, judged and tracked as at the pod's own
+ * interface (`flow.h`), and its answers are translated there. What is for
+ * another node goes on with this node's address (`snat.h`). What is for no
+ * Service passes as it came, whatever it is.
+ *
+ * `to_net` translates the answers of backends that are the node itself.
+ */
+#ifndef TIDEGATE_UPLINK_H
+#define TIDEGATE_UPLINK_H
+
+#include <tidegate/error.h>
+#include <tidegate/leave.h>
+#include <tidegate/snat.h>
+
+#define TG_PACKET_HOST 0 /* linux/if_packet.h */
+#define TG_NOT_OURS (-2) /* of no Service: none of TC_ACT_* */
+
+tg_inline int tg_is_node(const struct tg_addr *addr)
+{
+	struct tg_node_addr *found = bpf_map_lookup_elem(&node_addrs_v1, addr);
+
+	return found && *(volatile __u32 *)&found->proof == tg_addr_proof(addr);
+}
+
+/* A reason that `tg_route` gives, or its verdict. */
+tg_inline int tg_send(struct tg_run *r)
+{
+	int verdict = tg_route(r->skb, &r->s->p);
+
+	if (verdict & TG_LEAVE_DROP)
+		return tg_drop(r, verdict & (TG_LEAVE_DROP - 1));
+	tg_count(r->skb, TG_FORWARDED, 0);
+	return verdict;
+}
+
+/* ---- backends on this node -------------------------------------------------------- */
+
+static __noinline int tg_net_deliver(struct tg_run *r)
+{
+	const struct tg_forward *forward = &r->s->forward;
+	struct ethhdr *eth = tg_at(r->skb, 0, sizeof(*eth));
+
+	tg_count(r->skb, TG_FORWARDED, 0);
+	if (!eth || !forward->ifindex || tg_no_mac(forward->pod_mac))
+		return TG_PASS;
+	__builtin_memcpy(eth->h_dest, forward->pod_mac, ETH_ALEN);
+	__builtin_memcpy(eth->h_source, forward->host_mac, ETH_ALEN);
+	return bpf_redirect_peer(forward->ifindex, 0);
+}
+
+static __noinline int tg_net_local(struct tg_run *r, const struct tg_choice *choice)
+{
+	int reason;
+
+	if (!choice)
+		return TG_PASS;
+	/* What pods here send does not come from outside. */
+	if (tg_local(r->node, &r->s->p.t.src))
+		return tg_drop(r, TG_DROP_INVALID_SOURCE);
+	reason = tg_translate(r, choice);
+	if (reason)
+		return tg_drop(r, reason);
+	r->s->flags |= TG_CT_UPLINK;
+	tg_key(r);
+	reason = tg_is_syn(&r->s->p) ? TG_LOST : tg_follow_known(r, tg_lookup(r));
+	if (reason == TG_LOST)
+		reason = tg_new_flow(r);
+	return reason ? tg_drop(r, reason) : tg_net_deliver(r);
+}
+
+/* ---- backends elsewhere ------------------------------------------------------------- */
+
+/* s->nat_found is what becomes of this packet, and its flow lives. */
+static __noinline int tg_net_onward(struct tg_run *r, const struct tg_nat *nat)
+{
+	int reason, host;
+
+	if (!nat)
+		return TG_PASS;
+	host = nat->flags & TG_NAT_HOST;
+	reason = tg_nat_apply(r, nat);
+	if (reason)
+		return tg_drop(r, reason);
+	if (!host)
+		return tg_send(r);
+	tg_count(r->skb, TG_FORWARDED, 0);
+	return TG_PASS;
+}
+
+static __noinline int tg_net_remote(struct tg_run *r, const struct tg_choice *choice)
+{
+	__u32 host = 0;
+	int reason;
+
+	if (!choice)
+		return TG_PASS;
+	if (tg_is_node(&choice->addr))
+		host = TG_NAT_HOST;
+	reason = tg_nat_make(r, choice, host);
+	return reason ? tg_drop(r, reason) : tg_net_onward(r, &r->s->nat_made);
+}
+
+/* A packet of a flow that has entries here already; TG_NOT_OURS: it has none. */
+static __noinline int tg_net_known(struct tg_run *r)
+{
+	struct tg_scratch *s = r->s;
+	struct tg_nat *nat;
+	struct tg_choice *now = &s->choice;
+
+	tg_nat_key(&s->nat_key, &s->p.t);
+	nat = tg_nat_find(&s->nat_key, &s->nat_found);
+	if (!nat)
+		return TG_NOT_OURS;
+	if (!(s->nat_found.flags & TG_NAT_REPLY)) {
+		int over = tg_nat_ended(r, &s->nat_found, s->p.t.protocol) ||
+			   (tg_is_syn(&s->p) && tg_closed(s->nat_found.flags));
+
+		/* UDP leaves a backend that is gone; TCP stays until it ends. */
+		if (!over && s->p.t.protocol == IPPROTO_UDP)
+			over = tg_backend(s->nat_found.backend, IPPROTO_UDP, now) !=
+				       TG_SERVICE_FOUND ||
+			       !tg_addr_equal(&now->addr, &s->nat_found.dst);
+		if (over) {
+			tg_nat_remove(r, nat, &s->nat_key, &s->nat_found);
+			return TG_NOT_OURS;
+		}
+	}
+	tg_nat_touch(r, nat, &s->nat_found);
+	return tg_net_onward(r, &s->nat_found);
+}
+
+/* ---- services ------------------------------------------------------------------------ */
+
+/* A pod's flow that was established through this uplink. */
+tg_inline int tg_net_established(struct tg_run *r, struct tg_choice *choice)
+{
+	struct tg_ct *ct;
+
+	tg_key(r);
+	if (tg_is_syn(&r->s->p))
+		return TG_SERVICE_NONE;
+	ct = tg_lookup(r);
+	if (!ct || !(ct->flags & TG_CT_SERVICE) || tg_is_reply(r, ct->flags))
+		return TG_SERVICE_NONE;
+	return tg_chosen(r, ct, choice);
+}
+
+static __noinline int tg_net_service(struct tg_run *r)
+{
+	struct tg_choice *choice = &r->s->choice;
+	struct tg_frontend_key key = { .addr = r->s->p.t.dst, .port = r->s->p.t.dport,
+				       .protocol = r->s->p.t.protocol };
+	int answer;
+
+	/* Asked for first: most packets are for no frontend. */
+	if (tg_service(&key, 0, choice) != TG_SERVICE_SPECIAL ||
+	    !(choice->base >> TG_FRONTEND_FLAGS & TG_FRONTEND_OUTSIDE))
+		return TG_NOT_OURS;
+	answer = tg_net_known(r);
+	if (answer != TG_NOT_OURS)
+		return answer;
+	answer = tg_net_established(r, choice);
+	if (answer == TG_SERVICE_NONE)
+		answer = tg_choose(r, choice);
+	if (answer == TG_SERVICE_NONE)
+		return TG_NOT_OURS;
+	if (answer == TG_SERVICE_RANGE)
+		return tg_drop(r, TG_DROP_SOURCE_RANGE);
+	if (answer != TG_SERVICE_FOUND)
+		return tg_drop(r, TG_DROP_NO_BACKEND);
+	r->ep = tg_local(r->node, &choice->addr);
+	return r->ep ? tg_net_local(r, choice) : tg_net_remote(r, choice);
+}
+
+/* An answer to what this node sent on with an address of its own. */
+tg_inline int tg_net_answer(struct tg_run *r)
+{
+	__u16 port = bpf_ntohs(r->s->p.t.dport);
+	int done;
+
+	if ((port < snat_first || port > snat_last) && r->s->p.t.protocol != IPPROTO_SCTP)
+		return TG_NOT_OURS;
+	done = tg_net_known(r);
+	if (done == TG_NOT_OURS && (r->s->p.tcp_flags & TG_TCP_ACK) &&
+	    tg_is_node(&r->s->p.t.dst) && !(r->s->p.tcp_flags & TG_TCP_SYN))
+		tg_count(r->skb, TG_REASON_NAT_LOST, 0);
+	return done;
+}
+
+/* ---- ICMP errors ------------------------------------------------------------------------- */
+
+/* About a packet that had been translated here: p.t is what it quotes, `src` and
+ * `dst` are the error's own addresses. */
+static __noinline int tg_net_error_nat(struct tg_run *r, const struct tg_addr *src,
+				       const struct tg_addr *dst)
+{
+	struct tg_target *inner = &r->s->inner, *outer = &r->s->outer;
+	struct tg_nat *nat = &r->s->nat_found;
+	int reason, from_end;
+
+	if (!src || !dst)
+		return TG_NOT_OURS;
+	/* The key of the packets that go the other way. */
+	r->s->turned.src = r->s->p.t.dst;
+	r->s->turned.dst = r->s->p.t.src;
+	r->s->turned.sport = r->s->p.t.dport;
+	r->s->turned.dport = r->s->p.t.sport;
+	r->s->turned.protocol = r->s->p.t.protocol;
+	tg_nat_key(&r->s->nat_key, &r->s->turned);
+	if (!tg_nat_find(&r->s->nat_key, nat))
+		return TG_NOT_OURS;
+	from_end = tg_addr_equal(src, &r->s->p.t.dst);
+	inner->addr = outer->addr = nat->dst;
+	inner->port = nat->dport;
+	inner->side = TG_SIDE_SRC;
+	outer->side = TG_SIDE_DST;
+	reason = tg_rewrite_quoted(r->skb, &r->s->p, inner);
+	if (!reason)
+		reason = tg_rewrite_outer(r, dst, outer);
+	inner->addr = outer->addr = nat->src;
+	inner->port = nat->sport;
+	inner->side = TG_SIDE_DST;
+	outer->side = TG_SIDE_SRC;
+	if (!reason)
+		reason = tg_rewrite_quoted(r->skb, &r->s->p, inner);
+	if (!reason && from_end)
+		reason = tg_rewrite_outer(r, src, outer);
+	if (reason)
+		return tg_drop(r, reason);
+	tg_count(r->skb, TG_FORWARDED, 0);
+	return 0;
+}
+
+static __noinline int tg_net_error(struct tg_run *r, int egress)
+{
+	struct tg_addr src = r->s->p.t.src, dst = r->s->p.t.dst;
+	struct tg_ct *ct;
+	int done;
+
+	if (tg_parse_quoted(r->skb, &r->s->p) || !tg_addr_equal(&dst, &r->s->p.t.src))
+		return TG_PASS;
+	done = tg_net_error_nat(r, &src, &dst);
+	if (done == TC_ACT_SHOT)
+		return done;
+	if (!done) {
+		if (egress || (r->s->nat_found.flags & TG_NAT_HOST))
+			return TG_PASS;
+		/* The error's own way: to whoever sent what it quotes. */
+		r->s->p.t.dst = r->s->nat_found.dst;
+		r->s->p.t.src = src;
+		r->s->p.t.protocol = r->s->p.protocol;
+		done = tg_route(r->skb, &r->s->p);
+		return done & TG_LEAVE_DROP ? tg_drop(r, done & (TG_LEAVE_DROP - 1)) : done;
+	}
+	if (egress)
+		return TG_PASS;
+	tg_key(r);
+	ct = tg_lookup(r);
+	if (!ct || !(ct->flags & TG_CT_SERVICE))
+		return TG_PASS;
+	r->s->inner.addr = ct->nat_addr;
+	r->ep = tg_local(r->node, &r->s->inner.addr);
+	if (!r->ep)
+		return TG_PASS;
+	r->s->p.t.src = src;
+	r->s->p.t.dst = dst;
+	r->s->p.t.protocol = r->s->p.protocol;
+	done = tg_icmp_error(r);
+	return done ? tg_drop(r, done) : tg_net_deliver(r);
+}
+
+/* ---- programs -------------------------------------------------------------------------------- */
+
+tg_inline int tg_from_net(struct __sk_buff *skb)
+{
+	struct tg_run r = { .skb = skb };
+	__u8 protocol;
+	int done;
+
+	/* Another host's, seen because somebody listens to everything. */
+	if (skb->pkt_type != TG_PACKET_HOST || tg_open(&r) || tg_parse(skb, &r.s->p))
+		return TG_PASS;
+	r.s->uplink = skb->ifindex;
+	if (r.s->p.kind == TG_KIND_ICMP_ERROR)
+		return tg_net_error(&r, 0);
+	protocol = r.s->p.t.protocol;
+	if (r.s->p.kind != TG_KIND_FLOW ||
+	    (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && protocol != IPPROTO_SCTP))
+		return TG_PASS;
+	/* A pod's fragments are its own interface's business. */
+	if (r.s->p.fragment && (tg_local(r.node, &r.s->p.t.src) || tg_track_fragment(&r.s->p, 0)))
+		return TG_PASS;
+	done = tg_net_answer(&r);
+	if (done == TG_NOT_OURS)
+		done = tg_net_service(&r);
+	return done == TG_NOT_OURS ? TG_PASS : done;
+}
+
+tg_inline int tg_to_net(struct __sk_buff *skb)
+{
+	struct tg_run r = { .skb = skb };
+	int reason;
+
+	/* Of this node's own making only. */
+	if (skb->ingress_ifindex || tg_open(&r) || tg_parse(skb, &r.s->p))
+		return TG_PASS;
+	if (r.s->p.kind == TG_KIND_ICMP_ERROR)
+		return tg_net_error(&r, 1);
+	if (r.s->p.kind != TG_KIND_FLOW)
+		return TG_PASS;
+	tg_nat_key(&r.s->nat_key, &r.s->p.t);
+	if (!tg_nat_find(&r.s->nat_key, &r.s->nat_found) ||
+	    !(r.s->nat_found.flags & TG_NAT_HOST) || !(r.s->nat_found.flags & TG_NAT_REPLY))
+		return TG_PASS;
+	reason = tg_nat_apply(&r, &r.s->nat_found);
+	return reason ? tg_drop(&r, reason) : TG_PASS;
+}
+
+#endif
