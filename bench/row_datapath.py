@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import frames
-from lab import DROP, PASS, REDIRECT, SHAPES, U32, Lab, Pod, Rules, addr, frontend_proof
+from lab import DROP, PASS, REDIRECT, U32, Lab, Pod, Rules, addr, frontend_proof
 from measure import Result, interleaved, pinned
 from tidegate_bpf import RingBuffer, SkbContext
 from tidegate_bpf.netns import inside
@@ -39,7 +39,10 @@ ANY = 0x02000000
 CLASS = 0x01000000
 TCP = 6
 
-Entry = dict[tuple[int, int, int, int], tuple[int, int, int]]
+PLAIN_SHAPES = 10
+"""Key shapes that a rule set without entities may have."""
+
+Entry = dict[tuple[int, int, int, int], tuple[int, ...]]
 
 
 def text(number: int) -> str:
@@ -86,10 +89,10 @@ class SharedLab(Lab):
     """One inner map for one Rules object, however many pods it protects."""
 
     def __init__(self, **knobs: int) -> None:
-        self.made: dict[int, tuple[int, int, int, int, bytes]] = {}
+        self.made: dict[int, tuple[int, int, int, bytes, bytes]] = {}
         super().__init__(program=str(BENCH), **knobs)
 
-    def policy(self, rules: Rules | None, rule_set: int) -> tuple[int, int, int, int, bytes]:
+    def policy(self, rules: Rules | None, rule_set: int) -> tuple[int, int, int, bytes, bytes]:
         if id(rules) not in self.made:
             self.made[id(rules)] = super().policy(rules, rule_set)
         return self.made[id(rules)]
@@ -252,7 +255,7 @@ def new_both() -> Iterator[Result]:
 
 def new_worst() -> Iterator[Result]:
     rules = worst_rules()
-    if len(rules.shapes()) != SHAPES:
+    if len(rules.shapes()) != PLAIN_SHAPES:
         raise AssertionError(f"not the worst rule set: {len(rules.shapes())} shapes")
     what = "the same, 10 key shapes and CIDR classes at both ends, the last shape allows"
     return both("tc-new-worst", what, rules, 28.0)

@@ -20,7 +20,7 @@ from tidegate_bpf import PermissionDenied
 from tidegate_loader import addresses
 
 from tidegate_cli import frame, lookup
-from tidegate_cli.dryrun import DryRun, Run
+from tidegate_cli.dryrun import NOT_ASKED, DryRun, Run
 from tidegate_cli.errors import CliError
 from tidegate_cli.live import Endpoint, NodeMaps, NodeView
 from tidegate_cli.lookup import Look
@@ -32,7 +32,8 @@ FROM_POD, TO_POD = "from_pod", "to_pod"
 
 class Question(msgspec.Struct, frozen=True):
     """One end of a flow that is to be opened. `own` is the end's address, `peer` the other's;
-    `port` the destination's, 0 without; `direction` "egress" or "ingress", as the end sees it."""
+    `port` the destination's, of ICMP type << 8 | code; `direction` "egress" or "ingress", as the
+    end sees it."""
 
     own: str
     peer: str
@@ -60,6 +61,9 @@ class Looked(msgspec.Struct, frozen=True):
     value: str = ""
     key_fields: dict[str, Any] = {}
     value_fields: dict[str, Any] = {}
+    audit: int = 0
+    """Reason of the denial if policies in audit mode counted; 0: none. `audit_rule`: its rule."""
+    audit_rule: int = lookup.NONE
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -68,6 +72,9 @@ class Ended(msgspec.Struct, frozen=True):
     rule_set: int
     name: str
     rule: int
+    allowed: bool = True
+    audit: int = 0
+    """As of `Looked`."""
 
 
 class Ran(msgspec.Struct, frozen=True):
@@ -80,6 +87,8 @@ class Ran(msgspec.Struct, frozen=True):
     ingress: Ended
     address: str
     port: int
+    audit_rule: int = lookup.NONE
+    """Of egress, if that is denied by audit, else of ingress."""
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -149,6 +158,8 @@ class Kernel:
             rule=look.rule,
             slot=look.slot,
             missing=look.missing,
+            audit=look.audit,
+            audit_rule=look.audit_rule,
         )
         if look.key is None or look.value is None:
             return found
@@ -176,14 +187,18 @@ class Kernel:
             program=run.program,
             allowed=run.allowed,
             reason=run.reason,
-            egress=self._ended(*run.egress),
-            ingress=self._ended(*run.ingress),
+            # Ingress is asked only of what egress lets pass.
+            egress=self._ended(run.egress, run.allowed or run.ingress != NOT_ASKED, run.audits[0]),
+            ingress=self._ended(run.ingress, run.allowed, run.audits[1]),
             address=address,
             port=port,
+            audit_rule=run.audit_rule,
         )
 
-    def _ended(self, rule_set: int, rule: int) -> Ended:
-        return Ended(rule_set, self.view.rule_set_name(rule_set) if rule_set else "", rule)
+    def _ended(self, side: tuple[int, int], allowed: bool, audit: int) -> Ended:
+        rule_set, rule = side
+        name = self.view.rule_set_name(rule_set) if rule_set else ""
+        return Ended(rule_set, name, rule, allowed, audit)
 
 
 class Nodes:

@@ -75,7 +75,13 @@ def _explain(subparsers: Any) -> None:
     parser.add_argument("--to", dest="target", metavar="TARGET", required=True, help=target)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--port", metavar="N[/PROTO]", help="TCP (default), UDP or SCTP")
-    what.add_argument("--icmp", action="store_true", help="an echo request")
+    what.add_argument(
+        "--icmp",
+        nargs="?",
+        const="",
+        metavar="TYPE[/CODE]",
+        help="ICMP of this type; without a type an echo request",
+    )
     parser.add_argument("--family", type=int, choices=(4, 6), default=0, help="IPv4 or IPv6")
 
 

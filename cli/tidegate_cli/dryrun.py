@@ -19,6 +19,7 @@ from tidegate_cli.live import Endpoint, NodeMaps, objects_dir, signed
 
 DROP = 2
 """TC_ACT_SHOT; what is not dropped passes or is redirected."""
+NOT_ASKED = (0, 0)
 _PINNED = re.compile(r"_v\d+$")
 """A pinned map's name carries its layout's version. What has none is a program's own work space."""
 
@@ -26,7 +27,9 @@ _PINNED = re.compile(r"_v\d+$")
 @dataclass(frozen=True)
 class Run:
     """What the program answered: `reason` is an enum tg_reason; each side (rule set id, rule)
-    with enum tg_rule_special; (0, 0) is a side that was not asked."""
+    with enum tg_rule_special; NOT_ASKED is a side that was not. `audits`: reasons for which
+    egress and ingress would be denied if policies in audit mode counted, 0: none; `audit_rule`:
+    of the first of them."""
 
     program: str
     allowed: bool
@@ -35,6 +38,8 @@ class Run:
     ingress: tuple[int, int]
     frame: bytes
     """As it left the program."""
+    audits: tuple[int, int] = (0, 0)
+    audit_rule: int = -1
 
 
 class DryRun:
@@ -67,14 +72,17 @@ class DryRun:
         context = SkbContext(ifindex=ifindex, ingress_ifindex=came_from)
         with self._inside():
             result = self._loaded.programs[program].test_run(frame, context)
-        answer = SkbContext.from_buffer_copy(result.ctx_out).cb
+        context = SkbContext.from_buffer_copy(result.ctx_out)
+        answer = context.cb
         return Run(
             program,
             result.retval != DROP,
-            answer[0],
+            answer[0] & 0xFF,
             (answer[1], signed(answer[2])),
             (answer[3], signed(answer[4])),
             result.data_out,
+            (answer[0] >> 8 & 0xFF, answer[0] >> 16 & 0xFF),
+            signed(context.priority),
         )
 
     @contextlib.contextmanager

@@ -21,7 +21,8 @@ from tidegate_api.state import NodeState
 from tidegate_cli import lookup, reasons, render
 from tidegate_cli.answer import FROM_POD, TO_POD, Looked, Nodes, Question, Ran, Told, lagging
 from tidegate_cli.errors import CliError
-from tidegate_cli.model import PORT_PROTOCOLS, Answer, Expected, Model, Pod, Side, policy_text
+from tidegate_cli.judgement import policy_text
+from tidegate_cli.model import ECHO, PORT_PROTOCOLS, Answer, Expected, Model, Pod, Side
 from tidegate_cli.objects import RunObjects
 from tidegate_cli.target import Place, choose
 
@@ -44,7 +45,7 @@ class Asker(Protocol):
 
 
 def explain(args: argparse.Namespace) -> int:
-    port, protocol = (None, "ICMP") if args.icmp else parse_port(args.port)
+    port, protocol = parse_port(args.port) if args.icmp is None else parse_icmp(args.icmp)
     place = choose(args)
     objects = place.all()
     model = Model.from_objects(objects)
@@ -76,6 +77,17 @@ def parse_port(text: str) -> tuple[int, str]:
     if name not in PORT_PROTOCOLS:
         raise CliError(f"--port {text}: not a protocol with ports", "TCP, UDP or SCTP; or --icmp")
     return int(number), name
+
+
+def parse_icmp(text: str) -> tuple[int | None, str]:
+    """ "13" or "13/0" → (type << 8 | code, "ICMP"); "" is an echo request. Raises CliError."""
+    kind, _, code = text.partition("/")
+    numbers = [kind, code or "0"]
+    if not text:
+        return None, "ICMP"
+    if not all(n.isascii() and n.isdigit() and int(n) <= 255 for n in numbers):
+        raise CliError(f"--icmp {text}: not a type", "give TYPE or TYPE/CODE, 0 to 255 each")
+    return int(numbers[0]) << 8 | int(numbers[1]), "ICMP"
 
 
 # ---- the answers ------------------------------------------------------------------------
@@ -170,7 +182,9 @@ def _questions(entry: Explained) -> list[tuple[str, str, Question]]:
     """(direction, node, question) of each end that is a pod. The program is run from the source;
     on another node also into the target."""
     number = number_of(entry.protocol, entry.answer.address)
-    port = entry.answer.port or 0
+    port = entry.answer.port
+    if port is None:
+        port = ECHO["ICMPv6" if ":" in entry.answer.address else "ICMP"] << 8
     here, there = entry.source_address, entry.answer.address
     asked = Question(here, there, "egress", number, port, program=FROM_POD)
     found = [("egress", entry.source.node, asked)]
@@ -228,9 +242,9 @@ def fact_of_side(side: Side) -> Fact:
     return side.why, side.rule_set, -1 if side.rule_number is None else side.rule_number
 
 
-def fact_of_rule(rule_set: int, name: str, rule: int) -> Fact:
-    """From what the kernel speaks: a rule set's id, its name, and a rule or enum
-    tg_rule_special."""
+def fact_of_rule(rule_set: int, name: str, rule: int, allowed: bool) -> Fact:
+    """From what the kernel speaks: a rule set's id, its name, a rule or enum tg_rule_special, and
+    what came of it."""
     if rule == lookup.SELF:
         return "self", "", -1
     if rule == lookup.HOST:
@@ -238,13 +252,16 @@ def fact_of_rule(rule_set: int, name: str, rule: int) -> Fact:
     if not rule_set:
         return "default-allow", "", -1
     name = name or f"unknown id {rule_set}"
-    return ("default-deny", name, -1) if rule == lookup.NONE else ("rule", name, rule)
+    if rule == lookup.NONE:
+        return "default-allow" if allowed else "default-deny", name, -1
+    return "rule", name, rule
 
 
 def _compare(entry: Explained) -> None:
     verdict = entry.answer.verdict
     for direction, (_, look) in entry.looks.items():
-        _match(entry, "maps", direction, fact_of_rule(look.rule_set, look.name, look.rule))
+        fact = fact_of_rule(look.rule_set, look.name, look.rule, look.allowed)
+        _match(entry, "maps", direction, fact, (look.audit, look.audit_rule))
     for node, run in entry.runs:
         if not run.allowed and run.reason not in POLICY_REASONS:
             text = f"program: {run.program} on {node} dropped it: {reasons.text(run.reason)}"
@@ -252,7 +269,11 @@ def _compare(entry: Explained) -> None:
             continue
         for direction in _asked(entry, run):
             end = getattr(run, direction)
-            _match(entry, "program", direction, fact_of_rule(end.rule_set, end.name, end.rule))
+            fact = fact_of_rule(end.rule_set, end.name, end.rule, end.allowed)
+            # The program names one rule: of the first direction that audit denies.
+            first = direction == "egress" or not run.egress.audit
+            rule = run.audit_rule if end.audit and first else None
+            _match(entry, "program", direction, fact, (end.audit, rule))
     answers = {"maps": entry.maps_allowed, "program": entry.program_allowed}
     for who, allowed in answers.items():
         if allowed != verdict.allowed and not entry.disagreements:
@@ -269,11 +290,28 @@ def _asked(entry: Explained, run: Ran) -> list[str]:
     return ["egress", "ingress"] if both else ["egress"]
 
 
-def _match(entry: Explained, who: str, direction: str, fact: Fact) -> None:
-    wanted = fact_of_side(entry.side(direction))
+def _match(
+    entry: Explained, who: str, direction: str, fact: Fact, audit: tuple[int, int | None]
+) -> None:
+    """`audit`: (reason, its rule; None: not told)."""
+    side = entry.side(direction)
+    wanted = fact_of_side(side)
     if fact != wanted:
         text = f"{who}: {direction} {_fact_words(fact)}; model: {_fact_words(wanted)}"
         entry.disagreements.append(text)
+    reason, rule = audit
+    number = audit_of_side(side)
+    if (reason != 0) != (number is not None) or (rule is not None and reason and rule != number):
+        heard = f"rule {rule}, reason {reason}" if reason else "nothing"
+        text = f"{who}: {direction}, audit denies by {heard}; model: {side.audit or 'nothing'}"
+        entry.disagreements.append(text)
+
+
+def audit_of_side(side: Side) -> int | None:
+    """The rule by which audit denies, lookup.NONE by default; None: it does not."""
+    if side.audit is None:
+        return None
+    return lookup.NONE if side.audit.rule_number is None else side.audit.rule_number
 
 
 # ---- output -------------------------------------------------------------------------------

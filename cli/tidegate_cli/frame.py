@@ -26,8 +26,8 @@ def opening(
     *,
     sport: int = SOURCE_PORT,
 ) -> bytes:
-    """The first packet of a flow: TCP SYN, UDP of 8 bytes, SCTP INIT, ICMP or ICMPv6 echo
-    request (then `port` is of no account). `macs`: (source, destination), 6 bytes each."""
+    """The first packet of a flow: TCP SYN, UDP of 8 bytes, SCTP INIT, ICMP or ICMPv6 (then `port`
+    is type << 8 | code). `macs`: (source, destination), 6 bytes each."""
     six = ":" in src
     family = socket.AF_INET6 if six else socket.AF_INET
     a, b = socket.inet_pton(family, src), socket.inet_pton(family, dst)
@@ -59,10 +59,10 @@ def _transport(a: bytes, b: bytes, protocol: int, ports: tuple[int, int]) -> byt
         packet = struct.pack("!HHII", *ports, 0, 0) + init
         return packet[:8] + struct.pack("<I", _crc32c(packet)) + packet[12:]
     if protocol == ICMP:
-        data = struct.pack("!BBHHH", 8, 0, 0, ECHO_ID, 1)
+        data = struct.pack("!HHHH", ports[1], 0, ECHO_ID, 1)
         return data[:2] + struct.pack("!H", _sum(data)) + data[4:]
     if protocol == ICMPV6:
-        return _checked(a, b, protocol, struct.pack("!BBHHH", 128, 0, 0, ECHO_ID, 1), 2)
+        return _checked(a, b, protocol, struct.pack("!HHHH", ports[1], 0, ECHO_ID, 1), 2)
     raise ValueError(f"protocol {protocol}")
 
 

@@ -25,14 +25,21 @@ from tidegate_api.state import (
 
 from tidegate_cli import live, lookup, reasons, render
 from tidegate_cli.errors import CliError
+from tidegate_cli.judgement import audited_of, policy_text, rule_ref, tier_of
 from tidegate_cli.live import BEGAN_A, Flow, NodeView
-from tidegate_cli.model import Model, RuleRef, policy_text
+from tidegate_cli.model import Model
 from tidegate_cli.objects import RunObjects
 from tidegate_cli.target import Place, choose
 
 PROTOCOL_NAMES = {number: name for name, number in lookup.PROTOCOLS.items()}
 RELEASED_LABEL = "tidegate.dev/released"
 NAMESPACE_LABEL = "k8s:io.kubernetes.pod.namespace"
+ACTIONS = {lookup.DENY: "Deny", lookup.ALLOW: "Allow", lookup.PASS: "Pass"}
+ENTITY_BITS = {
+    lookup.ENTITY_OWN: "this node",
+    lookup.ENTITY_NODE: "node",
+    lookup.ENTITY_API: "kube-apiserver",
+}
 SPECIAL = {lookup.NONE: "default", lookup.HOST: "host", lookup.SELF: "self"}
 FLAGS = {
     0x02: "Replied",
@@ -43,7 +50,13 @@ FLAGS = {
     0x40: "Service",
     0x80: "Hairpin",
 }
-IPCACHE_FLAGS = {0x01000000: "local", 0x02000000: "frontend", 0x04000000: "peer"}
+IPCACHE_FLAGS = {
+    0x01000000: "local",
+    0x02000000: "frontend",
+    0x04000000: "peer",
+    0x08000000: "node",
+    0x10000000: "own",
+}
 
 
 # ---- who is who --------------------------------------------------------------------
@@ -332,6 +345,8 @@ POLICY_HEADER = (
     "BYTES",
     "PACKETS",
     "PREFIX",
+    "TIER",
+    "PRECEDENCE",
     "RULE",
 )
 
@@ -375,7 +390,7 @@ def _policy_block(entry: dict[str, Any], numeric: bool) -> str:
         header[2] = "IDENTITY"
     cells = [
         (
-            rule["policy"],
+            f"Audit {rule['policy']}" if rule["audit"] else rule["policy"],
             rule["direction"],
             rule["peer"] if numeric else ",".join(rule["labels"]),
             rule["port"],
@@ -384,6 +399,8 @@ def _policy_block(entry: dict[str, Any], numeric: bool) -> str:
             "-",
             "-",
             rule["prefix"],
+            rule["tier"] or "-",
+            rule["precedence"] or "-",
             rule["rule"],
         )
         for rule in entry["rules"]
@@ -403,7 +420,7 @@ def _endpoint_policy(
     paths = []
     for direction in ("Ingress", "Egress"):
         policy = getattr(endpoint.row, direction.lower())
-        if not policy.flags & lookup.ISOLATED:
+        if not policy.flags & lookup.HAS_RULES:
             rules.append(_rule(direction, "Allow", "ANY", ["ANY"], "no policy selects the pod"))
             continue
         paths.append(str(view.maps.pin_dir / "rule_sets" / str(policy.rule_set)))
@@ -411,18 +428,35 @@ def _endpoint_policy(
         classes = view.maps.classes(policy)
         for key, value in view.maps.rules(policy):
             peer, labels = _peer(key.peer, words, classes)
-            action = "Allow" if value.action == lookup.ALLOW else "Deny"
+            action = ACTIONS[value.action]
             rule = _rule(direction, action, peer, labels, rule_text(rule_set, value.rule))
-            rule |= {"port": _port(key), "prefix": key.prefix, "precedence": value.precedence}
+            rule |= {"port": _port(key), "prefix": key.prefix & 31}
+            rule |= {"precedence": value.precedence, "tier": tier_of(value.precedence)}
+            rule |= {"audit": key.prefix >> 5 == lookup.AUDIT, "log": bool(value.flags)}
             rules.append(rule | {"ruleIndex": value.rule})
-        names = [policy_text(p) for p in rule_set.spec.policies] if rule_set else ["unknown"]
-        rules.append(_rule(direction, "Deny", "ANY", ["ANY"], f"default: {', '.join(names)}"))
+        rules += _defaults(direction, policy.flags, rule_set)
     return {
         "id": endpoint.row.id,
         "pod": view.pod_name(endpoint.row.id),
         "paths": paths,
         "rules": rules,
     }
+
+
+def _defaults(direction: str, flags: int, rule_set: RuleSet | None) -> list[dict[str, Any]]:
+    """What becomes of a flow that no rule decides; then what audit says of it."""
+    spec = rule_set.spec if rule_set is not None else None
+    found = []
+    if not flags & lookup.ISOLATED:
+        found.append(_rule(direction, "Allow", "ANY", ["ANY"], "no policy isolates the pod"))
+    else:
+        names = map(policy_text, spec.policies) if spec is not None else ["unknown"]
+        found.append(_rule(direction, "Deny", "ANY", ["ANY"], f"default: {', '.join(names)}"))
+    if flags & lookup.AUDITED:
+        names = map(policy_text, audited_of(spec)) if spec is not None else ["unknown"]
+        rule = _rule(direction, "Deny", "ANY", ["ANY"], f"default: {', '.join(names)}")
+        found.append(rule | {"audit": True})
+    return found
 
 
 def _rule(direction: str, action: str, peer: str, labels: list[str], rule: str) -> dict[str, Any]:
@@ -433,6 +467,10 @@ def _rule(direction: str, action: str, peer: str, labels: list[str], rule: str) 
         "labels": labels,
         "port": "ANY",
         "prefix": 0,
+        "tier": "",
+        "precedence": 0,
+        "audit": False,
+        "log": False,
         "rule": rule,
     }
 
@@ -441,9 +479,14 @@ def _peer(
     word: int, words: dict[int, list[str]], classes: list[tuple[str, int]]
 ) -> tuple[str, list[str]]:
     """(numeric text, labels) of a key's peer word."""
-    if word & lookup.WORD_ANY:
+    kind = word & ~lookup.IDENTITY_MASK
+    if kind == lookup.WORD_ENTITY:
+        bits = word & lookup.IDENTITY_MASK
+        text = "+".join(name for bit, name in ENTITY_BITS.items() if bits & bit)
+        return text, [f"entity:{text}"]
+    if kind == lookup.WORD_ANY:
         return "ANY", ["ANY"]
-    if word & lookup.WORD_CLASS:
+    if kind == lookup.WORD_CLASS:
         number = word & lookup.IDENTITY_MASK
         prefixes = [f"cidr:{prefix}" for prefix, held in classes if held == number]
         return f"class {number}", prefixes or [f"class {number}"]
@@ -451,15 +494,19 @@ def _peer(
 
 
 def _port(key: Any) -> str:
-    """ "8080/TCP"; a partial port is 0xPORT/BITS/PROTOCOL."""
-    if not key.prefix:
+    """ "8080/TCP"; a partial port is 0xPORT/BITS/PROTOCOL. Of ICMP type.code/PROTOCOL."""
+    bits = key.prefix & 31
+    if not bits:
         return "ANY"
     protocol = protocol_name(key.protocol)
-    if key.prefix == 8:
+    if bits == 8:
         return f"ANY/{protocol}"
-    if key.prefix == 24:
+    if protocol in ("ICMP", "ICMPv6"):
+        code = "*" if bits == 16 else key.port & 0xFF
+        return f"{key.port >> 8}.{code}/{protocol}"
+    if bits == 24:
         return f"{key.port}/{protocol}"
-    return f"{key.port:#x}/{key.prefix - 8}/{protocol}"
+    return f"{key.port:#x}/{bits - 8}/{protocol}"
 
 
 def rule_text(rule_set: RuleSet | None, number: int) -> str:
@@ -467,5 +514,4 @@ def rule_text(rule_set: RuleSet | None, number: int) -> str:
     if rule_set is None or number >= len(rule_set.spec.rules):
         return f"rule {number} of an unknown rule set"
     spec = rule_set.spec
-    rule = spec.rules[number]
-    return str(RuleRef(spec.policies[rule.policy], spec.direction, rule.index))
+    return str(rule_ref(spec, number))

@@ -178,7 +178,7 @@ class NodeMaps:
     def node_table(self) -> Map | None:
         """The inner map in force; None: no table is."""
         return self._inner(
-            "node_v1", 0, [self.pin_dir / n for n in ("node_table", "node_table_new")]
+            "node_v2", 0, [self.pin_dir / n for n in ("node_table", "node_table_new")]
         )
 
     def endpoints(self) -> list[Endpoint]:
@@ -204,7 +204,7 @@ class NodeMaps:
 
     def rule_set(self, policy: Any) -> Map | None:
         """The rules that a policy row leads to; None: the slot is empty."""
-        return self._inner("rule_sets_v1", policy.slot, [self._pin("rule_sets", policy)])
+        return self._inner("rule_sets_v2", policy.slot, [self._pin("rule_sets", policy)])
 
     def cidrs(self, policy: Any) -> Map | None:
         return self._inner("cidrs_v1", policy.slot, [self._pin("cidrs", policy)])

@@ -33,10 +33,14 @@ from tidegate_api.state import (
     Term,
 )
 
+from tidegate_cli import judgement
 from tidegate_cli.errors import CliError
+from tidegate_cli.judgement import Candidate, RuleRef
 
 PORT_PROTOCOLS = frozenset(("TCP", "UDP", "SCTP"))
-"""A term with ports, or with a protocol, only ever matches these."""
+"""A term with ports only ever matches these."""
+ECHO = {"ICMP": 8, "ICMPv6": 128}
+"""Types of the echo request."""
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -48,22 +52,10 @@ class ModelError(CliError):
 
 
 @dataclass(frozen=True)
-class RuleRef:
-    """`spec.ingress[index]` or `spec.egress[index]` of one policy object."""
-
-    policy: PolicyRef
-    direction: str
-    index: int
-
-    def __str__(self) -> str:
-        return f"{policy_text(self.policy)} spec.{self.direction.lower()}[{self.index}]"
-
-
-@dataclass(frozen=True)
 class Side:
     """What one end's policy says. `why`: "rule" (`rule` decided), "default-allow" (no policy
-    selects the end), "default-deny" (`policies` isolate it and no rule matches), "self", "host"
-    (generated on the pod's own node), "no-endpoint" (the end is no pod)."""
+    isolates the end, and no rule matches), "default-deny" (`policies` isolate it and no rule
+    matches), "self", "host" (generated on the pod's own node), "no-endpoint" (it is no pod)."""
 
     allowed: bool
     why: Why
@@ -74,10 +66,23 @@ class Side:
     rule: RuleRef | None = None
     rule_number: int | None = None
     """Index into the RuleSet's spec.rules: what the kernel's maps carry."""
+    candidates: tuple[Candidate, ...] = ()
+    """Every rule that matches, the first to be heard first."""
+    audit: AuditDenial | None = None
+    """It passes, and policies in audit mode deny it."""
 
     @property
     def isolated(self) -> bool:
-        return bool(self.rule_set)
+        return bool(self.policies)
+
+
+@dataclass(frozen=True)
+class AuditDenial:
+    """The second verdict. `rule` None: no rule matches, and `policies` would isolate the end."""
+
+    policies: tuple[PolicyRef, ...]
+    rule: RuleRef | None
+    rule_number: int | None
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ class Model:
     _members: dict[str, frozenset[int]] = field(default_factory=dict)
     _owners: dict[IPAddress, Pod] = field(default_factory=dict)
     _hosts: dict[IPAddress, int] = field(default_factory=dict)
+    _nodes: dict[IPAddress, str] = field(default_factory=dict)
+    """Addresses of nodes -> whose."""
     _networks: dict[tuple[int, int], dict[int, int]] = field(default_factory=dict)
     _frontends: dict[tuple[IPAddress, int, str], ServicePort] = field(default_factory=dict)
 
@@ -165,9 +172,14 @@ class Model:
     ) -> Verdict:
         """May `src` open a flow to `dst`? Both are addresses, after any service translation;
         `port` is the destination's, None for protocols without ports; `protocol` is "TCP",
-        "UDP", "SCTP" or any other name. `from_host`: generated on the node of `dst` itself.
-        Raises ModelError."""
+        "UDP", "SCTP" or any other name. "ICMP" is that of the addresses' family; its `port` is
+        type << 8 | code, None an echo request. `from_host`: generated on the node of `dst`
+        itself. Raises ModelError."""
         source, target = _ip(src), _ip(dst)
+        if protocol == "ICMP" and target.version == 6:
+            protocol = "ICMPv6"
+        if protocol in ECHO and port is None:
+            port = ECHO[protocol] << 8
         if source.version != target.version:
             raise ModelError(f"{src} and {dst} are of different address families")
         sender = None if from_host else self._owners.get(source)
@@ -248,6 +260,11 @@ class Model:
         network = _network(entry.cidr)
         if network.prefixlen == network.max_prefixlen:
             self._hosts[network.network_address] = entry.identity
+            of_node = entry.identity == Reserved.REMOTE_NODE or (
+                entry.identity == Reserved.KUBE_APISERVER and entry.node is not UNSET
+            )
+            if of_node:
+                self._nodes[network.network_address] = entry.node or ""
         else:
             table = self._networks.setdefault((network.version, network.prefixlen), {})
             table[int(network.network_address)] = entry.identity
@@ -301,32 +318,70 @@ class Model:
         if rule_set is None:
             raise ModelError(f"{subject.key} names rule set {name}, which is not there")
         spec = rule_set.spec
-        policies = tuple(spec.policies)
-        best: Term | None = None
-        identity = self._identity(peer, subject.node)
-        for term in spec.terms:
-            if not (_port_matches(term, port, protocol) and self._matches(term, peer, identity)):
-                continue
-            if best is None or (term.precedence, -term.rule) > (best.precedence, -best.rule):
-                best = term
-        if best is None:
-            return Side(False, "default-deny", name, policies)
-        rule = spec.rules[best.rule]
-        ref = RuleRef(spec.policies[rule.policy], direction, rule.index)
-        return Side(best.action == "Allow", "rule", name, policies, ref, best.rule)
+        other = _Peer(
+            peer, self._identity(peer, subject.node), self._node_bits(direction, subject, peer)
+        )
+        matching = (
+            term
+            for term in spec.terms
+            if self._port_matches(term, other, port, protocol) and self._matches(term, other)
+        )
+        found = judgement.candidates(spec, matching)
+        first, then = judgement.enforced(spec, found), judgement.second(spec, found)
+        by, policies = first.by, tuple(spec.policies)
+        audit = None
+        if first.allowed and not then.allowed:
+            ref, number = (then.by.rule, then.by.number) if then.by else (None, None)
+            audit = AuditDenial(judgement.audited_of(spec), ref, number)
+        if by is None:
+            why: Why = "default-allow" if first.allowed else "default-deny"
+            return Side(first.allowed, why, name, policies, None, None, found, audit)
+        return Side(first.allowed, "rule", name, policies, by.rule, by.number, found, audit)
 
-    def _matches(self, term: Term, peer: IPAddress, identity: int) -> bool:
+    def _node_bits(self, direction: str, subject: Pod, peer: IPAddress) -> frozenset[str]:
+        """The entities that the peer is for a subject in one direction."""
+        found = set()
+        if self._identity(peer, subject.node) == Reserved.KUBE_APISERVER:
+            found.add("kube-apiserver")
+        node = self._nodes.get(peer)
+        if node is not None:
+            own = direction == "Egress" and node == subject.node
+            found.add("host" if own else "remote-node")
+        return frozenset(found)
+
+    def _matches(self, term: Term, peer: _Peer) -> bool:
         match term.peer:
             case AnyPeer():
                 return True
             case SetPeer(name=name):
-                return identity in self._members.get(name, ())
+                known = peer.identity != Reserved.UNKNOWN
+                return peer.identity in self._members.get(name, ()) or (
+                    known and any(peer.address in _network(c) for c in self._networks_of(name))
+                )
             case CIDRPeer(cidr=cidr, excepts=excepts):
-                if identity == Reserved.UNKNOWN:
+                if peer.identity == Reserved.UNKNOWN:
                     return False
-                return peer in _network(cidr) and not any(peer in _network(e) for e in excepts)
+                return peer.address in _network(cidr) and not any(
+                    peer.address in _network(e) for e in excepts
+                )
             case EntityPeer(entity=entity):
-                raise ModelError(f"the entity {entity} is of a format that is not read here")
+                return entity in peer.entities
+
+    def _networks_of(self, name: str) -> list[str]:
+        held = self.peers.get(name)
+        return held.cidrs if held is not None else []
+
+    def _port_matches(self, term: Term, peer: _Peer, port: int | None, protocol: str) -> bool:
+        if term.port_name is not UNSET and isinstance(term.peer, SetPeer):
+            held = self.peers.get(term.peer.name)
+            named = held.ports if held is not None else []
+            return term.protocol in (UNSET, protocol) and any(
+                (n.protocol, n.port) == (protocol, port)
+                and peer.identity in n.identities
+                and peer.identity != Reserved.UNKNOWN
+                for n in named
+            )
+        return _port_matches(term, port, protocol)
 
     def _identity(self, address: IPAddress, node: str) -> int:
         """The node's own endpoint, else who the ipcache says, else world."""
@@ -347,20 +402,30 @@ class Model:
         return Reserved.WORLD
 
 
-def policy_text(policy: PolicyRef) -> str:
-    name = f"{policy.namespace}/{policy.name}" if policy.namespace else policy.name
-    return f"{policy.kind} {name}"
+@dataclass(frozen=True)
+class _Peer:
+    """The other side of a flow, as the subject's node knows it."""
+
+    address: IPAddress
+    identity: int
+    entities: frozenset[str]
 
 
 def _port_matches(term: Term, port: int | None, protocol: str) -> bool:
     if term.protocol is UNSET and term.port is UNSET:
         return True
+    if protocol in ECHO:
+        return term.protocol == protocol and _icmp_matches(term, port or 0)
     if protocol not in PORT_PROTOCOLS or term.protocol not in (UNSET, protocol):
         return False
     if term.port is UNSET:
         return True
     last = term.port if term.end_port is UNSET else term.end_port
     return port is not None and term.port <= port <= last
+
+
+def _icmp_matches(term: Term, port: int) -> bool:
+    return term.icmp_type in (UNSET, port >> 8) and term.icmp_code in (UNSET, port & 0xFF)
 
 
 def _exact(text: str, known: Iterable[str]) -> list[str]:

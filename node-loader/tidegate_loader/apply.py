@@ -59,7 +59,7 @@ from tidegate_loader.plan import (
     WriteNode,
     WriteSlots,
 )
-from tidegate_loader.rules import MAX_SHAPES, content_of
+from tidegate_loader.rules import LANES, MAX_SHAPES, content_of
 from tidegate_loader.services import FrontendKey, RangeKey, Special
 
 POLL_SECONDS = 0.0002
@@ -243,7 +243,7 @@ class Writer:
         sets = [(number, slot) for number, slot, _ in items]
         for name, directory, pairs in (
             ("cidrs_v1", "cidrs", tries),
-            ("rule_sets_v1", "rule_sets", sets),
+            ("rule_sets_v2", "rule_sets", sets),
         ):
             if not pairs:
                 continue
@@ -286,7 +286,7 @@ class Writer:
         (table, step), self._built = self._built, None
         with table:
             # A single update: it returns when no program reads the old table.
-            self._kernel.map("node_v1").update(ZERO_KEY, table)
+            self._kernel.map("node_v2").update(ZERO_KEY, table)
             os.replace(self._kernel.built_pin, self._kernel.node_table_pin)
             self._actual.node_table = self._kernel.decode_node_table(table)
             self._actual.uids = step.uids
@@ -300,7 +300,7 @@ class Writer:
         ]
         # An empty map takes the place, in one batch; deleting waits once per slot.
         if slots:
-            self._link("rule_sets_v1", _same(slots, self._rules_map(1)))
+            self._link("rule_sets_v2", _same(slots, self._rules_map(1)))
         if with_trie:
             self._link("cidrs_v1", _same(with_trie, self._trie_map(1)))
         for number, _ in items:
@@ -460,12 +460,12 @@ def _pin(owner: Map, path: Path) -> None:
     owner.pin(str(path))
 
 
-def _policy_row(policy: Policy | None) -> tuple[int, int, int, int, bytes]:
+def _policy_row(policy: Policy | None) -> tuple[int, int, int, bytes, bytes]:
     if policy is None:
-        return (0, 0, 0, 0, bytes(MAX_SHAPES))
-    shapes = bytes(policy.shapes)
-    padded = shapes.ljust(MAX_SHAPES, b"\0")
-    return (policy.slot, policy.rule_set, policy.flags, len(shapes), padded)
+        return (0, 0, 0, bytes(LANES), bytes(LANES * MAX_SHAPES))
+    counts = bytes(map(len, policy.shapes))
+    padded = b"".join(bytes(lane).ljust(MAX_SHAPES, b"\0") for lane in policy.shapes)
+    return (policy.slot, policy.rule_set, policy.flags, counts, padded)
 
 
 def _endpoint_row(entry: NodeEntry) -> tuple[object, ...]:

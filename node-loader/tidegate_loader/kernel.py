@@ -52,8 +52,8 @@ _STRUCTS: dict[str, dict[str, str]] = {
         "slot": "u32",
         "rule_set": "u32",
         "flags": "u8",
-        "shape_count": "u8",
-        "shapes": "bytes[10]",
+        "counts": "bytes[3]",
+        "shapes": "bytes[36]",
     },
     "tg_endpoint": {
         "id": "u32",
@@ -69,7 +69,7 @@ _STRUCTS: dict[str, dict[str, str]] = {
         "egress": "struct tg_policy",
     },
     "tg_rule_key": {"peer": "u32", "port": "be16", "protocol": "u8", "prefix": "u8"},
-    "tg_rule": {"precedence": "u32", "rule": "u32", "action": "u32"},
+    "tg_rule": {"precedence": "u32", "rule": "u32", "action": "u32", "flags": "u32"},
     "tg_prefix": {"bits": "u32", "addr": "bytes[16]"},
     "tg_ipcache": {"proof": "u32", "identity": "u32"},
     "tg_frontend_key": {"addr": "bytes[16]", "port": "be16", "protocol": "u8"},
@@ -92,16 +92,32 @@ _ENUMS: dict[str, int] = {
     "TG_PEER_IDENTITY": rules.PEER_IDENTITY,
     "TG_PEER_CLASS": rules.PEER_CLASS,
     "TG_PEER_ANY": rules.PEER_ANY,
+    "TG_PEER_ENTITY": rules.PEER_ENTITY,
     "TG_PEER_WORD_CLASS": rules.WORD_CLASS,
     "TG_PEER_WORD_ANY": rules.WORD_ANY,
+    "TG_PEER_WORD_ENTITY": rules.WORD_ENTITY,
+    "TG_ENTITY_OWN": rules.ENTITY_OWN,
+    "TG_ENTITY_NODE": rules.ENTITY_NODE,
+    "TG_ENTITY_API": rules.ENTITY_API,
     "TG_MAX_SHAPES": rules.MAX_SHAPES,
-    "TG_POLICY_ISOLATED": plan.ISOLATED,
-    "TG_POLICY_CIDR": plan.HAS_CIDR,
+    "TG_LANE_MAIN": rules.MAIN,
+    "TG_LANE_BELOW": rules.BELOW,
+    "TG_LANE_AUDIT": rules.IN_AUDIT,
+    "TG_LANES": rules.LANES,
+    "TG_POLICY_RULES": rules.HAS_RULES,
+    "TG_POLICY_CIDR": rules.HAS_CIDR,
+    "TG_POLICY_ISOLATED": rules.ISOLATED,
+    "TG_POLICY_AUDIT": rules.AUDIT,
+    "TG_POLICY_AUDITED": rules.AUDITED,
     "TG_ACTION_DENY": rules.DENY,
     "TG_ACTION_ALLOW": rules.ALLOW,
+    "TG_ACTION_PASS": rules.PASS,
+    "TG_RULE_LOG": rules.LOG,
     "TG_IPCACHE_LOCAL": maps.LOCAL,
     "TG_IPCACHE_FRONTEND": maps.FRONTEND,
     "TG_IPCACHE_PEER": maps.PEER,
+    "TG_IPCACHE_NODE": maps.NODE,
+    "TG_IPCACHE_OWN": maps.OWN,
     "TG_BACKEND_FREE": plan.FREE,
     "TG_BACKEND_ACTIVE": plan.ACTIVE,
     "TG_FRONTEND_AFFINITY": services.AFFINITY,
@@ -235,7 +251,7 @@ class Kernel:
             frontends=size["frontends_v1"],
             slots=size["slots_v1"],
             backends=size["backends_v1"],
-            rule_sets=size["rule_sets_v1"],
+            rule_sets=size["rule_sets_v2"],
             half_open=size["half_open_v1"],
             ranges=size["source_ranges_v1"],
         )
@@ -250,7 +266,7 @@ class Kernel:
     def read_node_table(self) -> dict[NodeKey, NodeEntry] | None:
         """The table in force; None: there is none, or its pin is lost."""
         try:
-            (in_force,) = INDEX.unpack(self.map("node_v1").lookup(ZERO_KEY))
+            (in_force,) = INDEX.unpack(self.map("node_v2").lookup(ZERO_KEY))
         except KeyError:
             return None
         for pin in (self.node_table_pin, self.built_pin):
@@ -282,7 +298,7 @@ class Kernel:
         policies = (p for entry in table.values() for p in (entry.ingress, entry.egress) if p)
         # Slots are taken lowest first: what no table names yet follows what one names.
         slots = range(max((p.slot for p in policies), default=-1) + 1 + len(pins))
-        linked = self._by_inner_id("rule_sets_v1", slots)
+        linked = self._by_inner_id("rule_sets_v2", slots)
         tries = self._by_inner_id("cidrs_v1", slots)
         found = {}
         for path in pins:
@@ -309,7 +325,7 @@ class Kernel:
             strict=True,
         )
         return {
-            (k.peer, k.protocol, k.port, k.prefix): (v.precedence, v.rule, v.action)
+            (k.peer, k.protocol, k.port, k.prefix): (v.precedence, v.rule, v.action, v.flags)
             for k, v in rows
         }
 
@@ -576,11 +592,13 @@ def _node_key(kind: int, address: bytes) -> NodeKey:
     return kind, address
 
 
-def _policy(row: tuple[int, int, int, int, bytes]) -> Policy | None:
-    slot, rule_set, flags, count, shapes = row
+def _policy(row: tuple[int, int, int, bytes, bytes]) -> Policy | None:
+    slot, rule_set, flags, counts, shapes = row
     if not flags:
         return None
-    return Policy(slot, rule_set, flags, tuple(shapes[:count]))
+    lanes = ((lane * rules.MAX_SHAPES, count) for lane, count in enumerate(counts))
+    in_use = tuple(tuple(shapes[at : at + count]) for at, count in lanes)
+    return Policy(slot, rule_set, flags, in_use)
 
 
 def _node_entry(row: Any) -> NodeEntry:

@@ -15,10 +15,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from tidegate_api.state import FORMAT, NEWEST_FORMAT, Model, NodeStateStatus, encode
 
-READS_FORMATS = (FORMAT,)
-"""The `spec.format`s that this loader understands of everything."""
-READS_MORE = (*READS_FORMATS, NEWEST_FORMAT)
-"""Of NodeStates and the table of services."""
+READS_FORMATS = tuple(range(FORMAT, NEWEST_FORMAT + 1))
+"""The `spec.format`s that this loader understands."""
 
 
 class LocalInterface(Model, frozen=True):

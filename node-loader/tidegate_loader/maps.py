@@ -38,6 +38,7 @@ from tidegate_loader.services import (
 )
 
 LOCAL, FRONTEND, PEER = 0x01000000, 0x02000000, 0x04000000
+NODE, OWN = 0x08000000, 0x10000000
 """Flags above an ipcache entry's identity; enum tg_ipcache_flags."""
 IDENTITY_MASK = 0x00FFFFFF
 Part = dict[bytes, int]
@@ -149,6 +150,7 @@ class Builder:
         self._services: dict[int, tuple[StateSlice, Place, SharedPart]] = {}
         self._host_ports: SharedPart | None = None
         self._merged: tuple[tuple[SharedPart, ...], Services] | None = None
+        self._own = ""
         self._parts: dict[int, _FlaggedPart] = {}
         self._known: tuple[frozenset[bytes], ...] = ()
         self._extra_networks: dict[Prefix, int] | None = None
@@ -165,7 +167,7 @@ class Builder:
         endpoints, pending, problems = _endpoints(state.node.spec.endpoints, interfaces)
         place = services.place_of(state.node)
         served = self._service_parts(state, place)
-        hosts = self._host_parts(state.ipcache)
+        hosts = self._host_parts(state.ipcache, state.node.metadata.name)
         networks = self._merge_networks(hosts)
         flags = dict.fromkeys(served.addresses, FRONTEND)
         for endpoint in endpoints:
@@ -201,11 +203,13 @@ class Builder:
         self._expanded = kept
         return {name: held[2] for name, held in kept.items()}
 
-    def _host_parts(self, slices: tuple[StateSlice, ...]) -> tuple[_HostPart, ...]:
+    def _host_parts(self, slices: tuple[StateSlice, ...], own: str) -> tuple[_HostPart, ...]:
+        if own != self._own:
+            self._own, self._hosts = own, {}
         kept = {}
         for shard, item in enumerate(slices):
             held = self._hosts.get(shard)
-            kept[shard] = held if held and held[0] is item else (item, _host_part(item))
+            kept[shard] = held if held and held[0] is item else (item, _host_part(item, own))
         self._hosts = kept
         return tuple(held[1] for held in kept.values())
 
@@ -341,7 +345,7 @@ def _endpoint(endpoint: Endpoint, interface: LocalInterface) -> DesiredEndpoint:
 # ---- ipcache ---------------------------------------------------------------------
 
 
-def _host_part(item: StateSlice) -> _HostPart:
+def _host_part(item: StateSlice, own: str) -> _HostPart:
     entries: list[IPCacheEntry] = item.spec.ipcache or []
     cidrs = [e.cidr for e in entries]
     hosts4 = entries
@@ -353,7 +357,7 @@ def _host_part(item: StateSlice) -> _HostPart:
         keys = addresses.pack_hosts4(cidrs)
         # As `_host_word`, without a call for each of a hundred thousand.
         words = [
-            i | PEER if e.node is not UNSET or i < FIRST_IDENTITY else i
+            (i | PEER if e.node is not UNSET else i) if i >= FIRST_IDENTITY else _host_word(e, own)
             for e in hosts4
             for i in (e.identity,)
         ]
@@ -364,7 +368,7 @@ def _host_part(item: StateSlice) -> _HostPart:
                 if id(entry) in seen:
                     continue
                 if entry.cidr.endswith("/128"):
-                    hosts[addresses.pack(entry.cidr[:-4])] = _host_word(entry)
+                    hosts[addresses.pack(entry.cidr[:-4])] = _host_word(entry, own)
                 else:
                     networks[addresses.parse_prefix(entry.cidr)] = entry.identity
     except ValueError as error:
@@ -372,11 +376,17 @@ def _host_part(item: StateSlice) -> _HostPart:
     return _HostPart(hosts, networks)
 
 
-def _host_word(entry: IPCacheEntry) -> int:
+def _host_word(entry: IPCacheEntry, own: str) -> int:
     """A pod has a node; node addresses have reserved identities. The rest are
-    addresses outside, of user-made identities."""
+    addresses outside, of user-made identities. `own`: this node's name."""
     identity = entry.identity
-    return identity | PEER if entry.node is not UNSET or identity < FIRST_IDENTITY else identity
+    if identity >= FIRST_IDENTITY:
+        return identity | PEER if entry.node is not UNSET else identity
+    if identity not in (Reserved.REMOTE_NODE, Reserved.KUBE_APISERVER):
+        return identity | PEER
+    known = entry.node is not UNSET
+    node = NODE if known or identity == Reserved.REMOTE_NODE else 0
+    return identity | PEER | node | (OWN if known and entry.node == own else 0)
 
 
 def _flagged(source: _HostPart, flags: dict[bytes, int]) -> _FlaggedPart:

@@ -57,7 +57,6 @@ MAX_PROBLEMS = 10
 """Problems reported one by one; the rest are counted."""
 
 NODE_IFINDEX, NODE_ADDR = 1, 2
-ISOLATED, HAS_CIDR = 1, 2
 
 WORLD_FRONTEND = 2 | FRONTEND
 
@@ -79,7 +78,8 @@ class Policy(msgspec.Struct, frozen=True):
     slot: int
     rule_set: int
     flags: int
-    shapes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """Of each lane."""
 
 
 class NodeEntry(msgspec.Struct, frozen=True):
@@ -104,7 +104,7 @@ class RuleSetInForce(msgspec.Struct, frozen=True):
     """"" when nobody remembers whose it is: it is then replaced."""
     content: str
     slot: int | None
-    """None: not linked into rule_sets_v1 (and cidrs_v1) as it should be."""
+    """None: not linked into rule_sets_v2 (and cidrs_v1) as it should be."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -455,8 +455,7 @@ def _policy(name: str | None, sets: _RuleSets, wanted: Mapping[str, Expanded]) -
     if name is None:
         return None
     number, slot = sets.placed[name]
-    flags = ISOLATED | (HAS_CIDR if wanted[name].cidr else 0)
-    return Policy(slot, number, flags, wanted[name].shapes)
+    return Policy(slot, number, wanted[name].flags, wanted[name].shapes)
 
 
 def _plan_policy(desired: DesiredMaps, actual: Actual, problems: list[str]) -> _PolicyPlan:

@@ -27,7 +27,6 @@ from tidegate_api.state import (
 
 from tidegate_loader.local import (
     READS_FORMATS,
-    READS_MORE,
     LocalInterface,
     NodePaths,
     write_atomic,
@@ -69,9 +68,8 @@ _peek_decoder = msgspec.json.Decoder(_Peeked)
 class _Files(Generic[_T]):
     """Decoded files of one type, read again only when their stamp changes."""
 
-    def __init__(self, kind: type[_T], reads: tuple[int, ...] = READS_FORMATS) -> None:
+    def __init__(self, kind: type[_T]) -> None:
         self._decoder = msgspec.json.Decoder(kind)
-        self._reads = reads
         self._held: dict[str, tuple[Stamp, _T]] = {}
 
     def get(self, path: str) -> _T:
@@ -90,7 +88,7 @@ class _Files(Generic[_T]):
             number = _peek(path).spec.format
             if number is not UNSET:
                 # Of a later format: that it has unknown fields is no news.
-                _check_format(_short(path), number, self._reads)
+                _check_format(_short(path), number)
             raise Stalled("Unreadable", f"{_short(path)}: {error}") from error
         return held[1]
 
@@ -127,7 +125,7 @@ class Source:
     def __init__(self, paths: NodePaths, node: str) -> None:
         self._paths = paths
         self._name = node
-        self._nodes = _Files(NodeState, READS_MORE)
+        self._nodes = _Files(NodeState)
         self._rule_sets = _Files(RuleSet)
         self._slices = _Files(StateSlice)
         self._interfaces = _Files(LocalInterface)
@@ -166,7 +164,7 @@ class Source:
     def _read(self, root: str) -> State:
         node = self._nodes.get(f"{root}/nodestates/{self._name}.json")
         spec = node.spec
-        _check_format(self._name, spec.format, READS_MORE)
+        _check_format(self._name, spec.format)
         rule_sets = {name: self._rule_set(root, name) for name in spec.rule_sets}
         tables = {t: self._table(root, t, spec.tables.get(t)) for t in TABLES}
         last = self._last
@@ -209,7 +207,7 @@ class Source:
             name = slice_name(table, ref.epoch, shard, ref.shards)
             item = self._slices.get(f"{root}/stateslices/{name}.json")
             spec = item.spec
-            _check_format(name, spec.format, READS_MORE if table == "services" else READS_FORMATS)
+            _check_format(name, spec.format)
             if (spec.table, spec.epoch, spec.shard, spec.shards) != (
                 table,
                 ref.epoch,
@@ -296,9 +294,9 @@ class Source:
         }
 
 
-def _check_format(name: str, number: int, reads: tuple[int, ...] = READS_FORMATS) -> None:
-    if number not in reads:
-        words = ", ".join(map(str, reads))
+def _check_format(name: str, number: int) -> None:
+    if number not in READS_FORMATS:
+        words = ", ".join(map(str, READS_FORMATS))
         raise Stalled("UnknownFormat", f"{name} has format {number}; this loader reads {words}")
 
 

@@ -39,7 +39,7 @@ class Directory:
         self.identities: dict[int, End] = {}
         self.rule_sets: dict[int, RuleSet] = {}
         self.services: dict[FrontendKey, Service] = {}
-        self._decisions: dict[tuple[int, int], Decision | None] = {}
+        self._decisions: dict[tuple[int, int, bool], Decision | None] = {}
         self._strangers: dict[int, End] = {}
         self._missing = missing
 
@@ -68,17 +68,18 @@ class Directory:
             found = self._strangers[identity] = End(identity, labels=reserved_labels(identity))
         return found
 
-    def decision(self, rule_set: int, rule: int) -> Decision | None:
-        """What a rule of a rule set in force is; None: nothing is known of it."""
-        key = rule_set, rule
+    def decision(self, rule_set: int, rule: int, audit: bool = False) -> Decision | None:
+        """What a rule of a rule set in force is; None: nothing is known of it. `audit`: of the
+        verdict in which policies in audit mode count."""
+        key = rule_set, rule, audit
         found = self._decisions.get(key)
         if found is None:
-            found = self._decide(rule_set, rule)
+            found = self._decide(rule_set, rule, audit)
             if found is not None:
                 self._decisions[key] = found
         return found
 
-    def _decide(self, rule_set: int, rule: int) -> Decision | None:
+    def _decide(self, rule_set: int, rule: int, audit: bool) -> Decision | None:
         if rule >= SPECIAL and rule != NO_RULE:
             return None
         if rule_set not in self.rule_sets and self._missing is not None:
@@ -87,12 +88,14 @@ class Directory:
         if item is None:
             return None
         names = [Policy(ref.kind, ref.namespace, ref.name) for ref in item.spec.policies]
+        others = [Policy(ref.kind, ref.namespace, ref.name) for ref in item.spec.others]
         if rule == NO_RULE:
-            return Decision(tuple(names), -1)
+            isolating = [others[at] for at in item.spec.audited] if audit else names
+            return Decision(tuple(isolating), -1)
         if rule >= len(item.spec.rules):
             return None
         made = item.spec.rules[rule]
-        names += [Policy(ref.kind, ref.namespace, ref.name) for ref in item.spec.others]
+        names += others
         if made.policy >= len(names):
             return None
         return Decision((names[made.policy],), rule, match_type(item, rule))

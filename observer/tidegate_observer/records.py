@@ -69,12 +69,17 @@ EVENT = (
     "endpoint",
     "rule_set",
     "rule",
+    "flags",
 )
 """Members of struct tg_event that a flow is made of."""
 
+AUDIT, LOG = 1, 2
+"""enum tg_event_flags: it passed, and policies in audit mode deny it, or its rule asks for this."""
+
 
 class Denials:
-    """struct tg_event: packets that were dropped, by a policy or for what they are."""
+    """struct tg_event: packets that were dropped, by a policy or for what they are; and flows that
+    passed, of which a policy wants to tell."""
 
     def __init__(self, spec: ObjectFile, node: str) -> None:
         layout = spec.layout("tg_event")
@@ -88,6 +93,7 @@ class Denials:
         node = self._node
         end, decision = directory.end, directory.decision
         egress_of, denied = 1, Kind.DENIED.value
+        passed = {AUDIT: Kind.AUDITED.value, LOG: Kind.START.value}
         for (
             time,
             interface,
@@ -104,14 +110,15 @@ class Denials:
             endpoint,
             rule_set,
             rule,
+            flags,
         ) in self._struct.iter_unpack(data):
-            verdict = decision(rule_set, rule) if rule_set else None
+            verdict = decision(rule_set, rule, flags == AUDIT) if rule_set else None
             leaves = direction == egress_of
             found.append(
                 Flow(
                     node,
                     time + offset,
-                    denied,
+                    passed.get(flags, denied),
                     reason,
                     direction,
                     source,

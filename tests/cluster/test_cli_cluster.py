@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 UP_SECONDS = 90
 READ_ONLY = (
     "control_v1",
-    "node_v1",
-    "rule_sets_v1",
+    "node_v2",
+    "rule_sets_v2",
     "cidrs_v1",
     "ipcache_v1",
     "ipcache_lpm_v1",

@@ -31,7 +31,7 @@ def town() -> Iterator[Town]:
 def no_table(town: Town) -> None:
     """The same epoch; the long way knows nobody."""
     empty = town.lab.inner(MapType.HASH, 20, town.lab.codecs["tg_endpoint"].size, 1)
-    town.lab.maps["node_v1"].update(U32.pack(0), empty)
+    town.lab.maps["node_v2"].update(U32.pack(0), empty)
 
 
 def took(town: Town, hook: str, frame: bytes) -> str:

@@ -230,7 +230,7 @@ def test_ipcache_entry_with_another_keys_proof_is_absent(town: Town) -> None:
     assert town.reason("b<", opening("w", "b", UDP, 80, 4)) == 0, "world, as without an entry"
 
 
-@pytest.mark.parametrize("what", ["rule_sets_v1", "cidrs_v1"])
+@pytest.mark.parametrize("what", ["rule_sets_v2", "cidrs_v1"])
 def test_missing_rule_set_drops(town: Town, what: str) -> None:
     town.open({"b<": t.rules((CLASS | 1, 0, 0, 0), cidr={"0.0.0.0/0": 1})})
     town.lab.maps[what].discard(U32.pack(0))

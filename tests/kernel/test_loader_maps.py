@@ -112,11 +112,11 @@ def test_what_the_datapath_would_read(objects: Path, pin_dir: Path) -> None:
     policy = table[1, 11].ingress
     assert policy is not None
     (inner,) = kernel.INDEX.unpack(
-        node.kernel.map("rule_sets_v1").lookup(kernel.INDEX.pack(policy.slot))
+        node.kernel.map("rule_sets_v2").lookup(kernel.INDEX.pack(policy.slot))
     )
     with Map.open_pinned(str(pin_dir / "rule_sets" / str(policy.rule_set))) as pinned:
         assert pinned.info.id == inner
-        assert node.kernel.decode_rules(pinned)[301, 6, 80, 24] == (100, 0, rules.ALLOW)
+        assert node.kernel.decode_rules(pinned)[301, 6, 80, 24] == (100, 0, rules.ALLOW, 0)
     with Map.open_pinned(str(pin_dir / "cidrs" / str(policy.rule_set))) as trie:
         key = node.kernel.layouts.prefix.pack_row((128, addresses.pack("192.0.2.65")))
         assert trie.lookup(key) == kernel.INDEX.pack(0)

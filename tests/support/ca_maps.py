@@ -18,11 +18,16 @@ from support.lab import BUILD, addr, addr_proof, frontend_proof
 from tidegate_bpf import Codec, Map, ObjectFile
 
 IFINDEX, ADDR = 1, 2
-ISOLATED, HAS_CIDR = 1, 2
-LOCAL, FRONTEND, PEER = 1 << 24, 1 << 25, 1 << 26
+HAS_RULES, HAS_CIDR, ISOLATED, HAS_AUDIT, AUDITED = 1, 2, 4, 8, 16
+LANES, SHAPES = 3, 12
+LOCAL, FRONTEND, PEER, NODE, OWN = (1 << n for n in range(24, 29))
 ID_MASK = 0x00FFFFFF
 WORLD = 2
-CLASS_WORD, ANY_WORD = 0x01000000, 0x02000000
+API = 3
+CLASS_WORD, ANY_WORD, ENTITY_WORD = 0x01000000, 0x02000000, 0x03000000
+DENY, ALLOW, PASS = 0, 1, 2
+DEVELOPER, ADMIN = 1 << 30, 1 << 31
+POLICY, POLICY_DENY = 133, 181
 NONE, HOST, SELF = -1, -2, -3
 NOT_ASKED = (0, 0)
 NUMBERS = {"TCP": 6, "UDP": 17, "SCTP": 132, "ICMP": 1, "ICMPv6": 58}
@@ -43,11 +48,43 @@ def _object() -> ObjectFile:
 
 
 class Answer(NamedTuple):
-    """`egress`, `ingress`: (rule-set id, rule); NOT_ASKED where no policy was."""
+    """`egress`, `ingress`: (rule-set id, rule); NOT_ASKED where no policy was. `audits`: the
+    reasons of the second verdict's denials, in that order; `audit_rule`: the first one's rule."""
 
     allowed: bool
     egress: tuple[int, int]
     ingress: tuple[int, int]
+    audits: tuple[int, int] = (0, 0)
+    audit_rule: int = NONE
+
+
+class Side(NamedTuple):
+    """What one end's policy says: (rule-set id, rule), and the second verdict (reason, rule)."""
+
+    allowed: bool
+    by: tuple[int, int] = NOT_ASKED
+    audit: tuple[int, int] = (0, NONE)
+
+
+class Who(NamedTuple):
+    """Who has an address: identity, the endpoint if it is local, the bits above the identity."""
+
+    identity: int
+    endpoint: Any = None
+    flags: int = 0
+
+
+def answer(egress: Side | None, ingress: Side | None) -> Answer:
+    """None: not asked."""
+    out, into = egress or Side(True), ingress or Side(True)
+    first = out if out.audit[0] else into
+    return Answer(
+        out.allowed and into.allowed,
+        out.by,
+        into.by,
+        (out.audit[0], into.audit[0]),
+        first.audit[1],
+    )
 
 
 @dataclass
@@ -87,7 +124,7 @@ class NodeMaps:
         """What one direction of an endpoint enforces; None: everything passes."""
         if not policy.flags:
             return None
-        shapes = bytes(policy.shapes[: policy.shape_count])
+        shapes = [lane_shapes(policy, lane) for lane in range(LANES)]
         return policy.flags, shapes, self.rule_sets[policy.slot], self.cidrs.get(policy.slot)
 
     # ---- questions ----------------------------------------------------------------
@@ -95,15 +132,15 @@ class NodeMaps:
     def from_pod(self, ifindex: int, dst: str, port: int | None, protocol: str) -> Answer:
         """The pod at `ifindex` opens a flow to an address."""
         me = self.node[IFINDEX, U32.pack(ifindex) + bytes(12)]
-        identity, peer = self._who(addr(dst))
-        if peer is not None and peer.id == me.id:
+        peer = self._who(addr(dst))
+        if peer.endpoint is not None and peer.endpoint.id == me.id:
             return Answer(True, (0, SELF), (0, SELF))
-        out = self._ask(me.egress, identity, addr(dst), port, protocol)
-        if not out[0] or peer is None:
-            return Answer(out[0], out[1], NOT_ASKED)
+        flow = (NUMBERS[protocol], port)
+        out = self._ask(me.egress, peer, addr(dst), flow, OWN | NODE)
+        if not out.allowed or peer.endpoint is None:
+            return answer(out, None)
         mine = me.ip6 if ":" in dst else me.ip4
-        into = self._ask(peer.ingress, me.identity, mine, port, protocol)
-        return Answer(into[0], out[1], into[1])
+        return answer(out, self._ask(peer.endpoint.ingress, Who(me.identity), mine, flow))
 
     def to_pod(
         self, ifindex: int, src: str, port: int | None, protocol: str, *, host: bool = False
@@ -112,56 +149,89 @@ class NodeMaps:
         me = self.node[IFINDEX, U32.pack(ifindex) + bytes(12)]
         if host:
             return Answer(True, NOT_ASKED, (0, HOST))
-        identity, peer = self._who(addr(src))
-        out = NOT_ASKED
-        if peer is not None:
+        flow = (NUMBERS[protocol], port)
+        peer = self._who(addr(src))
+        out = None
+        if peer.endpoint is not None:
             mine = me.ip6 if ":" in src else me.ip4
-            allowed, out = self._ask(peer.egress, me.identity, mine, port, protocol)
-            if not allowed:
-                return Answer(False, out, NOT_ASKED)
-        into = self._ask(me.ingress, identity, addr(src), port, protocol)
-        return Answer(into[0], out, into[1])
+            out = self._ask(peer.endpoint.egress, Who(me.identity), mine, flow)
+            if not out.allowed:
+                return answer(out, None)
+        return answer(out, self._ask(me.ingress, peer, addr(src), flow, NODE))
 
-    def _who(self, address: bytes) -> tuple[int, Any]:
+    def _who(self, address: bytes) -> Who:
+        word = self.ipcache.get(address)
         local = self.node.get((ADDR, address))
         if local is not None:
-            return local.identity, local
-        word = self.ipcache.get(address)
+            return Who(local.identity, local, word or 0)
         if word is not None:
-            return word & ID_MASK, None
-        return _longest(self.networks, address, WORLD), None
+            return Who(word & ID_MASK, None, word)
+        return Who(_longest(self.networks, address, WORLD))
 
     def _ask(
-        self, policy: Any, identity: int, address: bytes, port: int | None, protocol: str
-    ) -> tuple[bool, tuple[int, int]]:
-        """Every entry that matches; highest precedence, then lowest rule."""
-        if not policy.flags & ISOLATED:
-            return True, (0, NONE)
+        self,
+        policy: Any,
+        peer: Who,
+        address: bytes,
+        flow: tuple[int, int | None],
+        node_flags: int = 0,
+    ) -> Side:
+        """Every entry that matches, lane by lane; highest precedence, then lowest rule.
+        `node_flags`: those that say what a node's address is here."""
+        if not policy.flags & HAS_RULES:
+            return Side(True, (0, NONE))
+        words = self._words(policy, peer, address, node_flags)
+        lanes: list[list[tuple[int, int, int]]] = [[] for _ in range(LANES)]
+        for key, rule in self.rule_sets[policy.slot].items():
+            if key.peer in words and _port_matches(key, flow[1], flow[0]):
+                lanes[key.prefix >> 5].append((-rule.precedence, rule.rule, rule.action))
+        best = [min(lane, default=None) for lane in lanes]
+        by = next((hit for hit in best[:2] if hit is not None and hit[2] != PASS), None)
+        allowed = by[2] == ALLOW if by is not None else not policy.flags & ISOLATED
+        decided = policy.rule_set, NONE if by is None else by[1]
+        return Side(allowed, decided, _second(policy, by, best[2]) if allowed else (0, NONE))
+
+    def _words(self, policy: Any, peer: Who, address: bytes, node_flags: int) -> set[int]:
         words = {ANY_WORD}
-        if identity:
-            words.add(identity)
+        if peer.identity:
+            words.add(peer.identity)
             if policy.flags & HAS_CIDR:
                 number = _longest(self.cidrs[policy.slot], address, 0)
                 words |= {CLASS_WORD | number} if number else set()
-        found = [
-            (-rule.precedence, rule.rule, rule.action)
-            for key, rule in self.rule_sets[policy.slot].items()
-            if key.peer in words and _port_matches(key, port, NUMBERS[protocol])
-        ]
-        if not found:
-            return False, (policy.rule_set, NONE)
-        _, rule, action = min(found)
-        return action == 1, (policy.rule_set, rule)
+        flags = peer.flags & node_flags
+        entity = (flags & OWN) >> 28 | (flags & NODE) >> 26 | (4 if peer.identity == API else 0)
+        return words | ({ENTITY_WORD | entity} if entity else set())
+
+
+def _second(
+    policy: Any, by: tuple[int, int, int] | None, audit: tuple[int, int, int] | None
+) -> tuple[int, int]:
+    """What passes, if policies in audit mode counted: (reason, rule)."""
+    if not policy.flags & HAS_AUDIT or (by is not None and -by[0] >= ADMIN):
+        return 0, NONE
+    rivals = [hit for hit in (by, audit) if hit is not None and -hit[0] >= DEVELOPER]
+    if rivals:
+        _, rule, action = min(rivals)
+        audited = audit is not None and min(rivals) == audit
+        return (POLICY_DENY if action == DENY else 0), rule if audited else NONE
+    return (POLICY if policy.flags & AUDITED else 0), NONE
+
+
+def lane_shapes(policy: Any, lane: int) -> set[int]:
+    return set(policy.shapes[lane * SHAPES :][: policy.counts[lane]])
 
 
 def _port_matches(key: Any, port: int | None, protocol: int) -> bool:
-    if key.prefix == 0:
+    """ICMP without a port, which is its type and code, is an echo request."""
+    bits = key.prefix & 31
+    if bits == 0:
         return True
     if key.protocol != protocol:
         return False
-    if key.prefix == 8:
+    if bits == 8:
         return True
-    shift = 24 - key.prefix
+    shift = 24 - bits
+    port = {1: 8 << 8, 58: 128 << 8}.get(protocol) if port is None else port
     return port is not None and port >> shift == key.port >> shift
 
 
@@ -206,11 +276,11 @@ def _inner(outer: Map, index: int, key: str, value: str | None) -> dict[Any, Any
 
 
 def _read_policy(pin_dir: Path, found: NodeMaps) -> None:
-    with _open(pin_dir, "node_v1") as outer:
+    with _open(pin_dir, "node_v2") as outer:
         table = _inner(outer, 0, "tg_node_key", "tg_endpoint")
     found.node = {(key.kind, key.addr): row for key, row in table.items()}
     policies = [p for e in found.node.values() for p in (e.ingress, e.egress) if p.flags]
-    with _open(pin_dir, "rule_sets_v1") as sets, _open(pin_dir, "cidrs_v1") as tries:
+    with _open(pin_dir, "rule_sets_v2") as sets, _open(pin_dir, "cidrs_v1") as tries:
         for policy in policies:
             if policy.slot in found.rule_sets:
                 continue
@@ -222,15 +292,14 @@ def _read_policy(pin_dir: Path, found: NodeMaps) -> None:
                     (k.bits, int.from_bytes(k.addr, "big")): v[0] for k, v in trie.items()
                 }
     for policy in policies:
-        shapes = set(policy.shapes[: policy.shape_count])
+        shapes = {(lane, shape) for lane in range(LANES) for shape in lane_shapes(policy, lane)}
         wanted = {_shape(key) for key in found.rule_sets[policy.slot]}
         if shapes != wanted:
             found.problems.append(f"rule set {policy.rule_set}: shapes {shapes}, keys {wanted}")
 
 
-def _shape(key: Any) -> int:
-    kind = 2 if key.peer == ANY_WORD else 1 if key.peer & CLASS_WORD else 0
-    return kind << 5 | int(key.prefix)
+def _shape(key: Any) -> tuple[int, int]:
+    return key.prefix >> 5, key.peer >> 24 << 5 | key.prefix & 31
 
 
 def _read_ipcache(pin_dir: Path, found: NodeMaps) -> None:

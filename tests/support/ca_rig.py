@@ -204,9 +204,12 @@ class Node:
         """What the dry-run copy says of a new flow's first packet, and its reason."""
         context = SkbContext(ifindex=ifindex, ingress_ifindex=0 if host else OUTSIDE)
         result = self.dry.programs[program].test_run(frame, context, data_out_size=0)
-        cb = SkbContext.from_buffer_copy(result.ctx_out).cb
+        after = SkbContext.from_buffer_copy(result.ctx_out)
+        cb = after.cb
         sides = ((cb[1], _signed(cb[2])), (cb[3], _signed(cb[4])))
-        return Answer(result.retval != DROP, *sides), cb[0]
+        audits = (cb[0] >> 8 & 0xFF, cb[0] >> 16 & 0xFF)
+        passed = result.retval != DROP
+        return Answer(passed, *sides, audits, _signed(after.priority)), cb[0] & 0xFF
 
     def passes(self, program: str, frame: bytes, ifindex: int, *, host: bool = False) -> bool:
         """Whether the program in force lets the packet through."""

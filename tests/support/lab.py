@@ -35,8 +35,11 @@ STRUCTS = [
     "tg_event",
 ]
 U32 = struct.Struct("=I")
-SHAPES = 10
-"""Key shapes a rule set may have."""
+SHAPES, LANES = 12, 3
+"""Key shapes a lane may have, and lanes: of all rules (or the Admin tier), of those below it, of
+those in audit mode."""
+RULES, CIDR, ISOLATED, AUDIT, AUDITED = 1, 2, 4, 8, 16
+"""A policy's flags."""
 SETS, WAYS = 256, 4
 """Of a share of half-open flows."""
 INNER_MAP = 0x1000
@@ -70,16 +73,32 @@ def frontend_proof(raw: bytes, port: int, protocol: int) -> int:
 
 @dataclass(frozen=True)
 class Rules:
-    """One direction's rule set. `entries`: (peer word, protocol, port, prefix bits) →
-    (precedence, rule, action); `cidr`: prefix text → class."""
+    """One direction's rule set. `entries`: (peer word, protocol, port, lane << 5 | prefix bits) →
+    (precedence, rule, action), and flags if there are any; `cidr`: prefix text → class;
+    `isolated`: what no rule decides is denied; `audited`: the second verdict denies it."""
 
-    entries: dict[tuple[int, int, int, int], tuple[int, int, int]] = field(default_factory=dict)
+    entries: dict[tuple[int, int, int, int], tuple[int, ...]] = field(default_factory=dict)
     cidr: dict[str, int] = field(default_factory=dict)
+    isolated: bool = True
+    audited: bool = False
 
-    def shapes(self) -> list[int]:
-        kinds = {0x01: 1, 0x02: 2, 0x00: 0}
-        found = {kinds[peer >> 24] << 5 | bits for peer, _, _, bits in self.entries}
+    def shapes(self, lane: int = 0) -> list[int]:
+        found = {
+            peer >> 24 << 5 | prefix & 31
+            for peer, _, _, prefix in self.entries
+            if prefix >> 5 == lane
+        }
         return sorted(found, key=lambda s: (s >> 5, -(s & 31)))
+
+    def flags(self) -> int:
+        audit = AUDIT if self.audited or self.shapes(2) else 0
+        return (
+            RULES
+            | (CIDR if self.cidr else 0)
+            | (ISOLATED if self.isolated else 0)
+            | audit
+            | (AUDITED if self.audited else 0)
+        )
 
 
 @dataclass
@@ -117,7 +136,7 @@ class Lab:
         self.slots = 0
         self.shares: dict[tuple[int, int], Map] = {}
         self.linked: dict[str, list[tuple[bytes, Map]]] = {
-            "rule_sets_v1": [],
+            "rule_sets_v2": [],
             "cidrs_v1": [],
             "half_open_v1": [],
         }
@@ -141,30 +160,36 @@ class Lab:
         control = self.codecs["tg_control"].pack(epoch=self.epoch, next_id=1)
         self.maps["control_v1"].update(U32.pack(0), control)
 
-    def policy(self, rules: Rules | None, rule_set: int) -> tuple[int, int, int, int, bytes]:
+    def policy(self, rules: Rules | None, rule_set: int) -> tuple[int, int, int, bytes, bytes]:
         if rules is None:
-            return (0, 0, 0, 0, bytes(SHAPES))
+            return (0, 0, 0, bytes(LANES), bytes(LANES * SHAPES))
         slot, self.slots = self.slots, self.slots + 1
         inner = self.inner(MapType.HASH, 8, 16, len(rules.entries))
-        for (peer, protocol, port, bits), (precedence, rule, action) in rules.entries.items():
+        for (peer, protocol, port, bits), (
+            precedence,
+            rule,
+            action,
+            *flags,
+        ) in rules.entries.items():
             key = self.codecs["tg_rule_key"].pack(
                 peer=peer, port=port, protocol=protocol, prefix=bits
             )
             inner.update(
                 key,
-                self.codecs["tg_rule"].pack(precedence=precedence, rule=rule, action=action),
+                self.codecs["tg_rule"].pack(
+                    precedence=precedence, rule=rule, action=action, flags=sum(flags)
+                ),
             )
-        self.linked["rule_sets_v1"].append((U32.pack(slot), inner))
-        flags = 1
+        self.linked["rule_sets_v2"].append((U32.pack(slot), inner))
         if rules.cidr:
-            flags |= 2
             trie = self.inner(MapType.LPM_TRIE, 20, 4, len(rules.cidr), flags=1)
             for text, number in rules.cidr.items():
                 bits, raw = prefix(text)
                 trie.update(self.codecs["tg_prefix"].pack(bits=bits, addr=raw), U32.pack(number))
             self.linked["cidrs_v1"].append((U32.pack(slot), trie))
-        shapes = bytes(rules.shapes())
-        return (slot, rule_set, flags, len(shapes), shapes.ljust(SHAPES, b"\0"))
+        lanes = [bytes(rules.shapes(lane)) for lane in range(LANES)]
+        padded = b"".join(lane.ljust(SHAPES, b"\0") for lane in lanes)
+        return (slot, rule_set, rules.flags(), bytes(map(len, lanes)), padded)
 
     def world(self, pods: list[Pod]) -> None:
         """Publish these local pods as a new node table, with their addresses in ipcache. A pod id
@@ -197,7 +222,7 @@ class Lab:
         for name, inners in self.linked.items():
             self.maps[name].update_items(inners)
             inners.clear()
-        self.maps["node_v1"].update(U32.pack(0), table)
+        self.maps["node_v2"].update(U32.pack(0), table)
         for pod in pods:
             for text in filter(None, (pod.ip4, pod.ip6)):
                 self.ipcache(text, pod.identity, local=pod.local, peer=True)
@@ -211,9 +236,11 @@ class Lab:
         local: bool = False,
         frontend: bool = False,
         peer: bool = False,
+        node: bool = False,
+        own: bool = False,
     ) -> None:
         raw = addr(text)
-        flags = local << 24 | frontend << 25 | peer << 26
+        flags = local << 24 | frontend << 25 | peer << 26 | node << 27 | own << 28
         value = self.codecs["tg_ipcache"].pack(proof=addr_proof(raw), identity=identity | flags)
         self.maps["ipcache_v1"].update(raw, value)
 

@@ -59,11 +59,12 @@ static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struc
 			tg_set_forward(&made->to_dst, ep);
 		return 0;
 	}
-	q->port = t->dport;
+	q->port = tg_policy_port(t);
 	q->protocol = t->protocol;
 	if (src) {
 		q->addr = t->dst;
 		q->identity = r->s->dst_identity;
+		q->entity = self_is_src ? tg_entity_of(&peer, 1) : 0;
 		tg_policy_check(&src->egress, q, &r->s->egress);
 		if (r->s->egress.reason)
 			return r->s->egress.reason;
@@ -72,11 +73,14 @@ static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struc
 	if (dst) {
 		q->addr = t->src;
 		q->identity = r->s->src_identity;
+		q->entity = self_is_src ? 0 : tg_entity_of(&peer, 0);
 		tg_policy_check(&dst->ingress, q, &r->s->ingress);
 		if (r->s->ingress.reason)
 			return r->s->ingress.reason;
 		made->dst_rule = r->s->ingress.rule;
 	}
+	if (!dry_run && (r->s->egress.audit | r->s->egress.log | r->s->ingress.audit | r->s->ingress.log))
+		tg_report(r);
 	return 0;
 }
 

@@ -27,9 +27,13 @@ struct tg_anchors {
 	enum tg_node_kind node_kind;
 	enum tg_peer_kind peer_kind;
 	enum tg_peer_word peer_word;
+	enum tg_lane lane;
+	enum tg_entity entity;
 	enum tg_limits limits;
 	enum tg_policy_flags policy_flags;
 	enum tg_action action;
+	enum tg_rule_flags rule_flags;
+	enum tg_event_flags event_flags;
 	enum tg_identity identity;
 	enum tg_ipcache_flags ipcache_flags;
 	enum tg_backend_state backend_state;
@@ -65,7 +69,7 @@ struct {
 		__uint(value_size, sizeof(struct tg_endpoint));
 		__uint(max_entries, 1);
 	});
-} node_v1 SEC(".maps");
+} node_v2 SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
@@ -77,7 +81,7 @@ struct {
 		__uint(value_size, sizeof(struct tg_rule));
 		__uint(max_entries, 1);
 	});
-} rule_sets_v1 SEC(".maps");
+} rule_sets_v2 SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);

@@ -174,7 +174,31 @@ tg_inline int tg_echo(struct tg_tuple *t, __u8 type, __be16 id)
 	return 1;
 }
 
-/* ICMP as a flow (an echo, or of no ports) or as an error. */
+/* What is no echo has type and code, as on the wire, for both ports: each type
+ * is a flow of its own. */
+tg_inline void tg_icmp_ports(struct tg_tuple *t, __u8 type, __be16 type_code, __be16 id)
+{
+	if (!tg_echo(t, type, id))
+		t->sport = t->dport = type_code;
+}
+
+/* What a policy takes for the flow's port: of ICMP its type and code. By the
+ * tuple, which is all that is known whenever it is asked: the code of an echo
+ * counts as 0, and an answer without identifier as a request. */
+tg_inline __be16 tg_policy_port(const struct tg_tuple *t)
+{
+	int v4 = t->protocol == IPPROTO_ICMP;
+
+	if (!tg_is_icmp(t->protocol))
+		return t->dport;
+	if (t->sport && t->sport == t->dport)
+		return t->sport;
+	if (t->dport)
+		return bpf_htons((v4 ? TG_ICMP_ECHO_REPLY : ICMPV6_ECHO_REPLY) << 8);
+	return bpf_htons((v4 ? TG_ICMP_ECHO : ICMPV6_ECHO_REQUEST) << 8);
+}
+
+/* ICMP as a flow or as an error. */
 tg_inline int tg_parse_icmp(struct __sk_buff *skb, struct tg_packet *p)
 {
 	struct tg_icmp *icmp = tg_at(skb, p->l4, sizeof(*icmp));
@@ -187,8 +211,7 @@ tg_inline int tg_parse_icmp(struct __sk_buff *skb, struct tg_packet *p)
 		return TG_DROP_INVALID;
 	type = icmp->type;
 	p->icmp_type = type;
-	if (tg_echo(&p->t, type, icmp->id))
-		return 0;
+	tg_icmp_ports(&p->t, type, *(__be16 *)icmp, icmp->id);
 	if (p->family == 4) {
 		if (type == TG_ICMP_REDIRECT)
 			p->kind = TG_KIND_ND;
@@ -411,7 +434,7 @@ tg_global int tg_parse_quoted(struct __sk_buff *skb, struct tg_packet *p)
 	if (tg_load(skb, at, ports, sizeof(ports)))
 		return TG_DROP_ICMP_ERROR;
 	if (tg_is_icmp(p->t.protocol)) {
-		tg_echo(&p->t, *(__u8 *)ports, ports[1].source);
+		tg_icmp_ports(&p->t, *(__u8 *)ports, ports[0].source, ports[1].source);
 		return 0;
 	}
 	p->t.sport = ports[0].source;

@@ -13,18 +13,50 @@ struct tg_peer {
 
 /* What one end's policy said. */
 struct tg_verdict {
-	__u32 reason;   /* 0 or why not */
-	__u32 rule_set; /* 0: no policy selects the subject */
-	__u32 rule;     /* TG_RULE_NONE: default */
-	__u32 shape;    /* the key shape that matched */
+	__u32 reason;     /* 0 or why not */
+	__u32 rule_set;   /* 0: no policy has a say */
+	__u32 rule;       /* TG_RULE_NONE: default */
+	__u32 audit_rule; /* with `audit`; TG_RULE_NONE: default deny */
+	__u8 shape;       /* the key shape that matched */
+	__u8 audit;       /* why not, if policies in audit mode counted; 0: they agree */
+	__u8 log;         /* the rule asks for a report */
+	__u8 pad;
+};
+
+/* What a question's rule keys are made of, the same for each shape. */
+struct tg_parts {
+	__u32 identity; /* 0: matches terms for any peer only */
+	__u32 class;    /* peer word; 0: none */
+	__u32 entity;   /* peer word; 0: none */
+	__u32 ports;    /* (protocol, port) as a 24-bit number */
+	__u32 bits;     /* how many of them this packet has: 24 or 8 */
+};
+
+enum tg_found {
+	TG_FOUND_NONE = 0,
+	TG_FOUND = 1,
+	TG_FOUND_NO_SET = 2, /* the rule set is missing */
+};
+
+/* The rule of a lane that wins. */
+struct tg_match {
+	__u32 precedence;
+	__u32 rule;
+	__u8 found;   /* enum tg_found */
+	__u8 action;
+	__u8 log;
+	__u8 shape;
 };
 
 struct tg_question {
 	struct tg_addr addr; /* the peer's */
 	__u32 identity;      /* the peer's */
-	__be16 port;         /* destination port of the flow */
+	__be16 port;         /* destination port of the flow; of ICMP type << 8 | code */
 	__u8 protocol;
-	__u8 pad;
+	__u8 entity;         /* enum tg_entity of the peer's address; 0: no node's */
+	/* Room to work, which the stack has not. */
+	struct tg_parts parts;
+	struct tg_match match[2]; /* of the first verdict's lanes, of audit's */
 };
 
 tg_inline __u64 tg_ipcache_word(const struct tg_addr *addr)
@@ -64,7 +96,8 @@ tg_global int tg_peer_lookup(const struct tg_addr *addr, struct tg_ipcache *foun
 	return 0;
 }
 
-tg_inline void tg_find_peer(void *node, const struct tg_addr *addr, struct tg_peer *peer)
+/* Off the stack of who asks. */
+static __noinline int tg_find_peer(void *node, const struct tg_addr *addr, struct tg_peer *peer)
 {
 	struct tg_ipcache found = {};
 
@@ -73,45 +106,45 @@ tg_inline void tg_find_peer(void *node, const struct tg_addr *addr, struct tg_pe
 	peer->identity = found.identity & TG_ID_MASK;
 	peer->endpoint = NULL;
 	if (!(peer->flags & TG_IPCACHE_LOCAL))
-		return;
+		return 0;
 	peer->endpoint = tg_local(node, addr);
 	if (peer->endpoint)
 		peer->identity = peer->endpoint->identity;
+	return 0;
 }
 
-tg_inline int tg_better(const struct tg_rule *rule, const struct tg_rule *best)
+/* What an address is as a node's. This node's own are its own as destinations
+ * only: a packet that comes from one was made here (and is not asked about), or
+ * claims to. */
+tg_inline __u8 tg_entity_of(const struct tg_peer *peer, int is_destination)
 {
-	if (!best || rule->precedence > best->precedence)
-		return 1;
-	return rule->precedence == best->precedence && rule->rule < best->rule;
+	return (is_destination && peer->flags & TG_IPCACHE_OWN ? TG_ENTITY_OWN : 0) |
+	       (peer->flags & TG_IPCACHE_NODE ? TG_ENTITY_NODE : 0) |
+	       (peer->identity == TG_ID_KUBE_APISERVER ? TG_ENTITY_API : 0);
 }
 
-/* What a question's rule keys are made of, the same for each shape. */
-struct tg_parts {
-	__u32 identity; /* 0: matches terms for any peer only */
-	__u32 class;    /* peer word; 0: none */
-	__u32 ports;    /* (protocol, port) as a 24-bit number */
-	__u32 bits;     /* how many of them this packet has: 24 or 8 */
-};
-
-tg_inline void tg_rule_parts(const struct tg_question *q, __u32 class, struct tg_parts *parts)
+tg_inline void tg_rule_parts(struct tg_question *q, __u32 class)
 {
+	struct tg_parts *parts = &q->parts;
 	int ports = q->protocol == IPPROTO_TCP || q->protocol == IPPROTO_UDP ||
-		    q->protocol == IPPROTO_SCTP;
+		    q->protocol == IPPROTO_SCTP || tg_is_icmp(q->protocol);
 
 	parts->identity = q->identity;
 	parts->class = class && q->identity ? TG_PEER_WORD_CLASS | class : 0;
+	parts->entity = q->entity ? TG_PEER_WORD_ENTITY | q->entity : 0;
 	parts->ports = (__u32)q->protocol << 16 | bpf_ntohs(q->port);
 	parts->bits = ports ? 24 : 8;
 }
 
 /* Written as two words, as the kernel's hash reads it: reading a word that was
  * just written in pieces stalls. 0: nothing under this shape can match. */
-tg_inline int tg_rule_key(const struct tg_parts *parts, __u8 shape, struct tg_rule_key *key)
+tg_inline int tg_rule_key(const struct tg_parts *parts, __u32 lane, __u8 shape,
+			  struct tg_rule_key *key)
 {
 	__u32 bits = shape & 31, kind = shape >> 5;
 	__u32 peer = kind == TG_PEER_IDENTITY ? parts->identity :
-		     kind == TG_PEER_CLASS ? parts->class : TG_PEER_WORD_ANY;
+		     kind == TG_PEER_CLASS ? parts->class :
+		     kind == TG_PEER_ENTITY ? parts->entity : TG_PEER_WORD_ANY;
 	__u32 ports;
 
 	/* A rule with ports never matches what has none. */
@@ -120,68 +153,145 @@ tg_inline int tg_rule_key(const struct tg_parts *parts, __u8 shape, struct tg_ru
 	ports = parts->ports >> (24 - bits) << (24 - bits);
 	((__u32 *)key)[0] = peer;
 	/* As on the wire: port, protocol, prefix. */
-	((__u32 *)key)[1] = bpf_htonl(ports << 16 | ports >> 16 << 8 | bits);
+	((__u32 *)key)[1] = bpf_htonl(ports << 16 | ports >> 16 << 8 | lane << 5 | bits);
 	return 1;
 }
 
-/* Probes the rule set's key shapes; the highest precedence wins, never the
- * first hit. */
-tg_global int tg_policy_check(const struct tg_policy *policy,
-				      const struct tg_question *q, struct tg_verdict *verdict)
+/* Among equals the lowest rule, so that the rule a verdict names never depends
+ * on the order of look-ups. */
+tg_inline int tg_better(__u32 precedence, __u32 rule, const struct tg_match *best)
 {
-	const struct tg_rule *best = NULL;
-	struct tg_prefix prefix;
+	if (!best->found || precedence > best->precedence)
+		return 1;
+	return precedence == best->precedence && rule < best->rule;
+}
+
+/* Probes a lane's key shapes; the highest precedence wins, never the first hit.
+ * As little as can be lives on the stack: Linux 6.1 adds up whole chains of calls. */
+tg_global int tg_probe(const struct tg_policy *policy, struct tg_question *q, __u32 lane)
+{
 	struct tg_rule_key key;
-	struct tg_parts parts;
-	__u32 slot, class = 0;
-	void *rules, *trie;
+	void *rules;
+	__u32 at;
+
+	if (!policy || !q)
+		return 0;
+	/* Bounds where the verifier sees them; no caller goes beyond them. */
+	asm volatile("%0 &= 3" : "+r"(lane));
+	q->match[lane >> 1].found = TG_FOUND_NO_SET;
+	key.peer = policy->slot;
+	rules = bpf_map_lookup_elem(&rule_sets_v2, &key.peer);
+	if (!rules)
+		return 0;
+	q->match[lane >> 1].found = TG_FOUND_NONE;
+	for (at = 0; at < policy->counts[lane]; at++) {
+		__u32 place = lane * TG_MAX_SHAPES + at;
+		const struct tg_rule *rule;
+		struct tg_match *best;
+
+		/* No address is worth keeping. */
+		asm volatile("" : "+r"(policy), "+r"(q), "+r"(lane), "+r"(place));
+		if (place >= TG_LANES * TG_MAX_SHAPES)
+			break;
+		if (!tg_rule_key(&q->parts, lane, policy->shapes[place], &key))
+			continue;
+		rule = bpf_map_lookup_elem(rules, &key);
+		best = &q->match[lane >> 1];
+		if (rule && tg_better(rule->precedence, rule->rule, best)) {
+			best->precedence = rule->precedence;
+			best->rule = rule->rule;
+			best->found = TG_FOUND;
+			best->action = rule->action;
+			best->log = rule->flags & TG_RULE_LOG;
+			best->shape = policy->shapes[place];
+		}
+	}
+	return 0;
+}
+
+tg_inline int tg_decides(const struct tg_match *match)
+{
+	return match->found == TG_FOUND && match->action != TG_ACTION_PASS;
+}
+
+/* The second verdict on what passes: would it, if policies in audit mode
+ * counted? They are of the developer tier: what the Admin tier has decided is
+ * out of their reach, and the Baseline tier out of sight where they isolate. */
+tg_inline int tg_second(const struct tg_policy *policy, struct tg_question *q,
+			struct tg_verdict *verdict)
+{
+	const struct tg_match *first = &q->match[0], *audit = &q->match[1];
+	int developer = tg_decides(first) && first->precedence >= TG_DEVELOPER;
+
+	if (tg_decides(first) && first->precedence >= TG_ADMIN)
+		return 0;
+	tg_probe(policy, q, TG_LANE_AUDIT);
+	if (audit->found == TG_FOUND_NO_SET)
+		return TG_DROP_NO_RULE_SET;
+	if (audit->found && (!developer || tg_better(audit->precedence, audit->rule, first))) {
+		verdict->audit = audit->action == TG_ACTION_DENY ? TG_DROP_POLICY_DENY : 0;
+		verdict->audit_rule = audit->rule;
+	} else if (!developer && policy->flags & TG_POLICY_AUDITED) {
+		verdict->audit = TG_DROP_POLICY;
+	}
+	return 0;
+}
+
+/* The class of the peer's address; below 0: the trie is missing. */
+tg_inline int tg_class(const struct tg_policy *policy, const struct tg_question *q)
+{
+	struct tg_prefix prefix = { .bits = 128 };
+	__u32 slot = policy->slot;
 	__u32 *found;
-	int i;
+	void *trie;
+
+	if (!(policy->flags & TG_POLICY_CIDR))
+		return 0;
+	trie = bpf_map_lookup_elem(&cidrs_v1, &slot);
+	if (!trie)
+		return -1;
+	prefix.addr = q->addr;
+	found = bpf_map_lookup_elem(trie, &prefix);
+	return found ? *found : 0;
+}
+
+/* One direction of one endpoint's policy about one flow. */
+tg_global int tg_policy_check(const struct tg_policy *policy, struct tg_question *q,
+			      struct tg_verdict *verdict)
+{
+	struct tg_match *first;
+	int class;
 
 	if (!policy || !q || !verdict)
 		return 0;
 	verdict->reason = 0;
-	verdict->rule = TG_RULE_NONE;
+	verdict->rule = verdict->audit_rule = TG_RULE_NONE;
 	verdict->rule_set = 0;
-	verdict->shape = 0;
-	if (!(policy->flags & TG_POLICY_ISOLATED))
+	verdict->shape = verdict->audit = verdict->log = verdict->pad = 0;
+	if (!(policy->flags & TG_POLICY_RULES))
 		return 0;
 	verdict->rule_set = policy->rule_set;
-	slot = policy->slot;
 	verdict->reason = TG_DROP_NO_RULE_SET;
-	rules = bpf_map_lookup_elem(&rule_sets_v1, &slot);
-	if (!rules)
+	class = tg_class(policy, q);
+	if (class < 0)
 		return 0;
-	if (policy->flags & TG_POLICY_CIDR) {
-		trie = bpf_map_lookup_elem(&cidrs_v1, &slot);
-		if (!trie)
-			return 0;
-		prefix.bits = 128;
-		prefix.addr = q->addr;
-		found = bpf_map_lookup_elem(trie, &prefix);
-		class = found ? *found : 0;
+	tg_rule_parts(q, class);
+	first = &q->match[0];
+	tg_probe(policy, q, TG_LANE_MAIN);
+	if (!tg_decides(first) && policy->counts[TG_LANE_BELOW])
+		tg_probe(policy, q, TG_LANE_BELOW);
+	if (first->found == TG_FOUND_NO_SET)
+		return 0;
+	if (tg_decides(first)) {
+		verdict->rule = first->rule;
+		verdict->shape = first->shape;
+		verdict->log = first->log;
+		verdict->reason = first->action == TG_ACTION_ALLOW ? 0 : TG_DROP_POLICY_DENY;
+	} else {
+		verdict->reason = policy->flags & TG_POLICY_ISOLATED ? TG_DROP_POLICY : 0;
 	}
-	tg_rule_parts(q, class, &parts);
-	for (i = 0; i < TG_MAX_SHAPES; i++) {
-		const struct tg_rule *rule;
-		__u8 shape;
-
-		if (i >= policy->shape_count)
-			break;
-		shape = policy->shapes[i];
-		if (!tg_rule_key(&parts, shape, &key))
-			continue;
-		rule = bpf_map_lookup_elem(rules, &key);
-		if (rule && tg_better(rule, best)) {
-			best = rule;
-			verdict->shape = shape;
-		}
-	}
-	verdict->reason = TG_DROP_POLICY;
-	if (best) {
-		verdict->rule = best->rule;
-		verdict->reason = best->action == TG_ACTION_ALLOW ? 0 : TG_DROP_POLICY_DENY;
-	}
+	if (!verdict->reason && policy->flags & TG_POLICY_AUDIT)
+		verdict->reason = tg_second(policy, q, verdict);
 	return 0;
 }
 

@@ -87,7 +87,7 @@ tg_inline int tg_open(struct tg_run *r)
 		return TG_DROP_NO_NODE_TABLE;
 	r->s->epoch = *(volatile __u64 *)&control->epoch;
 	tg_barrier();
-	r->node = bpf_map_lookup_elem(&node_v1, &zero);
+	r->node = bpf_map_lookup_elem(&node_v2, &zero);
 	if (!r->node)
 		return TG_DROP_NO_NODE_TABLE;
 	r->s->now = tg_now();
@@ -112,14 +112,17 @@ tg_inline void tg_count(struct __sk_buff *skb, __u32 reason, int from_pod)
 
 tg_inline void tg_answer(struct tg_run *r, __u32 reason)
 {
+	const struct tg_verdict *audited = r->s->egress.audit ? &r->s->egress : &r->s->ingress;
+
 	if (!dry_run)
 		return;
-	r->skb->cb[0] = reason;
+	r->skb->cb[0] = reason | r->s->egress.audit << 8 | r->s->ingress.audit << 16;
 	r->skb->cb[1] = r->s->egress.rule_set;
 	r->skb->cb[2] = r->s->egress.rule;
 	r->skb->cb[3] = r->s->ingress.rule_set;
 	r->skb->cb[4] = r->s->ingress.rule;
 	r->skb->mark = r->s->egress.shape | r->s->ingress.shape << 8;
+	r->skb->priority = audited->audit ? audited->audit_rule : (__u32)TG_RULE_NONE;
 }
 
 /* Whose policy said no; else where the packet was. */
@@ -130,9 +133,10 @@ tg_inline int tg_direction(const struct tg_run *r)
 	return r->s->egress.reason || r->from_pod ? TG_EGRESS : TG_INGRESS;
 }
 
-static __noinline int tg_event(struct tg_run *r, __u32 reason)
+/* `direction`: whose verdict it tells of; `flags`: enum tg_event_flags. */
+static __noinline int tg_event(struct tg_run *r, __u32 reason, __u32 direction, __u32 flags)
 {
-	const struct tg_verdict *v = &r->s->egress;
+	const struct tg_verdict *v = direction == TG_EGRESS ? &r->s->egress : &r->s->ingress;
 	struct tg_event *e;
 
 	e = bpf_ringbuf_reserve(&events_v1, sizeof(*e), 0);
@@ -140,14 +144,11 @@ static __noinline int tg_event(struct tg_run *r, __u32 reason)
 		tg_count(r->skb, TG_REASON_EVENT_LOST, r->from_pod);
 		return 0;
 	}
-	e->direction = tg_direction(r);
+	e->direction = direction;
 	e->endpoint = r->ep ? r->ep->id : 0;
-	if (r->s->egress.reason)
-		e->endpoint = r->s->made.src_endpoint;
-	if (r->s->ingress.reason) {
-		v = &r->s->ingress;
-		e->endpoint = r->s->made.dst_endpoint;
-	}
+	if (v->reason || flags)
+		e->endpoint = direction == TG_EGRESS ? r->s->made.src_endpoint :
+						       r->s->made.dst_endpoint;
 	e->time = bpf_ktime_get_coarse_ns();
 	e->ifindex = r->skb->ifindex;
 	e->length = r->skb->len;
@@ -161,8 +162,8 @@ static __noinline int tg_event(struct tg_run *r, __u32 reason)
 	e->src_identity = r->s->src_identity;
 	e->dst_identity = r->s->dst_identity;
 	e->rule_set = v->rule_set;
-	e->rule = v->rule;
-	e->pad = 0;
+	e->rule = flags & TG_EVENT_AUDIT ? v->audit_rule : v->rule;
+	e->flags = flags;
 	/* Readers poll; waking one per denial would let a flood buy CPU time. */
 	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
 	return 0;
@@ -170,12 +171,33 @@ static __noinline int tg_event(struct tg_run *r, __u32 reason)
 
 tg_inline int tg_drop(struct tg_run *r, __u32 reason)
 {
+	int direction = tg_direction(r);
+
 	tg_answer(r, reason);
 	if (!dry_run) {
-		tg_count(r->skb, reason, tg_direction(r) == TG_EGRESS);
-		tg_event(r, reason);
+		tg_count(r->skb, reason, direction == TG_EGRESS);
+		tg_event(r, reason, direction, 0);
 	}
 	return TC_ACT_SHOT;
+}
+
+/* What the ends' policies want said of a flow that passes. */
+static __noinline int tg_report(struct tg_run *r)
+{
+	__u32 direction;
+
+	for (direction = TG_INGRESS; direction <= TG_EGRESS; direction++) {
+		const struct tg_verdict *v = direction == TG_EGRESS ? &r->s->egress :
+								      &r->s->ingress;
+
+		if (v->audit) {
+			tg_count(r->skb, TG_REASON_AUDIT, direction == TG_EGRESS);
+			tg_event(r, v->audit, direction, TG_EVENT_AUDIT);
+		}
+		if (v->log)
+			tg_event(r, TG_FORWARDED, direction, TG_EVENT_LOG);
+	}
+	return 0;
 }
 
 /* ---- forwarding --------------------------------------------------------------- */

@@ -39,15 +39,30 @@ TG_SIZE(struct tg_node_key, 20);
 
 /* A key shape is which part of (peer, protocol, port) a rule names:
  * peer kind << 5 | prefix bits of (protocol, port): 0 any, 8 a protocol,
- * 8 + n a protocol and the first n bits of the port. */
+ * 8 + n a protocol and the first n bits of the port. The port of ICMP is
+ * type << 8 | code. */
 enum tg_peer_kind {
 	TG_PEER_IDENTITY = 0,
 	TG_PEER_CLASS = 1,
 	TG_PEER_ANY = 2,
+	TG_PEER_ENTITY = 3,
 };
 
+/* Rules that are ranked apart. One lane is enough, and the only one probed,
+ * unless a rule of the Admin tier passes on or a policy is in audit mode. */
+enum tg_lane {
+	TG_LANE_MAIN = 0,  /* all that count; beside TG_LANE_BELOW: the Admin tier */
+	TG_LANE_BELOW = 1, /* asked where the Admin tier passes on or says nothing */
+	TG_LANE_AUDIT = 2, /* of policies in audit mode: of the second verdict only */
+	TG_LANES = 3,
+};
+
+/* A tier is read from a rule's precedence: Baseline, developer, Admin. */
+#define TG_DEVELOPER (1u << 30)
+#define TG_ADMIN (1u << 31)
+
 enum tg_limits {
-	TG_MAX_SHAPES = 10,
+	TG_MAX_SHAPES = 12, /* a lane */
 	TG_MAX_ENDPOINTS = 1024, /* half-open shares a node */
 	TG_MAX_RULE_SETS = 4096, /* rule sets in force at once, a node */
 	TG_MAX_EXT_HEADERS = 6,  /* IPv6 extension headers walked */
@@ -55,8 +70,11 @@ enum tg_limits {
 };
 
 enum tg_policy_flags {
-	TG_POLICY_ISOLATED = 1, /* some policy selects the subject: no match = deny */
-	TG_POLICY_CIDR = 2,     /* the rule set has an LPM trie of classes */
+	TG_POLICY_RULES = 1,     /* there is a rule set; none: everything passes */
+	TG_POLICY_CIDR = 2,      /* the rule set has an LPM trie of classes */
+	TG_POLICY_ISOLATED = 4,  /* what no rule decides is denied, else it passes */
+	TG_POLICY_AUDIT = 8,     /* what passes has a second verdict */
+	TG_POLICY_AUDITED = 16,  /* a policy in audit mode isolates: the second denies */
 };
 
 /* One direction of one endpoint's policy. */
@@ -64,10 +82,10 @@ struct tg_policy {
 	__u32 slot;     /* index into rule_sets and cidrs; reused after a switch */
 	__u32 rule_set; /* id; never reused while the pins live */
 	__u8 flags;     /* enum tg_policy_flags */
-	__u8 shape_count;
-	__u8 shapes[TG_MAX_SHAPES];
+	__u8 counts[TG_LANES]; /* shapes in use, of each lane */
+	__u8 shapes[TG_LANES * TG_MAX_SHAPES];
 };
-TG_SIZE(struct tg_policy, 20);
+TG_SIZE(struct tg_policy, 48);
 
 struct tg_endpoint {
 	__u32 id; /* never reused while the pins live */
@@ -82,27 +100,40 @@ struct tg_endpoint {
 	struct tg_policy ingress;
 	struct tg_policy egress;
 };
-TG_SIZE(struct tg_endpoint, 104);
+TG_SIZE(struct tg_endpoint, 160);
 
 /* ---- rule sets: ARRAY_OF_MAPS[slot] -> immutable HASH ------------------ */
 
-/* The peer word: an identity (24 bits), a CIDR class, or any. */
+/* The peer word: an identity (24 bits), a CIDR class, any, or what a node's
+ * address is (enum tg_entity). */
 enum tg_peer_word {
 	TG_PEER_WORD_CLASS = 0x01000000,
 	TG_PEER_WORD_ANY = 0x02000000,
+	TG_PEER_WORD_ENTITY = 0x03000000,
+};
+
+enum tg_entity {
+	TG_ENTITY_OWN = 1,  /* an address of this node; of who is sent to only */
+	TG_ENTITY_NODE = 2, /* of a node, this one or another */
+	TG_ENTITY_API = 4,  /* the API is served there */
 };
 
 struct tg_rule_key {
 	__u32 peer;
 	__be16 port;    /* masked to the shape's prefix */
 	__u8 protocol;  /* 0 where the shape names none */
-	__u8 prefix;    /* 0, 8 or 8 + n: the shape's prefix bits */
+	__u8 prefix;    /* lane << 5 | the shape's prefix bits: 0, 8 or 8 + n */
 };
 TG_SIZE(struct tg_rule_key, 8);
 
 enum tg_action {
 	TG_ACTION_DENY = 0,
 	TG_ACTION_ALLOW = 1,
+	TG_ACTION_PASS = 2, /* the rest of the rule's tier is skipped */
+};
+
+enum tg_rule_flags {
+	TG_RULE_LOG = 1, /* a flow that it lets pass is reported */
 };
 
 /* The highest precedence wins; among equals the lowest rule, so that the
@@ -111,7 +142,7 @@ struct tg_rule {
 	__u32 precedence;
 	__u32 rule; /* index into the RuleSet's spec.rules */
 	__u32 action;
-	__u32 pad;
+	__u32 flags; /* enum tg_rule_flags */
 };
 TG_SIZE(struct tg_rule, 16);
 
@@ -137,6 +168,8 @@ enum tg_ipcache_flags {
 	TG_IPCACHE_LOCAL = 0x01000000,    /* may be a local endpoint: ask the node table */
 	TG_IPCACHE_FRONTEND = 0x02000000, /* a service has a frontend on this address */
 	TG_IPCACHE_PEER = 0x04000000,     /* a pod or node has this address */
+	TG_IPCACHE_NODE = 0x08000000,     /* a node has it */
+	TG_IPCACHE_OWN = 0x10000000,      /* this node has it */
 };
 
 /* Read as one word. proof = tg_addr_proof(key). */
@@ -443,6 +476,7 @@ enum tg_reason {
 	TG_DROP_L2_SENDER = 228,
 	TG_DROP_NAT_FULL = 229,
 	TG_REASON_NAT_LOST = 230,  /* counted, not a drop */
+	TG_REASON_AUDIT = 253,      /* counted, not a drop: a policy in audit mode denies it */
 	TG_REASON_EVENT_LOST = 254, /* counted, not a drop */
 	TG_REASON_MAX = 256,
 };
@@ -453,7 +487,13 @@ struct tg_counter {
 };
 TG_SIZE(struct tg_counter, 16);
 
-/* One denial. Fixed size; the ring buffer's records never split. */
+enum tg_event_flags {
+	TG_EVENT_AUDIT = 1, /* it passed: `reason` and `rule` are the second verdict's */
+	TG_EVENT_LOG = 2,   /* it passed, by a rule that asks for a report */
+};
+
+/* One denial, or what enum tg_event_flags says. Fixed size; the ring buffer's
+ * records never split. */
 struct tg_event {
 	__u64 time; /* CLOCK_MONOTONIC, coarse, nanoseconds */
 	__u32 ifindex;
@@ -471,7 +511,7 @@ struct tg_event {
 	__u32 endpoint; /* the subject whose policy decided */
 	__u32 rule_set;
 	__u32 rule;
-	__u32 pad;
+	__u32 flags; /* enum tg_event_flags */
 };
 TG_SIZE(struct tg_event, 80);
 

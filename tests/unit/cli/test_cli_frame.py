@@ -13,7 +13,8 @@ MACS = (bytes.fromhex("02000000000a"), bytes.fromhex("02000000000b"))
 @pytest.mark.parametrize("protocol", [frame.TCP, frame.UDP, frame.SCTP, 0])
 def test_a_frame_is_whole_and_opens_a_flow(src: str, dst: str, protocol: int) -> None:
     number = protocol or (frame.ICMPV6 if ":" in src else frame.ICMP)
-    data = frame.opening(MACS, src, dst, number, 8080)
+    kind = 128 if ":" in src else 8
+    data = frame.opening(MACS, src, dst, number, 8080 if protocol else kind << 8 | 3)
     found = frames.parse(data)
     assert found.problem == ""
     assert (found.eth_src, found.eth_dst) == (frames.MAC_A, frames.MAC_B)
@@ -24,7 +25,7 @@ def test_a_frame_is_whole_and_opens_a_flow(src: str, dst: str, protocol: int) ->
         assert (found.sport, found.dport) == (frame.SOURCE_PORT, 8080)
         assert frame.destination(data, protocol) == (dst, 8080)
     else:
-        assert found.icmp_type == (128 if ":" in src else 8)
+        assert (found.icmp_type, found.icmp_code) == (kind, 3)
         assert frame.destination(data, number) == (dst, 0)
     if protocol == frame.TCP:
         assert found.tcp_flags == frames.SYN

@@ -41,8 +41,9 @@ from tidegate_api.state import (
     Term,
     rule_set,
 )
-from tidegate_cli.lookup import ALLOW, Look, Question, Rules, check
-from tidegate_cli.model import Model, ModelError, RuleRef, Side
+from tidegate_cli.judgement import RuleRef
+from tidegate_cli.lookup import ALLOW, MAX_SHAPES, Look, Question, Rules, check
+from tidegate_cli.model import Model, ModelError, Side
 from tidegate_loader import addresses
 from tidegate_loader.rules import PROTOCOLS, expand
 from tidegate_operator import identities, publish, world
@@ -248,7 +249,7 @@ class _Struct:
 
 
 RULE_KEY = _Struct("peer", "port", "protocol", "prefix")
-RULE = _Struct("precedence", "rule", "action")
+RULE = _Struct("precedence", "rule", "action", "flags")
 PREFIX = _Struct("bits", "addr")
 
 
@@ -260,7 +261,7 @@ class _Policy:
     rule_set: int
     slot: int
     shapes: bytes
-    shape_count: int
+    counts: bytes
 
 
 def looked_up(model: Model, side: Side, question: Question) -> Look:
@@ -268,7 +269,7 @@ def looked_up(model: Model, side: Side, question: Question) -> Look:
     held = expand(model.rule_sets[side.rule_set], model.peers)
     entries = {
         RULE_KEY.pack(peer=w, port=port, protocol=p, prefix=bits): RULE.pack(
-            precedence=value[0], rule=value[1], action=value[2]
+            precedence=value[0], rule=value[1], action=value[2], flags=value[3]
         )
         for (w, p, port, bits), value in held.entries.items()
     }
@@ -283,8 +284,8 @@ def looked_up(model: Model, side: Side, question: Question) -> Look:
 
     trie = longest if held.cidr else None
     rules = Rules(entries.get, trie, RULE_KEY, RULE, PREFIX)
-    flags = 3 if held.cidr else 1
-    policy = _Policy(flags, 1, 0, bytes(held.shapes), len(held.shapes))
+    shapes = b"".join(bytes(lane).ljust(MAX_SHAPES, b"\0") for lane in held.shapes)
+    policy = _Policy(held.flags, 1, 0, shapes, bytes(map(len, held.shapes)))
     return check(policy, rules, question)
 
 

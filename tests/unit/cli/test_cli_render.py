@@ -143,7 +143,7 @@ def test_a_rule_names_its_policy_and_its_peer() -> None:
     meta = Meta(name="300")
     identity = Identity(api_version=API_VERSION, kind="Identity", metadata=meta, spec=spec)
     words = lists.identity_words([identity])
-    value = SimpleNamespace(action=1, rule=0, precedence=5)
+    value = SimpleNamespace(action=1, rule=0, precedence=5, flags=0)
     keys = [(300, 80, 6, 24), (0x01000001, 0, 17, 8), (0x02000000, 0, 0, 0), (2, 0x50, 6, 20)]
     rows = [
         (SimpleNamespace(peer=peer, port=port, protocol=protocol, prefix=prefix), value)
@@ -151,7 +151,7 @@ def test_a_rule_names_its_policy_and_its_peer() -> None:
     ]
     row = SimpleNamespace(
         id=9,
-        ingress=SimpleNamespace(flags=1, rule_set=4),
+        ingress=SimpleNamespace(flags=5, rule_set=4),
         egress=SimpleNamespace(flags=0, rule_set=0),
     )
     node = view(rules=rows)

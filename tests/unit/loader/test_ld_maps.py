@@ -10,8 +10,9 @@ import pytest
 from support import loader_world as world
 from tidegate_api import state as api
 from tidegate_loader import addresses, maps, services
-from tidegate_loader.maps import FRONTEND, LOCAL, PEER
+from tidegate_loader.maps import FRONTEND, LOCAL, NODE, OWN, PEER
 
+FLAGS = {"L": LOCAL, "F": FRONTEND, "P": PEER, "N": NODE, "O": OWN}
 GOLDEN = world.ROOT / "tests" / "golden" / "maps"
 
 
@@ -22,14 +23,15 @@ def dump(found: maps.DesiredMaps) -> str:
         shown = [addresses.text(a) for a in (e.ip4, e.ip6) if a != addresses.ZERO]
         lines.append(f"endpoint {e.name} {e.identity} if{e.ifindex} {' '.join(shown)}")
     for expanded in sorted(found.rule_sets.values(), key=lambda x: x.content):
-        lines.append(f"rule set {expanded.content} shapes {[hex(s) for s in expanded.shapes]}")
+        shapes = [[hex(s) for s in lane] for lane in expanded.shapes if lane]
+        lines.append(f"rule set {expanded.content} flags {expanded.flags} shapes {shapes}")
         lines += [f"  {k} -> {v}" for k, v in sorted(expanded.entries.items())]
         lines += [
             f"  {addresses.prefix_text(p)} class {n}" for p, n in sorted(expanded.cidr.items())
         ]
     entries = {k: v for part in found.ipcache for k, v in part.items()}
     for key, word in sorted(entries.items()):
-        flags = [n for n, f in (("L", LOCAL), ("F", FRONTEND), ("P", PEER)) if word & f]
+        flags = [name for name, flag in FLAGS.items() if word & flag]
         lines.append(
             f"ipcache {addresses.text(key)} {word & maps.IDENTITY_MASK} {''.join(flags)}".rstrip()
         )

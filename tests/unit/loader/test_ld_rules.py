@@ -152,7 +152,7 @@ def _probe(
     """As tg_policy_check does it."""
     number = _lpm(found.cidr, addresses.pack(address))
     best: tuple[int, int, int] | None = None
-    for shape in found.shapes:
+    for shape in found.shapes[0]:
         kind, bits = shape >> 5, shape & 31
         word = {0: identity, 1: rules.WORD_CLASS | number, 2: rules.WORD_ANY}[kind]
         if kind == rules.PEER_CLASS and not number:
@@ -160,14 +160,14 @@ def _probe(
         masked = port & (0xFFFF << (24 - bits)) & 0xFFFF if bits > 8 else 0
         hit = found.entries.get((word, protocol if bits else 0, masked, bits))
         if hit is not None and (best is None or (hit[0], -hit[1]) > (best[0], -best[1])):
-            best = hit
+            best = hit[:3]
     return best
 
 
 @given(st.lists(terms(), max_size=8).map(_distinct))
 def test_probing_the_shapes_says_what_the_terms_say(found: list[api.Term]) -> None:
     expanded = rules.expand(world.rule_set(*found), _PEERS)
-    assert len(expanded.shapes) <= rules.MAX_SHAPES
+    assert len(expanded.shapes[0]) <= rules.PLAIN_SHAPES
     for identity, address in ((300, "10.1.2.3"), (301, "fd00:1::5"), (302, "10.1.2.200")):
         for name, protocol in (("TCP", 6), ("UDP", 17)):
             for port in _PORTS:
@@ -189,19 +189,19 @@ def test_every_kind_of_peer_and_port_at_once_still_fits() -> None:
         )
     ]
     found = rules.expand(world.rule_set(*terms), _PEERS)
-    assert len(found.shapes) == 9
+    assert len(found.shapes[0]) == 9
     assert {entry[2] for entry in found.entries} == {0, 80, *range(256, 1024)}
 
 
 def test_many_lengths_become_few_shapes_and_the_same_ports() -> None:
     wide = rules.expand(world.rule_set(world.term(api.AnyPeer(), 0, "TCP", 1, end_port=65534)), {})
-    assert len(wide.shapes) <= rules.MAX_SHAPES
+    assert len(wide.shapes[0]) <= rules.PLAIN_SHAPES
     odd = [
         world.term(peer, i, "TCP", 1, end_port=65534)
         for i, peer in enumerate([api.AnyPeer(), api.SetPeer(name="a"), api.CIDRPeer(cidr="::/0")])
     ]
     found = rules.expand(world.rule_set(*odd), _PEERS)
-    assert len(found.shapes) <= rules.MAX_SHAPES
+    assert len(found.shapes[0]) <= rules.PLAIN_SHAPES
     for port in (0, 1, 2, 255, 256, 65534, 65535):
         assert (_probe(found, 300, "10.0.0.1", 6, port) is not None) == (1 <= port <= 65534)
 
@@ -223,4 +223,4 @@ def test_the_more_specific_shape_is_probed_first() -> None:
         ),
         _PEERS,
     )
-    assert found.shapes == (0 << 5 | 24, 0 << 5 | 8, 2 << 5 | 0)
+    assert found.shapes == ((0 << 5 | 24, 0 << 5 | 8, 2 << 5 | 0), (), ())

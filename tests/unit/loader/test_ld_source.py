@@ -77,7 +77,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("null", _edit(_NODE, _spec("endpoints", None)), "Unreadable"),
     ("unknown field", _edit(_NODE, _spec("colour", 1)), "Unreadable"),
     ("newer format", _edit(_NODE, _spec("format", 3)), "UnknownFormat"),
-    ("newer shard", _edit(_SHARD, _spec("format", 2)), "UnknownFormat"),
+    ("newer shard", _edit(_SHARD, _spec("format", 3)), "UnknownFormat"),
     ("another shard", _edit(_SHARD, _spec("shard", 1)), "Unverified"),
     ("no table", _edit(_NODE, _spec("tables", {})), "Missing"),
     ("no peer set", _edit(_NODE, _spec("peerSets", ["nobody"])), "Incomplete"),
