@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from support import frames as f
 from support import town as t
-from support.frames import ACK, SYN
-from support.lab import HAIRPIN4, HAIRPIN6, PASS, REDIRECT, U32, Rules
+from support.frames import ACK, RST, SYN
+from support.lab import DROP, HAIRPIN4, HAIRPIN6, PASS, REDIRECT, U32, Rules
 from support.town import EGRESS, POLICY, VIP4, VIP6, Town
 
 pytestmark = pytest.mark.kernel
@@ -159,13 +159,49 @@ def test_the_same_backend_while_half_open(town: Town) -> None:
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_empty_service(town: Town, version: int) -> None:
+@pytest.mark.parametrize("protocol", [f.TCP, f.UDP, f.SCTP])
+def test_empty_service_is_refused_at_once(town: Town, protocol: int, version: int) -> None:
+    """Counted as a drop; the pod gets what a host without a listener would answer."""
     town.open()
-    town.lab.service(VIP[version], 80, f.TCP, [])
-    sent = packet(f.TCP, t.ip_of("a", version), VIP[version], 40000, 80)
+    a, vip = t.ip_of("a", version), VIP[version]
+    town.lab.service(vip, 80, protocol, [])
+    sent = packet(protocol, a, vip, 40000, 80, size=100)
     seen = town.send("a>", sent)
-    assert (seen.reason, seen.direction, seen.data) == (t.NO_BACKEND, EGRESS, sent)
+    assert (seen.verdict, seen.reason, seen.direction) == (REDIRECT, t.NO_BACKEND, EGRESS)
+    frame = seen.frame
+    assert (frame.eth_dst, frame.eth_src) == (f.MAC_A, f.MAC_B), "back to its sender"
+    assert (frame.src, frame.dst) == (vip, a)
+    assert frame.l4_check == "ok"
+    assert frame.ip_check == ("ok" if version == 4 else "none")
+    if protocol == f.TCP:
+        assert (frame.sport, frame.dport, frame.tcp_flags) == (80, 40000, RST | ACK)
+        asked = f.parse(sent)
+        assert frame.ack == (asked.seq + 100 + 1) & 0xFFFFFFFF, "of its SYN and its data"
+    else:
+        kinds = (3, 3) if version == 4 else (1, 4)
+        assert (frame.icmp_type, frame.icmp_code) == kinds
+        q = frame.inner
+        assert q is not None
+        assert (q.src, q.sport, q.dst, q.dport) == (a, 40000, vip, 80)
     assert not town.half_open("a")
+
+
+def test_who_gets_no_refusal(town: Town) -> None:
+    town.open()
+    a = t.IP4["a"]
+    town.lab.service(VIP4, 80, f.TCP, [])
+    town.lab.service(VIP4, 80, f.UDP, [])
+    options = f.IPv4(a, VIP4, f.TCP, f.tcp(a, VIP4, 40000, 80, SYN), options=b"\1\1\1\1")
+    whole = f.IPv4(a, VIP4, f.UDP, f.udp(a, VIP4, 40000, 80, b"x" * 300))
+    for why, sent in (
+        ("a reset", t.tcp(a, VIP4, 40000, 80, RST)),
+        ("options", f.eth(options.encode())),
+        ("a fragment", f.eth(f.fragment4(whole, 104)[0])),
+    ):
+        seen = town.send("a>", sent)
+        assert (seen.verdict, seen.reason) == (DROP, t.NO_BACKEND), why
+    answered = town.send("a>", t.tcp(a, VIP4, 40000, 80, ACK)).frame
+    assert (answered.tcp_flags, answered.seq) == (RST, f.parse(t.tcp(a, VIP4, 1, 2, ACK)).ack)
 
 
 def test_freed_backend_is_not_used(town: Town) -> None:

@@ -154,6 +154,19 @@ def test_revoked_while_established(edge: Edge) -> None:
     assert edge.town.reason("b>", packet(f.TCP, b, w, 8080, 40000, ACK)) == t.POLICY
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_nobody_serves_it(edge: Edge, version: int) -> None:
+    """Refused at once; in silence where only other nodes have backends."""
+    w, n = CLIENT[version], NODE[version]
+    sent = packet(f.TCP, w, n, 40000, PORT)
+    edge.service(n, PORT, f.TCP, [], elsewhere=False)
+    seen = edge.send(sent)
+    assert (seen.verdict, seen.reason, seen.frame.tcp_flags) == (REDIRECT, t.NO_BACKEND, RST | ACK)
+    assert ends(seen.data) == (n, PORT, w, 40000)
+    edge.service(n, PORT, f.TCP, [], flags=OUTSIDE | LOCAL, elsewhere=True)
+    assert (edge.send(sent).verdict, edge.send(sent).data) == (DROP, sent)
+
+
 @pytest.mark.parametrize(
     ("inside", "outside", "flags", "reason"),
     [

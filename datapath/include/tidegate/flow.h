@@ -481,8 +481,10 @@ static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 		if (r->from_pod)
 			answer = tg_choose(r, choice);
 	}
-	if (answer == TG_SERVICE_EMPTY || answer == TG_SERVICE_SILENT)
+	if (answer == TG_SERVICE_EMPTY || answer == TG_SERVICE_SILENT) {
+		r->s->refused = answer == TG_SERVICE_EMPTY;
 		return TG_DROP_NO_BACKEND;
+	}
 	if (answer == TG_SERVICE_FOUND) {
 		found = tg_translate(r, choice);
 		if (found)

@@ -58,7 +58,12 @@ tg_inline int tg_long_way(struct __sk_buff *skb, int from_pod)
 		return reason ? tg_drop(&r, reason) : tg_pass(&r);
 	}
 	reason = tg_check_packet(&r);
-	return reason ? tg_drop(&r, reason) : tg_forward_packet(&r);
+	if (!reason)
+		return tg_forward_packet(&r);
+	tg_drop(&r, reason);
+	/* Back into the pod. */
+	return r.s->refused && !dry_run && !tg_refuse(skb, &r.s->p) ?
+		       (int)bpf_redirect_peer(skb->ifindex, 0) : TC_ACT_SHOT;
 }
 
 tg_inline int tg_pod(struct __sk_buff *skb, int from_pod)

@@ -7,6 +7,7 @@
 #include <tidegate/conntrack.h>
 #include <tidegate/nat.h>
 #include <tidegate/policy.h>
+#include <tidegate/refuse.h>
 #include <tidegate/special.h>
 
 /* A copy loaded with dry_run writes no map and no event, and answers in
@@ -48,6 +49,7 @@ struct tg_scratch {
 	struct tg_target inner; /* in errors */
 	struct tg_target outer;
 	struct tg_client asks;  /* of a service */
+	__u32 refused;          /* nobody serves it: its sender is told */
 	__u32 uplink;           /* the interface it came in by, of TG_CT_UPLINK */
 	struct tg_nat_key nat_key;
 	struct tg_nat_key nat_twin;
@@ -82,6 +84,7 @@ tg_inline int tg_open(struct tg_run *r)
 	if (!r->s)
 		return TG_DROP_NO_NODE_TABLE;
 	__builtin_memset(r->s, 0, offsetof(struct tg_scratch, made));
+	r->s->refused = 0;
 	control = bpf_map_lookup_elem(&control_v1, &zero);
 	if (!control)
 		return TG_DROP_NO_NODE_TABLE;

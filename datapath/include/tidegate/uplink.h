@@ -170,8 +170,11 @@ static __noinline int tg_net_service(struct tg_run *r)
 		return TG_NOT_OURS;
 	if (answer == TG_SERVICE_RANGE)
 		return tg_drop(r, TG_DROP_SOURCE_RANGE);
-	if (answer != TG_SERVICE_FOUND)
-		return tg_drop(r, TG_DROP_NO_BACKEND);
+	if (answer != TG_SERVICE_FOUND) {
+		tg_drop(r, TG_DROP_NO_BACKEND);
+		return answer == TG_SERVICE_EMPTY && !tg_refuse(r->skb, &r->s->p) ?
+			       (int)bpf_redirect(r->skb->ifindex, 0) : TC_ACT_SHOT;
+	}
 	r->ep = tg_local(r->node, &choice->addr);
 	return r->ep ? tg_net_local(r, choice) : tg_net_remote(r, choice);
 }

@@ -1,0 +1,283 @@
+"""Services of every kind for clients in pods, on nodes and outside: real packets, real sockets.
+
+The responder of a pod says which pod it is and whom it saw as the client. One cluster of two
+nodes for the file; "outside" is a network namespace on the nodes' network, which no node knows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster.harness import until
+from tidegate_cli.standalone import teardown
+from tidegate_cli.standalone.errors import PrerequisiteError
+from tidegate_cli.standalone.loaders import check
+from tidegate_cli.standalone.rundir import RunDir
+
+pytestmark = [pytest.mark.cluster, pytest.mark.kernel]
+
+OUTSIDE = {4: "172.18.0.200", 6: "fc00:f853:ccd:e793::200"}
+NODES = {
+    "node-1": {4: "172.18.0.2", 6: "fc00:f853:ccd:e793::2"},
+    "node-2": {4: "172.18.0.3", 6: "fc00:f853:ccd:e793::3"},
+}
+HAIRPIN = {4: "169.254.42.1", 6: "fd74:6964:6567:6174::1"}
+ASK = """
+import json, socket, sys
+family, kind, host, port, count = sys.argv[1:]
+found = []
+for _ in range(int(count)):
+    s = socket.socket(int(family), int(kind))
+    s.settimeout(1.5)
+    try:
+        s.connect((host, int(port)))
+        if s.type == socket.SOCK_STREAM:
+            s.sendall(b"GET / HTTP/1.1\\r\\nConnection: close\\r\\n\\r\\n")
+            data = b""
+            while chunk := s.recv(4096):
+                data += chunk
+            body = json.loads(data.split(b"\\r\\n\\r\\n", 1)[1])
+            found.append([body["pod"].split("/")[1], body["client"]])
+        else:
+            s.send(b"x")
+            found.append([s.recv(4096).decode().split()[0].split("/")[1], s.getpeername()[0]])
+    except TimeoutError:
+        found.append(["timeout", ""])
+    except OSError as error:
+        found.append([type(error).__name__, ""])
+    s.close()
+print(json.dumps(found))
+"""
+
+
+def pod(name: str, node: str, app: str = "web") -> str:
+    ports = "[{containerPort: 8080}, {containerPort: 5353, protocol: UDP}]"
+    return f"""
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, labels: {{app: {app}}}}}
+spec: {{nodeName: {node}, containers: [{{name: main, image: x, ports: {ports}}}]}}
+"""
+
+
+def service(name: str, port: int, more: str = "", app: str = "web", status: str = "") -> str:
+    return f"""
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}}}
+spec:
+  type: {"LoadBalancer" if status else "NodePort"}
+  selector: {{app: {app}}}
+  ipFamilyPolicy: RequireDualStack
+  ports:
+  - {{name: t, port: 80, targetPort: 8080, nodePort: {port}}}
+  - {{name: u, port: 53, targetPort: 5353, protocol: UDP, nodePort: {port + 1}}}
+  {more}
+{status}
+"""
+
+
+BALANCER = "status: {loadBalancer: {ingress: [{ip: 198.51.100.9, ipMode: VIP}]}}"
+FOLDER = "---".join(
+    [
+        pod("one", "node-1"),
+        pod("two", "node-2"),
+        pod("far", "node-2", "far"),
+        service("web", 30080),
+        service("local", 30090, "externalTrafficPolicy: Local", app="far"),
+        service("sticky", 30100, "sessionAffinity: ClientIP"),
+        service("empty", 30110, app="nobody"),
+        service("balanced", 30120, "loadBalancerSourceRanges: [172.18.0.200/32]", status=BALANCER),
+    ]
+)
+
+
+@dataclass
+class Cluster:
+    run_dir: RunDir
+    folder: Path
+    client: str
+
+    def tidegate(self, *argv: str) -> str:
+        command = [sys.executable, "-m", "tidegate_cli", *argv]
+        environment = os.environ | {"TIDEGATE_RUN_DIR": str(self.run_dir.path)}
+        found = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert found.returncode == 0, found.stderr
+        return found.stdout
+
+    def ask(
+        self, who: str, host: str, port: int, count: int = 1, udp: bool = False, netns: str = ""
+    ) -> list[tuple[str, str]]:
+        """(pod that answered or what went wrong, whom it saw; over UDP who it seemed to be).
+        `who`: a pod, or "" for outside; with `netns`, there, where no socket is translated."""
+        family, kind = ("10" if ":" in host else "2"), ("2" if udp else "1")
+        argv = [sys.executable, "-c", ASK, family, kind, host, str(port), str(count)]
+        if who:
+            return [tuple(x) for x in json.loads(self.tidegate("exec", who, "--", *argv))]
+        argv = ["ip", "netns", "exec", netns or self.client, *argv]
+        found = subprocess.run(argv, capture_output=True, text=True, check=True)
+        return [tuple(x) for x in json.loads(found.stdout)]
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    try:
+        check()
+    except PrerequisiteError as error:
+        pytest.skip(str(error))
+    base = tmp_path_factory.mktemp("services")
+    found = Cluster(RunDir.at(base / "run"), base / "manifests", f"tgc-{os.getpid()}")
+    found.folder.mkdir()
+    (found.folder / "all.yaml").write_text(FOLDER)
+    ip("netns", "add", found.client)
+    try:
+        found.tidegate("up", str(found.folder), "--detach", "--nodes", "2")
+        fabric = f"{found.run_dir.netns_prefix}_fabric"
+        ip(
+            "-n",
+            fabric,
+            "link",
+            "add",
+            "out",
+            "type",
+            "veth",
+            "peer",
+            "eth0",
+            "netns",
+            found.client,
+        )
+        ip("-n", fabric, "link", "set", "out", "master", "br0", "up")
+        ip("-n", found.client, "link", "set", "lo", "up")
+        ip("-n", found.client, "link", "set", "eth0", "up")
+        ip("-n", found.client, "addr", "add", f"{OUTSIDE[4]}/16", "dev", "eth0")
+        ip("-n", found.client, "addr", "add", f"{OUTSIDE[6]}/64", "dev", "eth0", "nodad")
+        ip("-n", found.client, "route", "add", "198.51.100.0/24", "via", NODES["node-1"][4])
+        yield found
+    finally:
+        ip("netns", "del", found.client)
+        teardown.down(found.run_dir)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("node", ["node-1", "node-2"])
+def test_node_port_from_outside(cluster: Cluster, node: str, version: int) -> None:
+    """A pod of that node sees the client, one elsewhere sees the node."""
+    here, there = ("one", "two") if node == "node-1" else ("two", "one")
+    address = NODES[node][version]
+    seen = set(cluster.ask("", address, 30080, 24))
+    assert seen == {(here, OUTSIDE[version]), (there, address)}
+    answered = cluster.ask("", address, 30081, 24, udp=True)
+    assert {who for who, _ in answered} == {here, there}
+    assert {peer for _, peer in answered} == {address}
+
+
+def test_node_port_from_pods(cluster: Cluster) -> None:
+    """Its own node's is translated as its socket connects, another node's at that node."""
+    near = set(cluster.ask("default/one", NODES["node-1"][4], 30080, 24))
+    far = set(cluster.ask("default/one", NODES["node-2"][4], 30080, 24))
+    assert {who for who, _ in near} == {who for who, _ in far} == {"one", "two"}
+    clients = dict(near)
+    assert clients["two"].startswith("10.244.")
+    assert dict(far)["two"] == clients["two"], "the node of the backend keeps the pod's address"
+    assert dict(far)["one"] == NODES["node-2"][4]
+
+
+def test_traffic_policy_local(cluster: Cluster) -> None:
+    assert cluster.ask("", NODES["node-2"][4], 30090, 4) == [("far", OUTSIDE[4])] * 4
+    assert cluster.ask("", NODES["node-1"][4], 30090) == [("timeout", "")], "not forwarded"
+    (answer,) = cluster.ask("default/one", NODES["node-1"][4], 30090)
+    assert answer[0] == "far", "a pod means every backend"
+
+
+def test_load_balancer_and_its_source_ranges(cluster: Cluster) -> None:
+    """The address is nobody's; the client has a route to a node for it."""
+    seen = cluster.ask("", "198.51.100.9", 80, 16)
+    assert {who for who, _ in seen} == {"one", "two"}
+    ip("-n", cluster.client, "addr", "add", "172.18.0.201/16", "dev", "eth0")
+    source = ("route", "change", "198.51.100.0/24", "via", NODES["node-1"][4], "src")
+    ip("-n", cluster.client, *source, "172.18.0.201")
+    assert cluster.ask("", "198.51.100.9", 80) == [("timeout", "")]
+    assert cluster.ask("", NODES["node-1"][4], 30120)[0][0] in ("one", "two"), "a NodePort has none"
+    ip("-n", cluster.client, *source, OUTSIDE[4])
+    assert cluster.ask("", "198.51.100.9", 80)[0][0] in ("one", "two")
+    assert "Denied by LB src range check" in cluster.tidegate("metrics", "list", "--node", "node-1")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("udp", [False, True])
+def test_what_nobody_serves_is_refused_at_once(cluster: Cluster, udp: bool, version: int) -> None:
+    """From outside, by a pod's socket, and per packet out of a pod."""
+    address, port = NODES["node-1"][version], 30111 if udp else 30110
+    state = cluster.run_dir.read()
+    assert state is not None
+    (one,) = (Path(p.netns).name for p in state.pods if p.name == "one")
+    refused = [("ConnectionRefusedError", "")]
+    assert cluster.ask("", address, port, udp=udp) == refused
+    assert cluster.ask("default/one", address, port, udp=udp) == refused
+    assert cluster.ask("", address, port, udp=udp, netns=one) == refused
+
+
+def test_per_packet_out_of_a_pod(cluster: Cluster) -> None:
+    """A pod whose sockets are not translated; itself it sees as a reserved address."""
+    state = cluster.run_dir.read()
+    assert state is not None
+    (one,) = (Path(p.netns).name for p in state.pods if p.name == "one")
+    seen = dict(cluster.ask("", NODES["node-1"][4], 30080, 24, netns=one))
+    assert seen.keys() == {"one", "two"}
+    assert seen["one"] == HAIRPIN[4]
+    assert seen["two"].startswith("10.244.")
+
+
+def test_affinity(cluster: Cluster) -> None:
+    for who in ("", "default/one"):
+        for port, udp in ((30100, False), (30101, True)):
+            seen = {found for found, _ in cluster.ask(who, NODES["node-1"][4], port, 12, udp)}
+            assert len(seen) == 1, (who, port)
+            assert seen <= {"one", "two"}
+
+
+def test_policy_sees_the_client_or_the_node(cluster: Cluster) -> None:
+    """A backend here: the client's address. One that another node led to: that node's."""
+
+    def only(cidr: str) -> None:
+        (cluster.folder / "policy.yaml").write_text(f"""
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: one}}
+spec:
+  podSelector: {{matchLabels: {{app: web}}}}
+  ingress: [{{from: [{{ipBlock: {{cidr: {cidr}}}}}], ports: [{{port: 8080}}]}}]
+""")
+
+    def seen() -> set[str]:
+        return {who for who, _ in cluster.ask("", NODES["node-1"][4], 30080, 16)}
+
+    try:
+        only(f"{OUTSIDE[4]}/32")
+        until(lambda: seen() == {"one", "timeout"}, "the client's address opens the near one")
+        only(f"{NODES['node-1'][4]}/32")
+        until(lambda: seen() == {"two", "timeout"}, "the node's address opens the far one")
+    finally:
+        (cluster.folder / "policy.yaml").unlink()
+    until(lambda: seen() == {"one", "two"}, "nobody is isolated")
+
+
+def test_lists_say_it(cluster: Cluster) -> None:
+    text = cluster.tidegate("lb", "list", "--node", "node-1")
+    for word in ("[NodePort]", "[NodePort, Local, two-scopes]", "[NodePort, sessionAffinity]"):
+        assert word in text
+    assert "[LoadBalancer, check source-range]" in text
+    ranges = cluster.tidegate("lb", "list", "--node", "node-1", "--source-ranges")
+    assert "default/balanced" in ranges
+    assert "172.18.0.200/32" in ranges
