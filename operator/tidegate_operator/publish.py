@@ -42,6 +42,7 @@ from tidegate_api.state import (
     slice_name,
 )
 
+from tidegate_operator.changes import changed, gone
 from tidegate_operator.compile import Desired, NodeContent
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.objects import IdentityKey
@@ -659,11 +660,8 @@ def _owner(meta: Meta) -> str:
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    # No entry is None, so an absent one differs from every one.
-    get = before.get
-    found = {key for key, entry in now.items() if (held := get(key)) is not entry and held != entry}
-    if len(now) - len(before) != sum(key not in before for key in found):
-        found.update(before.keys() - now.keys())
+    found = {key for key in changed(before, now) if before.get(key) != now[key]}
+    found.update(gone(before, now))
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from tidegate_api import users
 
 from tidegate_operator import endpoints, meanings, services
+from tidegate_operator.changes import changed, gone
 from tidegate_operator.cluster.kinds import (
     NamespaceFacts,
     NodeFacts,
@@ -205,25 +206,24 @@ def _pods(
         return before.pods, before.claims
     old: Mapping[Key, PodFacts] = before.snapshot.pods if same else {}
     now = snapshot.pods
-    changed = [key for key, item in now.items() if old.get(key) is not item]
-    gone = [key for key in old if key not in now]
+    new, lost = changed(old, now), gone(old, now)
     claims = dict(before.claims) if same else {}
     contested: set[str] = set()
-    for key in (*gone, *changed):
+    for key in (*lost, *new):
         if (item := old.get(key)) is not None and _claims(item):
             for text in item.addresses:
                 _change(claims, text, [held for held in claims[text] if held is not item])
                 contested.add(text)
-    for key in changed:
+    for key in new:
         if _claims(item := now[key]):
             for text in item.addresses:
                 _change(claims, text, [*claims.get(text, ()), item])
                 contested.add(text)
     found = dict(before.pods) if same else {}
-    for key in gone:
+    for key in lost:
         found.pop(ObjectName(*key), None)
     rivals = {item.key for text in contested for item in claims.get(text, ())}
-    for key in {*(ObjectName(*key) for key in changed), *rivals}:
+    for key in {*(ObjectName(*key) for key in new), *rivals}:
         item = now[key]
         if not _lives(item):
             found.pop(key, None)
@@ -295,23 +295,24 @@ def _services(
     now = snapshot.services
     if same and now is old:
         return before.services
-    changed = [key for key, item in now.items() if old.get(key) is not item]
     found = dict(before.services)
-    for key in changed:
+    for key in changed(old, now):
         name, written = ObjectName(*key), now[key].written
         addresses = _cluster_ips(written) if services.is_programmed(written) else ()
         held = before.services.get(name)
         found[name] = services.service(name, written, addresses, held, of_services)
-    return _as_there(found, now)
+    return _as_there(found, now, before.services)
 
 
-def _as_there(found: dict[ObjectName, _V], there: Mapping[Any, object]) -> dict[ObjectName, _V]:
-    """Without what is not `there`; in order."""
-    if len(found) != len(there) or found.keys() != there.keys():
-        for name in found.keys() - there.keys():
-            del found[name]
-        return dict(sorted(found.items(), key=_first))
-    return found
+def _as_there(
+    found: dict[ObjectName, _V], there: Mapping[Any, object], before: Mapping[ObjectName, object]
+) -> dict[ObjectName, _V]:
+    """Without what is not `there`; in order, as `before` is."""
+    if len(found) == len(before) == len(there):  # nothing came, so nothing went
+        return found
+    for name in found.keys() - there.keys():
+        del found[name]
+    return dict(sorted(found.items(), key=_first))
 
 
 def _cluster_ips(written: users.Service) -> tuple[str, ...]:
@@ -329,8 +330,8 @@ def _by_service(
     if now is old:
         return before.by_service
     found = dict(before.by_service)
-    changed = [key for key, item in now.items() if old.get(key) is not item]
-    others = {*changed, *(key for key in old if key not in now)}
+    new = changed(old, now)
+    others = {*new, *gone(old, now)}
     touched: set[ObjectName] = set()
     for key in others:
         for item in (old.get(key), now.get(key)):
@@ -339,7 +340,7 @@ def _by_service(
     for name in touched:
         held = found.get(name, {})
         found[name] = {key: item for key, item in held.items() if key not in others}
-    for key in changed:
+    for key in new:
         if owner := now[key].service:
             found[ObjectName(key[0], owner)][key] = now[key].endpoints
     for name in touched:
@@ -355,16 +356,19 @@ def _endpoints(
 ) -> dict[ObjectName, Endpoints]:
     if served is before.services and by_service is before.by_service:
         return before.endpoints
-    old, slices = before.services, before.by_service
     nothing: Mapping[Key, EndpointList] = {}
     found = dict(before.endpoints)
-    for name, service in served.items():
+    touched = {
+        *changed(before.services, served),
+        *changed(before.by_service, by_service),
+        *gone(before.by_service, by_service),
+    }
+    for name in touched & served.keys():
         own = by_service.get(name, nothing)
-        if old.get(name) is not service or slices.get(name, nothing) is not own:
-            made = endpoints.from_slices(service, [*own.values()])
-            held = before.endpoints.get(name)
-            found[name] = held if held is not None and held == made else made
-    return _as_there(found, served)
+        made = endpoints.from_slices(served[name], [*own.values()])
+        held = before.endpoints.get(name)
+        found[name] = held if held is not None and held == made else made
+    return _as_there(found, served, before.endpoints)
 
 
 # ---- what people should know ---------------------------------------------------------------
@@ -396,14 +400,10 @@ def _remarks(
         ("EndpointSlice", old.slices, snapshot.slices),
     )
     for kind, was, now in pairs:
-        if was is now:
-            continue
-        for key in was.keys() - now.keys():
+        for key in gone(was, now):
             found.pop((kind, key), None)
-        for key, item in now.items():
-            if was.get(key) is item:
-                continue
-            if said := tuple(_remarks_of(key, item, of_services)):
+        for key in changed(was, now):
+            if said := tuple(_remarks_of(key, now[key], of_services)):
                 found[kind, key] = said
             else:
                 found.pop((kind, key), None)

@@ -20,6 +20,7 @@ from tidegate_api.state import (
     ServicePort,
 )
 
+from tidegate_operator import changes
 from tidegate_operator.compile.peers import PeerSets
 from tidegate_operator.compile.rules import (
     Compiled,
@@ -159,11 +160,11 @@ class Compiler:
             or (self._across and last.world.namespaces != world.namespaces)
         ):
             last = None
-        changed, gone = _differing(last.world.pods if last is not None else {}, world.pods)
+        old = last.world.pods if last is not None else {}
+        changed, gone = changes.changed(old, world.pods), changes.gone(old, world.pods)
         if last is None:
             self._start(world)
         before = frozenset(self._running.subjects) if last is not None else None
-        old = last.world.pods if last is not None else {}
         touched, on_host = self._count(world, old, changed, gone)
         if last is not None:
             self._new_subjects(world.pods[name].identity for name in changed)
@@ -534,16 +535,6 @@ def _identical(one: Mapping[PolicyName, Policy], other: Mapping[PolicyName, Poli
     return one is other or (
         len(one) == len(other) and all(other.get(name) is item for name, item in one.items())
     )
-
-
-def _differing(
-    before: Mapping[ObjectName, Pod], now: Mapping[ObjectName, Pod]
-) -> tuple[list[ObjectName], list[ObjectName]]:
-    """(new or another object, gone)"""
-    if before is now:
-        return [], []
-    changed = [name for name, pod in now.items() if before.get(name) is not pod]
-    return changed, [name for name in before if name not in now]
 
 
 def _renumbered(before: Ledger, now: Ledger) -> bool:

@@ -11,6 +11,7 @@ from msgspec import UNSET
 from tidegate_api import state
 from tidegate_api.service import EVERY_NODE, FrontendKind, ServicePort
 
+from tidegate_operator.changes import changed, gone
 from tidegate_operator.objects import (
     Backend,
     EndpointPort,
@@ -85,28 +86,25 @@ class ServiceTable:
         if services is self._services and endpoints is self._endpoints:
             return
         held = self._held
-        gone = [name for name in held if name not in services]
-        dirty = [
-            name
-            for name, service in services.items()
-            if (before := held.get(name)) is None
-            or before.service is not service
-            or before.endpoints is not endpoints[name]
-        ]
-        rivals = self._claim_anew(gone, dirty, services)
-        for name in gone:
+        lost = gone(self._services, services)
+        dirty = {
+            *changed(self._services, services),
+            *changed(self._endpoints, endpoints),
+        }
+        rivals = self._claim_anew(lost, dirty, services)
+        for name in lost:
             del held[name]
             self._note(name, None)
-        for name in {*dirty, *rivals}:
+        for name in dirty | rivals:
             made = self._make(services[name], endpoints[name])
             held[name] = made
             self._note(name, made)
         self._services, self._endpoints = services, endpoints
-        changed = {str(name): held[name].ports for name in (*dirty, *rivals)}
-        if gone or any(bool(ports) != (key in self.entries) for key, ports in changed.items()):
+        made_anew = {str(name): held[name].ports for name in dirty | rivals}
+        if lost or any(bool(ports) != (key in self.entries) for key, ports in made_anew.items()):
             self.entries = {str(name): held[name].ports for name in services if held[name].ports}
-        elif changed:
-            self.entries = self.entries | {key: ports for key, ports in changed.items() if ports}
+        elif made_anew:
+            self.entries = self.entries | {key: ports for key, ports in made_anew.items() if ports}
 
     def problems(self, sources: Mapping[tuple[str, str, str], Source]) -> list[Problem]:
         """Of those that claim what others have; sorted by name."""
@@ -120,7 +118,7 @@ class ServiceTable:
 
     def _claim_anew(
         self,
-        gone: Iterable[ObjectName],
+        lost: Iterable[ObjectName],
         dirty: Iterable[ObjectName],
         services: Mapping[ObjectName, Service],
     ) -> set[ObjectName]:
@@ -129,7 +127,7 @@ class ServiceTable:
         touched: set[Claim] = set()
         before: dict[Claim, tuple[_Rank, ...]] = {}
         moved = [name for name in dirty if not self._same_service(name, services[name])]
-        for name in (*gone, *moved):
+        for name in (*lost, *moved):
             if name not in self._held:
                 continue
             for claim in _claims(self._held[name].service):
