@@ -17,39 +17,10 @@
 /* Any of these may begin, end or reset a flow. */
 #define TG_TCP_CHANGES (TG_TCP_FIN | TG_TCP_SYN | TG_TCP_RST)
 
-/* Fills the tuple of TCP and UDP without IP options, extension headers or
- * fragments; 0: it is something else, or does not lie in the linear data. */
-tg_inline int tg_plain(struct __sk_buff *skb, struct tg_tuple *t)
+/* Fills the ports of TCP and UDP at `l4`; 0: it is something else, or changes a
+ * flow, or does not lie in the linear data. */
+tg_inline int tg_plain_ports(struct __sk_buff *skb, __u32 l4, struct tg_tuple *t)
 {
-	struct ethhdr *eth = tg_at(skb, 0, sizeof(*eth));
-	__u32 l4;
-
-	if (!eth || skb->vlan_present)
-		return 0;
-	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
-		struct iphdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
-
-		if (!ip || *(__u8 *)ip != 0x45 || (ip->frag_off & bpf_htons(TG_IP_MF | TG_IP_OFFSET)))
-			return 0;
-		tg_addr_v4(&t->src, ip->saddr);
-		tg_addr_v4(&t->dst, ip->daddr);
-		t->protocol = ip->protocol;
-		l4 = ETH_HLEN + sizeof(*ip);
-	} else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
-		struct ipv6hdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
-
-		if (!ip || ip->version != 6)
-			return 0;
-		__builtin_memcpy(&t->src, &ip->saddr, sizeof(t->src));
-		__builtin_memcpy(&t->dst, &ip->daddr, sizeof(t->dst));
-		/* Mapped ones are in the tables as IPv4's. */
-		if (tg_addr_is_v4(&t->src) || tg_addr_is_v4(&t->dst))
-			return 0;
-		t->protocol = ip->nexthdr;
-		l4 = ETH_HLEN + sizeof(*ip);
-	} else {
-		return 0;
-	}
 	if (t->protocol == IPPROTO_TCP) {
 		struct tcphdr *tcp = tg_at(skb, l4, sizeof(*tcp));
 
@@ -71,26 +42,23 @@ tg_inline int tg_plain(struct __sk_buff *skb, struct tg_tuple *t)
 	return 0;
 }
 
-/* What to do with the packet, or TG_LONG_WAY. With a stack of its own. */
-static __noinline int tg_fast(struct __sk_buff *skb, int from_pod)
+/* What to do with the packet of this tuple. */
+tg_inline int tg_fast_flow(struct __sk_buff *skb, int from_pod, const struct tg_tuple *t)
 {
 	const struct tg_forward *sender, *receiver;
 	struct tg_control *control;
 	struct tg_forward forward;
 	struct tg_ct_key key;
-	struct tg_tuple t;
 	struct tg_ct *ct;
 	__u32 zero = 0, flags;
 	int began;
 	__u64 word;
 
-	if (dry_run || !tg_plain(skb, &t))
-		return TG_LONG_WAY;
 	control = bpf_map_lookup_elem(&control_v1, &zero);
 	if (!control)
 		return TG_LONG_WAY;
-	word = tg_word(*(volatile __u64 *)&control->epoch, tg_proof(tg_flow_hash(&t)));
-	began = tg_ct_key(&t, &key);
+	word = tg_word(*(volatile __u64 *)&control->epoch, tg_proof(tg_flow_hash(t)));
+	began = tg_ct_key(t, &key);
 	ct = bpf_map_lookup_elem(&ct_v1, &key);
 	if (!ct || tg_read_word(ct) != word || ct->seen != tg_now())
 		return TG_LONG_WAY;
@@ -106,6 +74,43 @@ static __noinline int tg_fast(struct __sk_buff *skb, int from_pod)
 	if (tg_read_word(ct) != word)
 		return TG_LONG_WAY;
 	return tg_deliver(skb, from_pod, &forward);
+}
+
+/* What to do with TCP and UDP without IP options, extension headers, fragments
+ * and tags, or TG_LONG_WAY. Each family has its own way to the end, so that the
+ * words of an IPv4 address that are constants cost nothing. */
+static __noinline int tg_fast(struct __sk_buff *skb, int from_pod)
+{
+	struct ethhdr *eth = tg_at(skb, 0, sizeof(*eth));
+	struct tg_tuple t;
+
+	if (dry_run || !eth || skb->vlan_present)
+		return TG_LONG_WAY;
+	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+		struct iphdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
+
+		if (!ip || *(__u8 *)ip != 0x45 || (ip->frag_off & bpf_htons(TG_IP_MF | TG_IP_OFFSET)))
+			return TG_LONG_WAY;
+		tg_addr_v4(&t.src, ip->saddr);
+		tg_addr_v4(&t.dst, ip->daddr);
+		t.protocol = ip->protocol;
+		if (tg_plain_ports(skb, ETH_HLEN + sizeof(*ip), &t))
+			return tg_fast_flow(skb, from_pod, &t);
+	} else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
+
+		if (!ip || ip->version != 6)
+			return TG_LONG_WAY;
+		__builtin_memcpy(&t.src, &ip->saddr, sizeof(t.src));
+		__builtin_memcpy(&t.dst, &ip->daddr, sizeof(t.dst));
+		/* Mapped ones are in the tables as IPv4's. */
+		if (tg_addr_is_v4(&t.src) || tg_addr_is_v4(&t.dst))
+			return TG_LONG_WAY;
+		t.protocol = ip->nexthdr;
+		if (tg_plain_ports(skb, ETH_HLEN + sizeof(*ip), &t))
+			return tg_fast_flow(skb, from_pod, &t);
+	}
+	return TG_LONG_WAY;
 }
 
 #endif

@@ -220,7 +220,9 @@ tg_inline int tg_no_mac(const __u8 mac[6])
 /* Into the pod at `forward`, or on to the stack. */
 tg_inline int tg_deliver(struct __sk_buff *skb, int from_pod, const struct tg_forward *forward)
 {
+	const __u32 *macs = (const __u32 *)forward->pod_mac;
 	struct ethhdr *eth;
+	__u32 *to;
 
 	tg_count(skb, TG_FORWARDED, from_pod);
 	if (!from_pod || !forward->ifindex)
@@ -231,8 +233,11 @@ tg_inline int tg_deliver(struct __sk_buff *skb, int from_pod, const struct tg_fo
 	eth = tg_at(skb, 0, sizeof(*eth));
 	if (!eth) /* never: every header before it was parsed */
 		return TC_ACT_SHOT;
-	__builtin_memcpy(eth->h_dest, forward->pod_mac, ETH_ALEN);
-	__builtin_memcpy(eth->h_source, forward->host_mac, ETH_ALEN);
+	/* Both have destination and source in this order, twelve bytes on end. */
+	to = (__u32 *)eth;
+	to[0] = macs[0];
+	to[1] = macs[1];
+	to[2] = macs[2];
 	return bpf_redirect_peer(forward->ifindex, 0);
 }
 
