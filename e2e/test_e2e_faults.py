@@ -19,11 +19,6 @@ ROUNDS = scaled(ci=2, soak=17)
 """In each all loaders are killed: three on this cluster."""
 
 
-def kill(pod: pods.Pod) -> None:
-    """SIGKILL for the pod's first container, by the node's container runtime."""
-    cluster.inside(pod.node, "ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", pod.container)
-
-
 def restarted(find: Callable[[], dict[str, pods.Pod]], before: dict[str, pods.Pod]) -> None:
     """Waits until every one of these pods has another container that runs."""
     pods.eventually(
@@ -42,7 +37,7 @@ def test_loaders_killed(traffic: None, place: town.Town) -> None:
             before = install.loaders()
             assert set(before) == set(cluster.nodes())
             for pod in before.values():
-                kill(pod)
+                pods.kill(pod)
             restarted(install.loaders, before)
             figures.count += len(before)
     install.wait_ready()
@@ -51,7 +46,7 @@ def test_loaders_killed(traffic: None, place: town.Town) -> None:
 def test_operator_killed(traffic: None, askers: asking.Askers, place: town.Town) -> None:
     before = install.operators()
     for pod in before.values():
-        kill(pod)
+        pods.kill(pod)
     restarted(install.operators, before)
     install.wait_ready()
 
@@ -59,7 +54,7 @@ def test_operator_killed(traffic: None, askers: asking.Askers, place: town.Town)
 def test_api_server_killed(traffic: None, askers: asking.Askers, place: town.Town) -> None:
     before = pods.running("kube-system", "component=kube-apiserver")
     for pod in before.values():
-        kill(pod)
+        pods.kill(pod)
     # New connections need neither it nor anybody who talks to it.
     place.served(askers)
     pods.eventually(cluster.is_up, "the API server is back", 120)

@@ -67,6 +67,16 @@ def nodes() -> list[str]:
     return sorted(listed.split())
 
 
+def control_plane() -> str:
+    return next(name for name in nodes() if name.endswith("control-plane"))
+
+
+def server_port() -> int:
+    """Where this machine reaches the API server, at 127.0.0.1."""
+    server = kubectl("config", "view", "-o", "jsonpath={.clusters[0].cluster.server}")
+    return int(server.rpartition(":")[2])
+
+
 def is_up() -> bool:
     """Whether the cluster is there and its API server answers."""
     ready = ("--request-timeout=5s", "get", "--raw", "/readyz")

@@ -142,6 +142,16 @@ def parse(item: Manifest, container: str = "") -> Pod | None:
     )
 
 
+def kill(pod: Pod) -> None:
+    """SIGKILL for the pod's container, by the node's container runtime."""
+    cluster.inside(pod.node, "ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", pod.container)
+
+
+def signal(node: str, program: str, number: str) -> None:
+    """Sends it to the node's processes of this name."""
+    cluster.inside(node, "pkill", f"-{number}", "-x", program)
+
+
 def waits(name: str, namespace: str) -> bool:
     """Whether the kubelet has said that this pod's network cannot be had."""
     field = f"--field-selector=involvedObject.name={name},reason=FailedCreatePodSandBox"

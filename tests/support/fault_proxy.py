@@ -1,6 +1,7 @@
 """What may stand between a client and an API server, and go wrong: an HTTP proxy with faults.
 
-Speaks plain HTTP on loopback and is the administrator on the other side. Knows lists and
+Speaks plain HTTP on loopback, or TLS where it is told to, and is to the server whoever `upstream`'s
+access says, or whom a request's token says. Knows lists and
 watches just well enough to break them in the ways that networks, load balancers and servers
 do. While `rate` is 0 it only passes on; it adds a bookmark to a watch that has been quiet for
 BOOKMARK_SECONDS, as a server may, so that a client with short patience is not confused.
@@ -14,14 +15,14 @@ import json
 import queue
 import random
 import socket
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs, urlsplit
 
 import urllib3
-from support.apiserver import ApiServer
 
 BOOKMARK_SECONDS = 0.4
 HALF_OPEN_SECONDS = 30.0
@@ -38,6 +39,20 @@ any more, but the connection stays. No order or loss that the client could not n
 ALL_FAULTS = frozenset(REQUEST_FAULTS + WATCH_FAULTS)
 
 
+class _Access(Protocol):
+    def tls(self) -> ssl.SSLContext: ...
+
+
+class Upstream(Protocol):
+    """An API server at 127.0.0.1."""
+
+    @property
+    def port(self) -> int: ...
+
+    @property
+    def access(self) -> _Access: ...
+
+
 class _Cut(Exception):
     """Close the connection now."""
 
@@ -45,7 +60,14 @@ class _Cut(Exception):
 class FaultProxy:
     """`rate`: probability of a fault per request and per line; `faults`: those made, by kind."""
 
-    def __init__(self, upstream: ApiServer, seed: int) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        seed: int,
+        host: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`tls`: what it shows to clients; None: it speaks plain HTTP."""
         access = upstream.access
         self.rate = 0.0
         self.kinds = ALL_FAULTS
@@ -69,14 +91,21 @@ class FaultProxy:
         class Handler(_Handler):
             owner = proxy
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = http.server.ThreadingHTTPServer((host, 0), Handler)
+        self._scheme = "http" if tls is None else "https"
+        if tls is not None:
+            # In the handler's thread, not in the one that accepts.
+            self._server.socket = tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        host, port = self._server.server_address[:2]
+        return f"{self._scheme}://{host!s}:{port}"
 
     @property
     def count(self) -> int:
@@ -132,8 +161,10 @@ class FaultProxy:
 
 
 @contextlib.contextmanager
-def proxied(upstream: ApiServer, seed: int) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(upstream, seed)
+def proxied(
+    upstream: Upstream, seed: int, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None
+) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(upstream, seed, host, tls)
     try:
         yield proxy
     finally:
@@ -244,7 +275,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         raise _Cut
 
     def _forward(self, body: bytes | None, read: float = 30.0) -> urllib3.BaseHTTPResponse:
-        kept = ("Content-Type", "Accept", "User-Agent")
+        kept = ("Content-Type", "Accept", "User-Agent", "Authorization")
         headers = {name: self.headers[name] for name in kept if name in self.headers}
         return self.owner.pool.urlopen(
             self.command,
