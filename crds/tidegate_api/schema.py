@@ -114,9 +114,10 @@ KINDS = (
                 "",
                 "!has(self.spec.labels) || (self.metadata.name.matches('^[0-9]') ? "
                 f"self.spec.labels.all(key, key.startsWith('{state.PORT_LABEL}') || {LABEL_KEY}) : "
-                f"self.spec.labels.all(key, {LABEL_KEY}))",
+                f"self.spec.labels.all(key, {LABEL_KEY} && "
+                f"self.spec.labels[key] != '{state.ANY_OTHER}'))",
                 "every key must be a label key: [prefix/]name; "
-                "those that begin with :port/ are the operator's own",
+                "those that begin with :port/, and the value *, are the operator's own",
             ),
             Rule("spec", IMMUTABLE, "spec is immutable: delete the Identity and make another"),
             Rule(

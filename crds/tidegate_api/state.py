@@ -90,6 +90,10 @@ PORT_LABEL = ":port/"
 """Begins the key of a system label of an allocated Identity: `:port/TCP/http`, whose value is
 the number of that named container port. No user's label key has a colon."""
 
+ANY_OTHER = "*"
+"""As value of a label of an allocated Identity: any that no selector in force names. No label
+that a user can write has it."""
+
 DIGEST_ANNOTATION = "tidegate.dev/digest"
 """On a NodeState: the digest of its spec. `status.realised` says the same digest once
 the spec is in force."""

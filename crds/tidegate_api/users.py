@@ -207,20 +207,6 @@ def _cluster_ip(value: str) -> str:
 
 
 DNSLabel = Annotated[str, AfterValidator(_dns_label), _matching(_LABEL, MAX_NAME)]
-LabelValue = Annotated[
-    str,
-    WithJsonSchema(
-        {
-            "type": "string",
-            "maxLength": MAX_NAME,
-            "pattern": f"^({_QUALIFIED.pattern})?$",
-            # An API server drops a null it does not expect, and the label with it. Where null
-            # may be, a rule of the map can refuse it.
-            "nullable": True,
-        }
-    ),
-]
-"""Checked with its key, which an error names."""
 Subdomain = Annotated[str, AfterValidator(_subdomain)]
 Labels = Annotated[dict[str, str], BeforeValidator(_null_values), AfterValidator(_labels)]
 Annotations = Annotated[dict[str, str], BeforeValidator(_null_values)]
@@ -698,6 +684,23 @@ ExternalCIDR = Annotated[
 ]
 
 
+IdentityLabelValue = Annotated[
+    str,
+    WithJsonSchema(
+        {
+            "type": "string",
+            "maxLength": MAX_NAME,
+            # The star is the operator's own: a rule of the whole object says so.
+            "pattern": f"^({_QUALIFIED.pattern}|\\*)?$",
+            # An API server drops a null it does not expect, and the label with it. Where null
+            # may be, a rule of the map can refuse it.
+            "nullable": True,
+        }
+    ),
+]
+"""Checked with its key, which an error names."""
+
+
 class IdentitySpec(Own):
     """Either `namespace` and the complete `labels` of pods to come (pre-warming),
     or `cidrs` of external hosts."""
@@ -706,7 +709,7 @@ class IdentitySpec(Own):
     """The pods' namespace."""
     labels: (
         Annotated[
-            dict[str, LabelValue],
+            dict[str, IdentityLabelValue],
             AfterValidator(_labels),
             Field(
                 json_schema_extra={

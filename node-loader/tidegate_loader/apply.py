@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 from tidegate_bpf import BpfError, Map, MapType
 from tidegate_bpf.maps import NO_PREALLOC
 
@@ -33,6 +34,7 @@ from tidegate_loader.plan import (
     BackendInForce,
     BuildNodeTable,
     BumpEpoch,
+    CopyRuleSets,
     CreateHalfOpen,
     CreateRuleSet,
     DeleteFrontends,
@@ -59,7 +61,7 @@ from tidegate_loader.plan import (
     WriteNode,
     WriteSlots,
 )
-from tidegate_loader.rules import LANES, MAX_SHAPES, content_of
+from tidegate_loader.rules import LANES, MAX_SHAPES, content_of, copy_of, identities_of
 from tidegate_loader.services import FrontendKey, RangeKey, Special
 
 POLL_SECONDS = 0.0002
@@ -132,6 +134,9 @@ class Writer:
                 self._create_half_open(slots)
             case CreateRuleSet():
                 self._create_rule_set(step)
+            case CopyRuleSets():
+                for source, number, _, has_cidr in step.items:
+                    self._copy_rule_set(source, number, step.numbers, has_cidr)
             case PutRuleSets(items=items):
                 self._put_rule_sets(items)
             case BuildNodeTable():
@@ -235,8 +240,26 @@ class Writer:
                     _pin(trie, self._kernel.pin_dir / "cidrs" / number)
             _pin(inner, self._kernel.pin_dir / "rule_sets" / number)
         self._actual.rule_sets[step.id] = RuleSetInForce(
-            expanded.name, content_of(entries, cidr), None
+            expanded.name, content_of(entries, cidr), None, identities_of(entries)
         )
+
+    def _copy_rule_set(
+        self, source: int, number: int, numbers: Mapping[int, Sequence[int]], has_cidr: bool
+    ) -> None:
+        """Of a copy nobody knows whose it is: it goes with this apply, or with the next."""
+        pins = self._kernel.pin_dir
+        with Map.open_pinned(str(pins / "rule_sets" / str(source))) as there:
+            keys, values = there.dump()
+        rows = copy_of(
+            self._layouts.rule_key.unpack_all(keys), _cut(values, self._layouts.rule.size), numbers
+        )
+        with self._rules_map(len(rows)) as inner:
+            inner.update_batch(self._layouts.rule_key.pack_all(rows), b"".join(rows.values()))
+            _pin(inner, pins / "rule_sets" / str(number))
+        if has_cidr:
+            with Map.open_pinned(str(pins / "cidrs" / str(source))) as trie:
+                _pin(trie, pins / "cidrs" / str(number))
+        self._actual.rule_sets[number] = RuleSetInForce("", "", None)
 
     def _put_rule_sets(self, items: Sequence[tuple[int, int, bool]]) -> None:
         tries = [(number, slot) for number, slot, has_cidr in items if has_cidr]
@@ -252,7 +275,7 @@ class Writer:
             self._link(name, zip((slot for _, slot in pairs), opened, strict=True))
         for number, slot in sets:
             held = self._actual.rule_sets[number]
-            self._actual.rule_sets[number] = RuleSetInForce(held.name, held.content, slot)
+            self._actual.rule_sets[number] = msgspec.structs.replace(held, slot=slot)
 
     def _link(self, name: str, pairs: Iterable[tuple[int, Map]]) -> None:
         """One batch: each single update of a map-in-map waits for an RCU grace period.
@@ -448,6 +471,10 @@ class _Linking(threading.Thread):
 
 def _u32(numbers: Iterable[int]) -> bytes:
     return b"".join(map(INDEX.pack, numbers))
+
+
+def _cut(data: bytes, size: int) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
 
 
 def _same(slots: Sequence[int], inner: Map) -> list[tuple[int, Map]]:

@@ -314,7 +314,8 @@ class Kernel:
                     if tries.get(trie.info.id) != slot:
                         slot = None
             content = rules.content_of(entries, cidr)
-            found[number] = RuleSetInForce(names.get(number, ""), content, slot)
+            known = rules.identities_of(entries)
+            found[number] = RuleSetInForce(names.get(number, ""), content, slot, known)
         return found
 
     def decode_rules(self, inner: Map) -> dict[RuleKey, RuleValue]:

@@ -7,10 +7,12 @@ are allocated here. The order of the steps is the order of safety, and lives in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import msgspec
+from tidegate_api.state import FIRST_IDENTITY, IDENTITY_BITS
 
 from tidegate_loader import addresses
 from tidegate_loader.addresses import ZERO, Prefix
@@ -57,6 +59,8 @@ MAX_PROBLEMS = 10
 """Problems reported one by one; the rest are counted."""
 
 NODE_IFINDEX, NODE_ADDR = 1, 2
+NUMBER = (1 << IDENTITY_BITS) - 1
+"""Of an ipcache word: the identity."""
 
 WORLD_FRONTEND = 2 | FRONTEND
 
@@ -105,6 +109,8 @@ class RuleSetInForce(msgspec.Struct, frozen=True):
     content: str
     slot: int | None
     """None: not linked into rule_sets_v2 (and cidrs_v1) as it should be."""
+    identities: frozenset[int] = frozenset()
+    """The peers that it knows by their number."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -198,6 +204,14 @@ class CreateRuleSet(Step, frozen=True):
     expanded: Expanded
 
 
+class CopyRuleSets(Step, frozen=True):
+    """Copies of rule sets in force, filled and pinned, in which `numbers` (new number -> those
+    that it takes the place of) are judged as those are: (id copied, id, slot, has CIDRs)."""
+
+    items: tuple[tuple[int, int, int, bool], ...]
+    numbers: dict[int, tuple[int, ...]]
+
+
 class PutRuleSets(Step, frozen=True):
     """Link created rule sets into their slots, in one batch: (id, slot, has CIDRs)."""
 
@@ -286,6 +300,7 @@ AnyStep = (
     ReserveIds
     | CreateHalfOpen
     | CreateRuleSet
+    | CopyRuleSets
     | PutRuleSets
     | BuildNodeTable
     | SwitchNodeTable
@@ -320,6 +335,8 @@ def plan(desired: DesiredMaps, actual: Actual) -> Plan:
     problems: list[str] = []
     policy = _plan_policy(desired, actual, problems)
     facts = _plan_facts(desired, actual, problems)
+    if policy.build is not None:
+        _move_first(policy, facts, actual)
     services = _plan_services(desired, actual, problems)
     outside = _plan_outside(desired, actual, problems)
     left_out = len(problems)
@@ -336,6 +353,9 @@ class _PolicyPlan(msgspec.Struct):
     build: BuildNodeTable | None
     remove_rule_sets: tuple[tuple[int, int | None], ...]
     remove_half_open: tuple[int, ...]
+    copies: CopyRuleSets | None = None
+    bridge: BuildNodeTable | None = None
+    """What is in force now, with the copies."""
 
 
 class _FactsPlan(msgspec.Struct):
@@ -344,6 +364,8 @@ class _FactsPlan(msgspec.Struct):
     delete_networks: tuple[Prefix, ...]
     upsert_networks: dict[Prefix, int]
     bump: bool
+    move_hosts: dict[bytes, int] = {}
+    """Of the hosts to write, those that move before the node table is switched."""
 
 
 class _OutsidePlan(msgspec.Struct):
@@ -365,13 +387,15 @@ def _in_order(
 
     1. Ids are reserved before anything carries them: a killed loader wastes some.
     2. Addresses that lose their identity go first: a revocation must not wait for a build.
-    3. Whatever the new node table names exists and is linked before it is.
-    4. One pointer swap puts the new policy in force; it returns when nobody reads the old one.
-    5. Then addresses move: the rule sets in force know old and new identity.
-    6. Then the epoch: flows are re-evaluated against what is now there, all of it.
-    7. Services: frontends go before what they name, come after it. Who may use one is known
+    3. Addresses move from one identity to another under the rule sets in force: copies of these
+       that know old and new number alike are in force before; nobody else has the new one yet.
+    4. Whatever the new node table names exists and is linked before it is.
+    5. One pointer swap puts the new policy in force; it returns when nobody reads the old one.
+    6. Then addresses come: the rule sets in force know them.
+    7. Then the epoch: flows are re-evaluated against what is now there, all of it.
+    8. Services: frontends go before what they name, come after it. Who may use one is known
        before it asks, and until it asks no more.
-    8. What only the old node table named goes last.
+    9. What only the old node tables named goes last.
     """
     if policy.next_id != actual.next_id:
         yield ReserveIds(policy.next_id)
@@ -379,6 +403,13 @@ def _in_order(
         yield DeleteIpcache(facts.delete_hosts)
     if facts.delete_networks:
         yield DeleteNetworks(facts.delete_networks)
+    if policy.copies is not None and policy.bridge is not None:
+        yield policy.copies
+        yield PutRuleSets(tuple((new, slot, cidr) for _, new, slot, cidr in policy.copies.items))
+        yield policy.bridge
+        yield SwitchNodeTable()
+    if facts.move_hosts:
+        yield UpsertIpcache(facts.move_hosts)
     if policy.half_open:
         yield CreateHalfOpen(policy.half_open)
     yield from policy.create
@@ -516,6 +547,62 @@ def _node_entry(
         ingress=_policy(endpoint.ingress, sets, wanted),
         egress=_policy(endpoint.egress, sets, wanted),
     )
+
+
+def _move_first(policy: _PolicyPlan, facts: _FactsPlan, actual: Actual) -> None:
+    """Addresses that change their identity do so before the policy changes, where it can be
+    told what the policy in force says of the new number: what it says already, or, of one that
+    no address has yet, what it says of the old (DESIGN invariant 8). So each verdict is one of
+    the old state or one of the new, also when one read brings both."""
+    held = actual.ipcache
+    moves = {
+        key: (held[key] & NUMBER, word & NUMBER)
+        for key, word in facts.upsert_hosts.items()
+        if key in held and (held[key] ^ word) & NUMBER and held[key] & NUMBER >= FIRST_IDENTITY
+    }
+    if not moves or actual.node_table is None:
+        return
+    carried = {word & NUMBER for word in held.values()}
+    carried.update(entry.identity for entry in actual.node_table.values())
+    sources: dict[int, set[int]] = {}
+    for old, new in moves.values():
+        if new not in carried and new >= FIRST_IDENTITY:
+            sources.setdefault(new, set()).add(old)
+    concerned = set[int]().union(sources.keys(), *sources.values())
+    known = {n for n, held in actual.rule_sets.items() if not concerned.isdisjoint(held.identities)}
+    in_force = {
+        p.rule_set: p for e in actual.node_table.values() for p in (e.ingress, e.egress) if p
+    }
+    copied = sorted(known & in_force.keys())
+    if copied:
+        taken = {p.slot for p in in_force.values()} | {c.slot for c in policy.create}
+        taken |= {r.slot for r in actual.rule_sets.values() if r.slot is not None}
+        slots = list(itertools.islice(_smallest_free(taken, actual.limits.rule_sets), len(copied)))
+        if len(slots) < len(copied):
+            return  # no room to do better than the order of the rest
+        first = max(1, policy.next_id)
+        policy.next_id = first + len(copied)
+        places = dict(zip(copied, zip(itertools.count(first), slots, strict=False), strict=True))
+        policy.copies = CopyRuleSets(
+            tuple((n, *places[n], bool(in_force[n].flags & HAS_CIDR)) for n in copied),
+            {new: tuple(sorted(olds)) for new, olds in sorted(sources.items())},
+        )
+        policy.bridge = BuildNodeTable(
+            {key: _with_copies(entry, places) for key, entry in actual.node_table.items()},
+            actual.uids,
+        )
+        policy.remove_rule_sets += tuple(places.values())
+    facts.move_hosts = {key: facts.upsert_hosts.pop(key) for key in moves}
+
+
+def _with_copies(entry: NodeEntry, places: Mapping[int, tuple[int, int]]) -> NodeEntry:
+    def copy(policy: Policy | None) -> Policy | None:
+        if policy is None or policy.rule_set not in places:
+            return policy
+        number, slot = places[policy.rule_set]
+        return msgspec.structs.replace(policy, rule_set=number, slot=slot)
+
+    return msgspec.structs.replace(entry, ingress=copy(entry.ingress), egress=copy(entry.egress))
 
 
 def node_keys(entry: NodeEntry) -> list[NodeKey]:

@@ -69,6 +69,8 @@ MAX_RULES = 0xFFFFFF00
 
 RuleKey = tuple[int, int, int, int]
 """(peer word, protocol, port, lane << 5 | prefix bits of (protocol, port))."""
+RuleKeyRow = tuple[int, ...]
+"""A key as its struct has it; the peer word comes first."""
 RuleValue = tuple[int, int, int, int]
 """(precedence, rule, action, flags)."""
 PortKey = tuple[int, int, int]
@@ -106,6 +108,33 @@ class Expanded(msgspec.Struct, frozen=True):
 def content_of(entries: Mapping[RuleKey, RuleValue], cidr: Mapping[Prefix, int]) -> str:
     text = repr((sorted(entries.items()), sorted(cidr.items())))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def identities_of(entries: Iterable[RuleKey]) -> frozenset[int]:
+    """The peers that entries name by their number."""
+    return frozenset(key[0] for key in entries if key[0] < WORD_CLASS)
+
+
+def copy_of(
+    keys: Iterable[RuleKeyRow], values: Iterable[bytes], numbers: Mapping[int, Sequence[int]]
+) -> dict[RuleKeyRow, bytes]:
+    """Entries of a rule set with those of `numbers` made anew: new number -> the numbers that it
+    is to be judged as; where these differ, only what they have in common is kept. A key begins
+    with its peer."""
+    known = {old for olds in numbers.values() for old in olds}
+    of_old: dict[int, dict[tuple[int, ...], bytes]] = {old: {} for old in known}
+    found: dict[RuleKeyRow, bytes] = {}
+    for key, value in zip(keys, values, strict=True):
+        if key[0] in known:
+            of_old[key[0]][tuple(key[1:])] = value
+        if key[0] not in numbers:
+            found[tuple(key)] = value
+    for new, olds in numbers.items():
+        first, *others = (of_old[old] for old in olds)
+        for rest, value in first.items():
+            if all(other.get(rest) == value for other in others):
+                found[new, *rest] = value
+    return found
 
 
 def port_prefixes(first: int, last: int) -> list[tuple[int, int]]:

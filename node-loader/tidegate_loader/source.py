@@ -17,6 +17,7 @@ from msgspec import UNSET, UnsetType
 from tidegate_api.state import (
     TABLES,
     NodeState,
+    NodeStateSpec,
     PeerSet,
     RuleSet,
     StateSlice,
@@ -34,6 +35,8 @@ from tidegate_loader.local import (
 from tidegate_loader.maps import State, set_names
 
 Stamp = tuple[int, int, int]
+READS = 5
+"""Attempts to read addresses while no peer set changes."""
 
 
 class Stalled(Exception):
@@ -166,7 +169,7 @@ class Source:
         spec = node.spec
         _check_format(self._name, spec.format)
         rule_sets = {name: self._rule_set(root, name) for name in spec.rule_sets}
-        tables = {t: self._table(root, t, spec.tables.get(t)) for t in TABLES}
+        tables = self._tables(root, spec)
         last = self._last
         if (
             last is not None
@@ -198,6 +201,18 @@ class Source:
                 raise Stalled("Unverified", f"rulesets/{name}.json: the name is not its content's")
             self._verified[name] = found
         return found
+
+    def _tables(self, root: str, spec: NodeStateSpec) -> dict[str, tuple[StateSlice, ...]]:
+        """The peer sets are those of before and after the addresses were read: an address may
+        move only to a number that they know, and they lose the old one only afterwards."""
+        refs = spec.tables
+        peers = self._table(root, "peers", refs.get("peers"))
+        for _ in range(READS):
+            found = {t: self._table(root, t, refs.get(t)) for t in TABLES if t != "peers"}
+            before, peers = peers, self._table(root, "peers", refs.get("peers"))
+            if _identical(before, peers):
+                return {**found, "peers": peers}
+        raise Stalled("Incomplete", "the peer sets change faster than they can be read")
 
     def _table(self, root: str, table: str, ref: TableRef | None) -> tuple[StateSlice, ...]:
         if ref is None:

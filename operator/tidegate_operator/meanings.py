@@ -6,7 +6,7 @@ No I/O, no clock.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from tidegate_api import users
 
@@ -37,6 +37,20 @@ def policies(
         now = policy_meaning.policy(name, item, (unread or {}).get(name, ()))
         found[name] = now if before != now or before is None else before
     return found
+
+
+def named(written: Iterable[users.IdentitySpec]) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Namespace and labels of those that stand for pods."""
+    for spec in written:
+        if spec.namespace is not None and spec.labels is not None:
+            yield spec.namespace, spec.labels
+
+
+def held(asked: Relevance, before: Relevance, hold: bool) -> Relevance:
+    """What a world tells apart that follows one with `before`. `hold`: whatever that told apart,
+    so that numbers split before a policy needs it, and are one again only when none does."""
+    found = asked.with_(before) if hold else asked
+    return before if found == before else found
 
 
 def user_identities(

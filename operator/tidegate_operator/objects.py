@@ -389,6 +389,8 @@ class World:
     """(kind, namespace, name) -> where it was written."""
     relevance: Relevance
     """What of a pod has made its identity."""
+    asked: Relevance
+    """What the policies ask for; `relevance` may for a while tell more apart."""
     pod_cidrs: tuple[str, ...]
     """Every address that a pod may ever have."""
     apiservers: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from tidegate_api import API_VERSION
 from tidegate_api.service import format_of
 from tidegate_api.state import (
     DIGEST_ANNOTATION,
+    FIRST_IDENTITY,
     FORMAT,
     NEWEST_FORMAT,
     TABLES,
@@ -377,7 +378,8 @@ class Publisher:
         name them, node states before the facts that use their identities. Removals
         reversed. An address that changes identity does so between two states of the peer
         sets: the first knows the old and the new number, the second only the new (DESIGN
-        invariant 8). A table that has outgrown its shards is written anew beside them, as it
+        invariant 8). To a number that no address has yet it moves before the policies change,
+        to another after. A table that has outgrown its shards is written anew beside them, as it
         was, before node states name it. Each step is one batch, and ends before the next
         begins. What one object's failure makes incomplete is left as it was, and tried again
         by the next publish. Raises PublishError."""
@@ -389,7 +391,15 @@ class Publisher:
         self._reshard("ipcache", desired.ipcache)
         self._reshard("services", desired.services)
         facts = _differing(self._tables["ipcache"].content, desired.ipcache)
-        self._write_table("peers", self._bridge(desired, facts))
+        moves = self._moves(desired, facts)
+        fresh = self._fresh(moves)
+        self._write_table("peers", self._bridge(desired, moves, fresh))
+        if fresh:
+            split = {cidr for cidr, (_, new) in moves.items() if new in fresh}
+            facts -= split
+            wanted = {**self._tables["ipcache"].content}
+            wanted.update((cidr, desired.ipcache[cidr]) for cidr in split)
+            self._write_table("ipcache", wanted, split)
         self._write_nodes(desired.nodes, missing)
         self._write_table("ipcache", desired.ipcache, facts)
         self._write_table("services", desired.services)
@@ -491,20 +501,48 @@ class Publisher:
         self._known = dict(wanted)
         return self._put([item for item in wanted.values() if not _held(held, item)])
 
-    def _bridge(self, desired: Desired, facts: set[str]) -> dict[str, PeerSet]:
-        """Peer sets between old and new: also those that node states in force still name,
-        and also members whose addresses ipcache is about to move: some of `facts`."""
+    def _moves(self, desired: Desired, facts: set[str]) -> dict[str, tuple[int, int]]:
+        """Addresses, among `facts`, that change their identity: old number, new number."""
         held: dict[str, IPCacheEntry] = self._tables["ipcache"].content
-        moving = {
-            held[cidr].identity
-            for cidr in facts & desired.ipcache.keys() & held.keys()
-            if held[cidr].identity != desired.ipcache[cidr].identity
-        }
+        found = {}
+        for cidr in facts & desired.ipcache.keys() & held.keys():
+            old, new = held[cidr].identity, desired.ipcache[cidr].identity
+            if old != new:
+                found[cidr] = (old, new)
+        return found
+
+    def _fresh(self, moves: Mapping[str, tuple[int, int]]) -> dict[int, set[int]]:
+        """New numbers that no address has yet, and the old ones of the addresses that move to
+        them."""
+        if not moves:
+            return {}
+        held: dict[str, IPCacheEntry] = self._tables["ipcache"].content
+        carried = {entry.identity for entry in held.values()}
+        found: dict[int, set[int]] = {}
+        for old, new in moves.values():
+            if new not in carried and new >= FIRST_IDENTITY:
+                found.setdefault(new, set()).add(old)
+        return found
+
+    def _bridge(
+        self,
+        desired: Desired,
+        moves: Mapping[str, tuple[int, int]],
+        fresh: Mapping[int, set[int]],
+    ) -> dict[str, PeerSet]:
+        """Peer sets between old and new: also those that node states in force still name,
+        and also members whose addresses ipcache is about to move. A set that goes knows a
+        fresh number where it knows the number in whose place that comes: the policies that
+        name it are in force until after the move."""
+        moving = {old for old, _ in moves.values()}
         peers: dict[str, PeerSet] = dict(desired.peers)
         for name, before in self._tables["peers"].content.items():
             now = peers.get(name)
             if now is None:
-                peers[name] = before
+                known = set(before.identities)
+                new = {number for number, olds in fresh.items() if olds <= known}
+                members = sorted(known | new)
+                peers[name] = msgspec.structs.replace(before, identities=members) if new else before
             elif moving and now is not before:
                 stay = moving.intersection(before.identities).difference(now.identities)
                 if stay:
@@ -595,7 +633,7 @@ class Publisher:
             if now is None or not self._node_is(now, content, tables):
                 batch.append(node_object(name, content, tables, self._term))
         for item in batch:
-            self._digests[item.metadata.name] = (item.spec, _digest_of(item))
+            self._digests[item.metadata.name] = (item.spec, digest_of(item))
         self._put(batch)
 
     def _node_is(
@@ -643,14 +681,15 @@ def _held(held: Mapping[str, T], item: T) -> bool:
     return now is item or (now is not None and alike(now, item))
 
 
-def _digest_of(item: NodeState) -> str:
+def digest_of(item: NodeState) -> str:
+    """What its writer said its spec is."""
     return (item.metadata.annotations or {}).get(DIGEST_ANNOTATION, "")
 
 
 def _as_written(item: NodeState, written: tuple[NodeStateSpec, str]) -> bool:
     """The spec is what we wrote or took over, and the annotation says its digest."""
     spec, wanted = written
-    return (item.spec is spec or item.spec == spec) and _digest_of(item) == wanted
+    return (item.spec is spec or item.spec == spec) and digest_of(item) == wanted
 
 
 def _owner(meta: Meta) -> str:

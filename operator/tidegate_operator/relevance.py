@@ -2,22 +2,26 @@
 where identities are classes.
 
 Whether it is a label or a named port, only what some selector in force names for pods of the
-pod's namespace counts. No I/O, no clock.
+pod's namespace counts. Of a label that counts, the values that some selector names are told
+apart; all others are one where a selector asks whether the label is there, else as if it were
+not there. No I/O, no clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
-from tidegate_api.state import PORT_LABEL
+from tidegate_api.state import ANY_OTHER, PORT_LABEL
 
 from tidegate_operator.objects import (
     ContainerPort,
     IdentityKey,
     Policy,
     Protocol,
+    Selector,
+    World,
 )
 
 # Labels that differ between the pods of one workload, or change with each release, without
@@ -39,14 +43,19 @@ EXCLUDED = (
     "statefulset.kubernetes.io/pod-name",
 )
 
+By = Literal["classes", "labels"]
+
 
 @dataclass(frozen=True)
 class Settings:
     """How identities are made."""
 
+    by: By = "classes"
+    """One for all pods of a namespace that no selector in force tells apart; or one for each
+    set of labels."""
     excluded: tuple[str, ...] = EXCLUDED
-    """Label keys, or prefixes of them that end in "/", which make no identity unless a selector
-    mentions them."""
+    """By labels: keys, or prefixes of them that end in "/", which make no identity unless a
+    selector mentions them."""
 
     def excludes(self, key: str) -> bool:
         return key in self.excluded or f"{key.partition('/')[0]}/" in self.excluded
@@ -57,16 +66,70 @@ DEFAULTS = Settings()
 PortName = tuple[Protocol, str]
 
 
+HOLD_SECONDS = 60.0
+"""How long pods that no policy tells apart any more still have numbers of their own ..."""
+STALE_SECONDS = 600.0
+"""... and how long while a node does not yet have in force what was published; then it counts as
+dead, and has to catch up."""
+
+
+class Hold:
+    """When numbers that were split may be one again: not with the policy that no longer needs
+    them, but after, when no node that works still enforces one that does."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        """None: nothing is held."""
+
+    def due(self, now: float, lagging: Callable[[], bool] = lambda: False) -> bool:
+        """`lagging`: is there a node that does not yet have in force what was published?"""
+        if self._since is None or now - self._since < HOLD_SECONDS:
+            return False
+        return now - self._since >= STALE_SECONDS or not lagging()
+
+    def built(self, before: World, world: World, now: float) -> None:
+        """`world` was built of `before` at `now`, a monotonic clock."""
+        if world.relevance is world.asked or world.relevance == world.asked:
+            self._since = None
+        elif self._since is None or world.asked != before.asked:
+            self._since = now
+
+
+class Use(NamedTuple):
+    """What selectors ask of one label."""
+
+    values: frozenset[str]
+    presence: bool
+    """Whether it is there, whatever its value."""
+
+    def or_(self, other: Use) -> Use:
+        if other.values <= self.values and other.presence <= self.presence:
+            return self
+        return Use(self.values | other.values, self.presence or other.presence)
+
+
 class Scope(NamedTuple):
     """What selectors look at in the pods of one namespace."""
 
-    labels: frozenset[str]
-    """Excluded label keys that a selector mentions all the same."""
+    labels: Mapping[str, Use]
+    """Where identities are made by labels, only of keys that are excluded otherwise."""
     ports: frozenset[PortName]
     """Named container ports that a rule mentions."""
 
+    def or_(self, other: Scope) -> Scope:
+        """`self` itself, if it looks at all that `other` does."""
+        more = {
+            key: use
+            for key, theirs in other.labels.items()
+            if (use := self.labels.get(key, NEVER).or_(theirs)) is not self.labels.get(key)
+        }
+        if not more and other.ports <= self.ports:
+            return self
+        return Scope({**self.labels, **more}, self.ports | other.ports)
 
-NOTHING = Scope(frozenset(), frozenset())
+
+NEVER, PRESENT = Use(frozenset(), False), Use(frozenset(), True)
+NOTHING = Scope({}, frozenset())
 
 
 @dataclass(frozen=True)
@@ -86,15 +149,43 @@ class Relevance:
         self, namespace: str, labels: Mapping[str, str], ports: Sequence[ContainerPort] = ()
     ) -> IdentityKey:
         """`ports`: where two have a name and a protocol in common, the first counts."""
-        scope, excludes = self.of(namespace), self.settings.excludes
-        found = {
-            key: value for key, value in labels.items() if key in scope.labels or not excludes(key)
-        }
+        scope = self.of(namespace)
+        if self.settings.by == "classes":
+            found = _seen(scope.labels, labels)
+        else:
+            excludes = self.settings.excludes
+            found = {k: v for k, v in labels.items() if k in scope.labels or not excludes(k)}
         if scope.ports:
             for port in ports:
                 if (port.protocol, port.name) in scope.ports:
                     found.setdefault(port_label(port.protocol, port.name), str(port.port))
         return IdentityKey(namespace, tuple(sorted(found.items())))
+
+    def with_(self, other: Relevance) -> Relevance:
+        """What tells pods apart wherever one of the two does; `self` itself, if it is that.
+        Of settings that differ, `self` alone."""
+        if self.settings != other.settings:
+            return self
+        everywhere = self.everywhere.or_(other.everywhere)
+        namespaces = {
+            name: self.of(name).or_(other.of(name)).or_(everywhere)
+            for name in self.namespaces.keys() | other.namespaces.keys()
+        }
+        made = replace(self, everywhere=everywhere, namespaces=namespaces)
+        return self if made == self else made
+
+
+def _seen(uses: Mapping[str, Use], labels: Mapping[str, str]) -> dict[str, str]:
+    found = {}
+    for key, value in labels.items():
+        use = uses.get(key)
+        if use is None:
+            continue
+        if value in use.values:
+            found[key] = value
+        elif use.presence:
+            found[key] = ANY_OTHER
+    return found
 
 
 def port_label(protocol: Protocol, name: str) -> str:
@@ -103,22 +194,43 @@ def port_label(protocol: Protocol, name: str) -> str:
     return f"{PORT_LABEL}{protocol}/{name}"
 
 
-def relevance(policies: Iterable[Policy], settings: Settings = DEFAULTS) -> Relevance:
-    labels: dict[str | None, set[str]] = {}
+Named = Iterable[tuple[str, Mapping[str, str]]]
+"""(namespace, labels) of Identities that users made."""
+
+
+def relevance(
+    policies: Iterable[Policy], settings: Settings = DEFAULTS, named: Named = ()
+) -> Relevance:
+    """What selectors of `policies` look at. Of classes, those that users have `named` stay apart
+    from others, too."""
+    labels: dict[str | None, dict[str, Use]] = {}
     ports: dict[str | None, set[PortName]] = {}
+    classes = settings.by == "classes"
+
+    def use(namespace: str | None, key: str, asked: Use) -> None:
+        if classes or settings.excludes(key):
+            held = labels.setdefault(namespace, {})
+            held[key] = held.get(key, NEVER).or_(asked if classes else PRESENT)
+
     for policy in policies:
         for namespace, selector in policy.selectors:
-            keys = {part.key for part in selector.requirements if settings.excludes(part.key)}
-            if keys:
-                labels.setdefault(namespace, set()).update(keys)
+            for key, asked in _asks(selector):
+                use(namespace, key, asked)
         for namespace, protocol, name in policy.port_names:
             ports.setdefault(namespace, set()).add((protocol, name))
-    everywhere = Scope(frozenset(labels.get(None, ())), frozenset(ports.get(None, ())))
+    for space, own in named if classes else ():
+        for key, value in own.items():
+            use(space, key, Use(frozenset((value,)), False))
+    everywhere = Scope(labels.pop(None, {}), frozenset(ports.pop(None, ())))
     namespaces = {
-        name: Scope(
-            everywhere.labels | labels.get(name, set()), everywhere.ports | ports.get(name, set())
-        )
+        name: Scope(labels.get(name, {}), frozenset(ports.get(name, ()))).or_(everywhere)
         for name in labels.keys() | ports.keys()
         if name is not None
     }
     return Relevance(settings, everywhere, namespaces)
+
+
+def _asks(selector: Selector) -> Iterable[tuple[str, Use]]:
+    for part in selector.requirements:
+        # Exists and DoesNotExist have no values; to NotIn another value is as good as none.
+        yield part.key, Use(frozenset(part.values), not part.values)

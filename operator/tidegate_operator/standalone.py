@@ -7,6 +7,7 @@ Makes no pods: whoever runs them hooks into `on_world`.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.manifests import Folder, Input
 from tidegate_operator.objects import World
 from tidegate_operator.problems import Problem
+from tidegate_operator.relevance import Hold
 from tidegate_operator.store import FileStore
 from tidegate_operator.world import EMPTY_WORLD, MadeWorld
 
@@ -70,6 +72,7 @@ class Runner:
         self._compiler = Compiler()
         self._options = options
         self._on_world = on_world
+        self._hold = Hold()
         self._read: Input | None = None
         self.world = EMPTY_WORLD
         self.ledger = publish.read_ledger(run_dir)
@@ -82,8 +85,10 @@ class Runner:
     def _apply(self, read: Input) -> StepResult:
         if not read.complete:
             return StepResult(self.world, self.ledger, None, read.problems, ())
-        before = self.world
-        now, problems = world.build(read.documents, self._options, before)
+        before, began = self.world, time.monotonic()
+        hold = not self._hold.due(began) or not self._same_policies(read)
+        now, problems = world.build(read.documents, self._options, before, hold)
+        self._hold.built(before, now, began)
         if self._on_world is not None and now != before:
             self._on_world(before, now)
         self.world = now
@@ -93,6 +98,10 @@ class Runner:
         written = self._publisher.publish(desired, self.ledger, found)
         self._read = read
         return StepResult(now, self.ledger, desired, found, written)
+
+    def _same_policies(self, read: Input) -> bool:
+        """Are they those of the last step?"""
+        return self._read is not None and _policies(self._read) == _policies(read)
 
     # ---- following ----
 
@@ -135,7 +144,7 @@ class Runner:
             if _root(self._path) != root:
                 return
             # The first time-out also: something may have changed before the watch began.
-            if changed or first:
+            if changed or first or self._hold.due(time.monotonic()):
                 report(self._settled(stop))
             first = False
 
@@ -148,6 +157,10 @@ class Runner:
                 stop.wait(SETTLE_SECONDS)
                 read = self._folder.read()
         return self._apply(read)
+
+
+def _policies(read: Input) -> list[object]:
+    return [item.object for item in read.documents if item.key.kind == "NetworkPolicy"]
 
 
 def _ignore(_: StepResult) -> None:

@@ -98,6 +98,7 @@ EMPTY_WORLD = MadeWorld(
     identities={},
     sources={},
     relevance=Relevance(),
+    asked=Relevance(),
     pod_cidrs=(),
     sliced=frozenset(),
     expansions={},
@@ -120,10 +121,14 @@ class _Wanted:
 
 
 def build(
-    documents: Iterable[Document], options: Options = DEFAULTS, previous: MadeWorld | None = None
+    documents: Iterable[Document],
+    options: Options = DEFAULTS,
+    previous: MadeWorld | None = None,
+    hold: bool = False,
 ) -> tuple[MadeWorld, tuple[Problem, ...]]:
-    """One snapshot of `documents`, whose keys are distinct. Never raises for what they say."""
-    builder = _Builder(options, previous or EMPTY_WORLD)
+    """One snapshot of `documents`, whose keys are distinct. Never raises for what they say.
+    `hold`: see `meanings.held`."""
+    builder = _Builder(options, previous or EMPTY_WORLD, hold)
     return builder.build({document.key: document for document in documents})
 
 
@@ -150,6 +155,7 @@ def pod_uid(namespace: str, name: str) -> str:
 class _Builder:
     options: Options
     previous: MadeWorld
+    hold: bool
     problems: list[Problem] = field(default_factory=list)
     _expansions: dict[tuple[str, str, str], tuple[object, object]] = field(default_factory=dict)
     _sources: dict[Key, Source] = field(default_factory=dict)
@@ -162,7 +168,10 @@ class _Builder:
         nodes = self._nodes(by_kind.get("Node", []))
         namespaces = self._namespaces(documents, by_kind.get("Namespace", []))
         found = self._policies(by_kind.get("NetworkPolicy", []))
-        relevant = relevance(found.values(), self.options.identities)
+        items = [item.object for item in by_kind.get("Identity", [])]
+        made = [item.spec for item in items if isinstance(item, users.Identity)]
+        asked = relevance(found.values(), self.options.identities, meanings.named(made))
+        relevant = meanings.held(asked, self.previous.relevance, self.hold)
         wanted = self._expand(by_kind, sorted(nodes))
         pods, cursors = _Placement(self, nodes, relevant).place(wanted)
         served = allocation.Builder(
@@ -182,6 +191,7 @@ class _Builder:
             identities=self._identities(by_kind.get("Identity", []), relevant),
             sources={(*key,): source for key, source in self._sources.items()},
             relevance=relevant,
+            asked=asked,
             pod_cidrs=self.options.pod_cidrs,
             sliced=served.sliced,
             expansions=self._expansions,

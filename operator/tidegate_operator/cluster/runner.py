@@ -20,15 +20,17 @@ from tidegate_kube import Client, KubeError
 
 from tidegate_operator import identities, publish, services
 from tidegate_operator.cluster import world
+from tidegate_operator.cluster.kinds import Held
 from tidegate_operator.cluster.lead import Lead, term_of
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.store import KubeStore, NumberTaken
 from tidegate_operator.cluster.watches import Watches
-from tidegate_operator.cluster.world import ClusterWorld, Snapshot
+from tidegate_operator.cluster.world import EMPTY_WORLD, ClusterWorld, Snapshot
 from tidegate_operator.compile import Compiler, Desired
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.leader import NotLeader
 from tidegate_operator.problems import Problem
+from tidegate_operator.relevance import DEFAULTS, Hold, Settings
 from tidegate_operator.store import PublishError
 
 QUIET_SECONDS = 0.1
@@ -76,6 +78,7 @@ class Runner:
         metrics: Metrics,
         on_published: Callable[[Published], None] | None = None,
         of_services: services.Settings = services.DEFAULTS,
+        settings: Settings = DEFAULTS,
     ) -> None:
         self.watches = watches
         watches.changed = self.poke
@@ -95,7 +98,9 @@ class Runner:
         self._store: KubeStore | None = None
         self._publisher: publish.Publisher | None = None
         self._compiler = Compiler()
-        self._world: ClusterWorld | None = None
+        self._settings = settings
+        self._hold = Hold()
+        self._world = EMPTY_WORLD
         self._ledger = EMPTY_LEDGER
         self._done: Snapshot | None = None
         self._failures = 0
@@ -249,7 +254,16 @@ class Runner:
             and _same(done, snapshot)
             and not publisher.waiting
             and not publisher.disturbed()
+            and not self._hold.due(time.monotonic(), self._lagging)
             and not self._rested()
+        )
+
+    def _lagging(self) -> bool:
+        """Is there a node that does not report what was published last?"""
+        return any(
+            isinstance(item, Held)
+            and getattr(item.item.status, "realised", "") != publish.digest_of(item.item)
+            for item in self.watches.node_states.snapshot().values()
         )
 
     def _rested(self) -> bool:
@@ -259,7 +273,11 @@ class Runner:
     def _step(self, snapshot: Snapshot, arrived: float) -> None:
         assert self._publisher is not None
         began = time.monotonic()
-        now, problems = world.build(snapshot, self._world, of_services=self._of_services)
+        before = self._world
+        due = self._hold.due(began, self._lagging)
+        hold = not due or snapshot.policies is not before.snapshot.policies
+        now, problems = world.build(snapshot, before, self._settings, self._of_services, hold)
+        self._hold.built(before, now, began)
         self._world = now
         built = time.monotonic()
         ledger = self._ledger

@@ -85,10 +85,12 @@ def build(
     previous: ClusterWorld | None = None,
     settings: Settings = DEFAULTS,
     of_services: services.Settings = services.DEFAULTS,
+    hold: bool = False,
 ) -> tuple[ClusterWorld, tuple[Problem, ...]]:
-    """Never raises for what the snapshot says."""
+    """Never raises for what the snapshot says. `hold`: see `meanings.held`."""
     before = previous or EMPTY_WORLD
-    policies, relevant = _policies(snapshot, before, settings)
+    policies, asked = _policies(snapshot, before, settings)
+    relevant = meanings.held(asked, before.relevance, hold)
     nodes = _nodes(snapshot, before, of_services)
     pod_cidrs = tuple(sorted({cidr for node in nodes.values() for cidr in node.pod_cidrs}))
     pods, claims = _pods(snapshot, relevant, before)
@@ -106,6 +108,7 @@ def build(
         identities=found,
         sources={},
         relevance=relevant,
+        asked=asked,
         pod_cidrs=pod_cidrs,
         apiservers=tuple(
             sorted(
@@ -131,8 +134,12 @@ def build(
 def _policies(
     snapshot: Snapshot, before: ClusterWorld, settings: Settings
 ) -> tuple[dict[PolicyName, Policy], Relevance]:
-    if snapshot.policies is before.snapshot.policies and settings == before.relevance.settings:
-        return before.policies, before.relevance
+    same = (
+        snapshot.policies is before.snapshot.policies
+        and snapshot.identities is before.snapshot.identities
+    )
+    if same and settings == before.asked.settings:
+        return before.policies, before.asked
     named = {
         PolicyName("NetworkPolicy", *key): snapshot.policies[key]
         for key in sorted(snapshot.policies)
@@ -140,7 +147,9 @@ def _policies(
     written = {name: facts.written for name, facts in named.items()}
     unread = {name: facts.unread for name, facts in named.items() if facts.unread}
     found = meanings.policies(written, before.policies, unread)
-    return found, relevance(found.values(), settings)
+    ours = meanings.named(item.spec for item in snapshot.identities.values())
+    asked = relevance(found.values(), settings, ours)
+    return found, before.asked if asked == before.asked else asked
 
 
 def _user_identities(
@@ -459,6 +468,7 @@ EMPTY_WORLD = ClusterWorld(
     identities={},
     sources={},
     relevance=Relevance(),
+    asked=Relevance(),
     pod_cidrs=(),
     snapshot=Snapshot(),
     by_service={},

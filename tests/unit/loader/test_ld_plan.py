@@ -226,15 +226,16 @@ def test_what_moves_the_epoch(reason: str, changed: world.World, expected: bool)
     assert (plan.BumpEpoch(2) in made.steps) is expected
 
 
-def test_a_revocation_comes_before_the_switch_and_an_identity_after() -> None:
+def test_a_revocation_and_a_move_come_before_the_switch_and_an_address_after() -> None:
     fake = Fake()
     fake.bring(_desired(world.example(), 1, 2))
     changed = world.example()
     del changed.ipcache["10.0.1.9/32"]
     changed.ipcache["10.0.0.2/32"] = 303
+    changed.ipcache["10.0.1.10/32"] = 303
     changed.peers = [world.peer_set("web", 303)]
     names = [type(s).__name__ for s in fake.bring(_desired(changed, 1, 2)).steps]
-    order = ["DeleteIpcache", "SwitchNodeTable", "UpsertIpcache", "BumpEpoch", "RemoveRuleSets"]
+    order = ["DeleteIpcache", "UpsertIpcache", "SwitchNodeTable", "UpsertIpcache", "BumpEpoch"]
     assert [n for n in names if n in order] == order
 
 

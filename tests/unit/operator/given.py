@@ -10,6 +10,7 @@ from tidegate_operator import identities, world
 from tidegate_operator.compile import Desired, compile
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.manifests import Document, Folder, Input
+from tidegate_operator.relevance import Settings
 from tidegate_operator.world import MadeWorld
 
 
@@ -33,7 +34,11 @@ def documents(text: str) -> tuple[Document, ...]:
     return found.documents
 
 
-def make(text: str, options: world.Options = world.DEFAULTS) -> MadeWorld:
+BY_LABELS = world.Options(identities=Settings(by="labels"))
+"""Each set of labels has its number, whatever policies there are."""
+
+
+def make(text: str, options: world.Options = BY_LABELS) -> MadeWorld:
     return world.build(documents(text), options)[0]
 
 

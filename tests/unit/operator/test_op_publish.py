@@ -16,8 +16,7 @@ from tidegate_operator.compile import Desired, compile
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.publish import Publisher, read_ledger, render
 from tidegate_operator.store import FileStore, path_of
-from tidegate_operator.world import Options
-from unit.operator.given import documents, pod, policy, service
+from unit.operator.given import BY_LABELS, documents, pod, policy, service
 
 BASE = (
     pod("a", "{app: a}")
@@ -38,7 +37,7 @@ class Given:
         self.desired: Desired | None = None
 
     def publish(self, text: str) -> list[str]:
-        self.world, _ = world.build(documents(text), Options(), self.world)
+        self.world, _ = world.build(documents(text), BY_LABELS, self.world)
         self.ledger = identities.allocate(self.world, self.ledger)
         self.desired = compile(self.world, self.ledger)
         return list(self.publisher.publish(self.desired, self.ledger))
@@ -142,7 +141,7 @@ def test_moving_address_bridges_old_and_new_number(
     paths = run.publish(text.replace("x: one", "x: two"))
     new = set(run.ledger.live.values()) - old
     gone = set(run.ledger.released)
-    assert _kinds(paths) == ["identities", "peers", "nodestates", "ipcache", "peers"]
+    assert _kinds(paths) == ["identities", "peers", "ipcache", "nodestates", "peers"]
     assert [gone <= seen[0], new <= seen[0]] == [True, True]
     assert [gone & seen[1], new <= seen[1]] == [set(), True]
 

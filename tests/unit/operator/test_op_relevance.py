@@ -16,7 +16,7 @@ from tidegate_operator.objects import IdentityKey, ObjectName
 from tidegate_operator.publish import key_of, ledger_objects
 from tidegate_operator.relevance import Settings
 from tidegate_operator.world import Options, build
-from unit.operator.given import documents, make, policy
+from unit.operator.given import BY_LABELS, documents, make, policy
 
 POD = """---
 apiVersion: v1
@@ -67,12 +67,12 @@ def in_cluster(given: tuple[Document, ...]) -> dict[ObjectName, IdentityKey]:
             tree["spec"].setdefault("nodeName", "n")
         key = (document.key.namespace, document.key.name)
         found.setdefault(field, {})[key] = decode(json.dumps(tree).encode())
-    world, _ = cluster_world.build(Snapshot(**found))
+    world, _ = cluster_world.build(Snapshot(**found), None, BY_LABELS.identities)
     return {name: item.identity for name, item in world.pods.items()}
 
 
 def in_folder(given: tuple[Document, ...]) -> dict[ObjectName, IdentityKey]:
-    world, _ = build(given)
+    world, _ = build(given, BY_LABELS)
     return {name: item.identity for name, item in world.pods.items()}
 
 
@@ -129,6 +129,52 @@ def test_a_label_counts_in_the_namespaces_where_a_selector_looks() -> None:
 def test_what_is_excluded_is_a_setting() -> None:
     given = documents(pod("x", "") + pod("y", "").replace("a: b", "a: b, team/x: c"))
     for excluded, expected in (((), 2), (("team/",), 1), (("team/x",), 1), (("team",), 2)):
-        options = Options(identities=Settings(excluded=excluded))
+        options = Options(identities=Settings("labels", excluded))
         world, _ = build(given, options)
         assert len({item.identity for item in world.pods.values()}) == expected
+
+
+ASKED = [
+    ("nothing", [], [{}]),
+    ("values", ["{key: app, operator: In, values: [a]}"], [{"app": "a"}, {}]),
+    ("not values", ["{key: app, operator: NotIn, values: [a]}"], [{"app": "a"}, {}]),
+    ("presence", ["{key: app, operator: Exists}"], [{"app": "*"}, {}]),
+    ("absence", ["{key: app, operator: DoesNotExist}"], [{"app": "*"}, {}]),
+    ("both", ["{key: app, operator: In, values: [a]}", "{key: app, operator: Exists}"],
+     [{"app": "a"}, {"app": "*"}, {}]),
+    ("another label", ["{key: tier, operator: Exists}"], [{}]),
+]  # fmt: skip
+
+
+def _asking(conditions: list[str]) -> str:
+    return "".join(
+        policy(f"p{n}", f"{{podSelector: {{matchExpressions: [{text}]}}}}")
+        for n, text in enumerate(conditions)
+    )
+
+
+@pytest.mark.parametrize(("reason", "conditions", "expected"), ASKED)
+def test_classes(reason: str, conditions: list[str], expected: list[dict[str, str]]) -> None:
+    labels = ("app: a", "app: b", "app: c, other: x", "")
+    pods = [pod(f"x{n}", "").replace("a: b", text) for n, text in enumerate(labels)]
+    world = make("".join(pods) + _asking(conditions), Options())
+    found = {item.identity for item in world.pods.values()}
+    assert found == {IdentityKey("default", tuple(sorted(one.items()))) for one in expected}
+
+
+def test_pods_that_an_identity_is_made_for_are_told_from_others() -> None:
+    given = "---\napiVersion: tidegate.dev/v1alpha1\nkind: Identity\nmetadata: {name: i}\n"
+    given += "spec: {namespace: default, labels: {a: b}}\n"
+    world = make(pod("x", "") + pod("y", "").replace("a: b", "a: c") + given, Options())
+    first, second = (item.identity for item in world.pods.values())
+    assert (world.identities["i"].key, second) == (first, IdentityKey("default", ()))
+
+
+def test_what_was_told_apart_is_held() -> None:
+    pods = pod("x", "") + pod("y", "").replace("a: b", "a: c")
+    split = documents(pods + policy("p", "{podSelector: {matchLabels: {a: b}}}"))
+    first, _ = build(split)
+    held, _ = build(documents(pods), Options(), first, hold=True)
+    merged, _ = build(documents(pods), Options(), held)
+    counts = [len({p.identity for p in world.pods.values()}) for world in (first, held, merged)]
+    assert (counts, held.relevance != held.asked) == ([2, 2, 1], True)

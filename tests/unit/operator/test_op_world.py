@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tidegate_operator import world
 from tidegate_operator.objects import NAME_LABEL, ObjectName
 from tidegate_operator.world import Options, build
-from unit.operator.given import documents, make, pod, policy, service
+from unit.operator.given import BY_LABELS, documents, make, pod, policy, service
 
 TEMPLATE = "template: {metadata: {labels: {a: b}}, spec: {containers: [{name: c}]}}"
 
@@ -131,8 +131,8 @@ def test_addresses_rest_before_reuse() -> None:
 
 def test_edited_template_changes_pods_in_place() -> None:
     text = _workload("Deployment", "")
-    first, _ = build(documents(text))
-    second, _ = build(documents(text.replace("a: b", "a: c")), Options(), first)
+    first, _ = build(documents(text), BY_LABELS)
+    second, _ = build(documents(text.replace("a: b", "a: c")), BY_LABELS, first)
     (before,), (after,) = first.pods.values(), second.pods.values()
     assert (before.name, before.uid, before.addresses) == (after.name, after.uid, after.addresses)
     assert after.labels["a"] == "c"
