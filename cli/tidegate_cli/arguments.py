@@ -81,3 +81,28 @@ def command(
     )
     add_common(parser)
     return parser
+
+
+def _label_keys(text: str) -> tuple[str, ...]:
+    # What it imports takes longer than any other `--help`.
+    from tidegate_operator.relevance import label_keys  # noqa: PLC0415
+
+    return label_keys(text)
+
+
+def add_identities(parser: argparse.ArgumentParser) -> None:
+    """How pods get their numbers."""
+    parser.add_argument(
+        "--identities",
+        choices=("classes", "labels"),
+        default="classes",
+        help="one number for all pods of a namespace that no policy tells apart, or one for each "
+        "set of labels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--excluded-labels",
+        type=_label_keys,
+        metavar="KEY,...",
+        help="with --identities=labels: label keys, or prefixes that end in /, that make no number "
+        "unless a policy mentions them (default: those that common tools put on pods)",
+    )

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from tidegate_cli.arguments import add_cluster, add_local, command
+from tidegate_cli.arguments import add_cluster, add_identities, add_local, command
 from tidegate_cli.observe import arguments as observe
 
 Runner = Callable[[argparse.Namespace], int]
@@ -143,6 +143,7 @@ def _compile(subparsers: Any) -> None:
     parser.add_argument("folder", metavar="DIR", help="folder of manifests")
     parser.add_argument("-o", "--output", choices=("yaml", "json"), default="yaml", help="format")
     parser.add_argument("--nodes", type=int, metavar="N", help="how many nodes (default: as up)")
+    add_identities(parser)
     parser.set_defaults(run=_later("compile_cmd", "compile_folder"))
 
 

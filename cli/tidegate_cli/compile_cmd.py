@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from tidegate_operator import publish, standalone, world
+from tidegate_operator.relevance import EXCLUDED, Settings
 
 from tidegate_cli.errors import CliError
 
@@ -20,7 +21,8 @@ def compile_folder(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     if not folder.is_dir():
         raise CliError(f"{folder} is no folder", "give the folder that holds the manifests")
-    options = world.Options(nodes=args.nodes) if args.nodes is not None else world.DEFAULTS
+    settings = Settings(args.identities, args.excluded_labels or EXCLUDED)
+    options = world.Options(nodes=args.nodes, identities=settings)
     desired, ledger, problems, sizes = standalone.compile_folder(folder, options)
     if desired is not None:
         publish.write_stream(desired, ledger, sys.stdout, args.output, sizes)

@@ -479,6 +479,8 @@ class IdentityStatus(Model, frozen=True):
     """What it stands for in words: its labels, or its CIDRs."""
     endpoints: Count = 0
     """Pods that have this identity now."""
+    label_sets: Count | UnsetType = UNSET
+    """Sets of labels that these pods have: numbers that it would take by labels."""
     conditions: list[Condition] = msgspec.field(default_factory=list)
     """`Ready`: the number is known to every node that needs it. `Stalled`: it overlaps
     another one."""

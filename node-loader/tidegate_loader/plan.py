@@ -37,7 +37,7 @@ from tidegate_loader.plan_services import (
     changes,
     plan_services,
 )
-from tidegate_loader.rules import Expanded
+from tidegate_loader.rules import HAS_CIDR, Expanded
 from tidegate_loader.services import (
     FrontendKey,
     RangeKey,

@@ -9,10 +9,12 @@ not there. No I/O, no clock.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
+from tidegate_api import users
 from tidegate_api.state import ANY_OTHER, PORT_LABEL
 
 from tidegate_operator.objects import (
@@ -63,10 +65,22 @@ class Settings:
 
 DEFAULTS = Settings()
 
+
+def label_keys(text: str) -> tuple[str, ...]:
+    """Keys, or prefixes that end in "/", separated by commas. Raises ArgumentTypeError."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    for key in found:
+        try:
+            users.check_label_key(f"{key}a" if key.endswith("/") else key)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return found
+
+
 PortName = tuple[Protocol, str]
 
 
-HOLD_SECONDS = 60.0
+HOLD_SECONDS = 5.0
 """How long pods that no policy tells apart any more still have numbers of their own ..."""
 STALE_SECONDS = 600.0
 """... and how long while a node does not yet have in force what was published; then it counts as
@@ -173,6 +187,17 @@ class Relevance:
         }
         made = replace(self, everywhere=everywhere, namespaces=namespaces)
         return self if made == self else made
+
+
+def label_sets(world: World) -> dict[IdentityKey, int]:
+    """How many numbers the pods of each identity would have by labels."""
+    by_labels = replace(world.relevance.settings, by="labels")
+    sets: dict[IdentityKey, set[frozenset[tuple[str, str]]]] = {}
+    for pod in world.pods.values():
+        if not pod.host_network:
+            own = frozenset(item for item in pod.labels.items() if not by_labels.excludes(item[0]))
+            sets.setdefault(pod.identity, set()).add(own)
+    return {key: len(found) for key, found in sets.items()}
 
 
 def _seen(uses: Mapping[str, Use], labels: Mapping[str, str]) -> dict[str, str]:

@@ -82,4 +82,4 @@ def test_same_objects(town: Town, tmp_path: Path) -> None:
     }
     # Numbers that rest are known only where they were used.
     assert want.items() >= {k: v for k, v in got.items() if k in want}.items()
-    assert len([key for key in want if key[0] == "Identity"]) == 3
+    assert len([key for key in want if key[0] == "Identity"]) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tidegate_cli import standalone
-from tidegate_cli.arguments import command
+from tidegate_cli.arguments import add_identities, command
 from tidegate_cli.standalone.errors import StandaloneError
 from tidegate_cli.standalone.options import UpOptions
 
@@ -45,6 +45,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="SECONDS",
         help="give up, and remove everything, if not all is realised by then (default: 60)",
     )
+    add_identities(up)
     up.set_defaults(run=_reported(_up))
 
     demo = command(
@@ -111,6 +112,8 @@ def _up(arguments: argparse.Namespace) -> int:
             nodes=arguments.nodes,
             detach=arguments.detach,
             wait=arguments.wait,
+            identities=arguments.identities,
+            excluded_labels=arguments.excluded_labels,
         )
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 from tidegate_operator import world
 from tidegate_operator.problems import Problem
+from tidegate_operator.relevance import EXCLUDED, Settings
 from tidegate_operator.standalone import Runner, StepResult
 from tidegate_operator.store import PublishError
 from tidegate_operator.world import MadePod, MadeWorld
@@ -34,10 +35,10 @@ log = structlog.get_logger()
 class OperatorFeed:
     """Implements `supervisor.Feed`."""
 
-    def __init__(self, run_dir: RunDir, folder: Path, nodes: int | None) -> None:
+    def __init__(self, run_dir: RunDir, folder: Path, options: world.Options) -> None:
         self._run_dir = run_dir
         self._folder = folder
-        self._options = world.Options(nodes=nodes)
+        self._options = options
         self._changed: Callable[[Layout], None] | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -153,10 +154,14 @@ def up(options: UpOptions) -> int:
     folder = options.folder.resolve()
     if not folder.is_dir():
         raise StandaloneError(f"{folder}: no such folder; name one that holds manifests")
+    made_of = world.Options(
+        nodes=options.nodes,
+        identities=Settings(options.identities, options.excluded_labels or EXCLUDED),
+    )
     parts = supervisor.Parts(
         run_dir,
         folder,
-        OperatorFeed(run_dir, folder, options.nodes),
+        OperatorFeed(run_dir, folder, made_of),
         Loaders(run_dir),
         options.wait,
         Observer(run_dir),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -15,3 +16,6 @@ class UpOptions:
     detach: bool = False
     wait: float = 60.0
     """Seconds until everything must be realised."""
+    identities: Literal["classes", "labels"] = "classes"
+    excluded_labels: tuple[str, ...] | None = None
+    """Label keys, or prefixes that end in "/". None: the usual ones."""

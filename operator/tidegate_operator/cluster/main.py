@@ -25,7 +25,7 @@ from tidegate_kube import Access, AccessError, Client, in_cluster
 from tidegate_kube.access import read as read_source
 from tidegate_kube.kubeconfig import from_kubeconfig
 
-from tidegate_operator import services
+from tidegate_operator import relevance, services
 from tidegate_operator.cluster.lead import Alone, Lead
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.runner import Runner
@@ -58,6 +58,7 @@ class Options:
     listen: tuple[str, int]
     log_level: str
     services: services.Settings
+    identities: relevance.Settings
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -120,6 +121,21 @@ def parse(arguments: list[str] | None = None) -> Options:
         "annotation tidegate.dev/algorithm (default: %(default)s)",
     )
     parser.add_argument(
+        "--identities",
+        choices=("classes", "labels"),
+        default="classes",
+        help="one number for all pods of a namespace that no policy tells apart, or one for each "
+        "set of labels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--excluded-labels",
+        type=relevance.label_keys,
+        default=relevance.EXCLUDED,
+        metavar="KEY,...",
+        help="with --identities=labels: label keys, or prefixes that end in /, that make no number "
+        "unless a policy mentions them (default: those that common tools put on pods)",
+    )
+    parser.add_argument(
         "--log-level", choices=("debug", "info", "warning"), default="info", help="of JSON lines"
     )
     found = parser.parse_args(arguments)
@@ -138,6 +154,7 @@ def parse(arguments: list[str] | None = None) -> Options:
             node_ports=found.nodeport_addresses,
             maglev=found.service_algorithm == "maglev",
         ),
+        identities=relevance.Settings(found.identities, found.excluded_labels),
     )
 
 
@@ -185,6 +202,7 @@ class Operator:
             self.metrics,
             self.statuses.published,
             options.services,
+            options.identities,
         )
         self.watches.changed = self._changed
         self.metrics.watch(self.runner)

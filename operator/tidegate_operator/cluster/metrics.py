@@ -54,7 +54,7 @@ class Metrics:
         )
         self.identities = Gauge(
             "tidegate_operator_identities",
-            "Numbers of the ledger, in use or resting",
+            "Numbers of the ledger, in use or resting; and those that classes save over labels",
             ["state"],
             registry=self.registry,
         )

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
+from msgspec import UNSET
 from tidegate_api.state import Identity
 from tidegate_kube import Client, KubeError
 
@@ -259,12 +260,13 @@ class Runner:
         )
 
     def _lagging(self) -> bool:
-        """Is there a node that does not report what was published last?"""
-        return any(
-            isinstance(item, Held)
-            and getattr(item.item.status, "realised", "") != publish.digest_of(item.item)
-            for item in self.watches.node_states.snapshot().values()
-        )
+        """Is there a node that has reported once, and not what was published last?"""
+        for item in self.watches.node_states.snapshot().values():
+            if isinstance(item, Held) and item.item.status is not UNSET:
+                realised = item.item.status.realised
+                if realised is not UNSET and realised != publish.digest_of(item.item):
+                    return True
+        return False
 
     def _rested(self) -> bool:
         oldest = next(iter(self._ledger.released.values()), None)
