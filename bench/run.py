@@ -29,6 +29,7 @@ MODULES = (
     "row_datapath",
     "row_packets",
     "row_loader",
+    "row_maglev",
     "row_compile",
     "row_cluster",
     "row_image",

@@ -90,6 +90,7 @@ def test_every_row_of_the_table_has_a_measurement() -> None:
         "map-memory",
         "compile-cold",
         "compile-one",
+        "svc-maglev",
         "e2e-policy",
         "e2e-endpoints",
         "first-packet",
