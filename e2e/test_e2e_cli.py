@@ -179,6 +179,30 @@ LEFT = (
 )
 
 
+def test_without_an_operator_the_cleanup_leaves_nothing_on_the_nodes(
+    town: dict[str, pods.Pod], askers: asking.Askers
+) -> None:
+    server = next(pod for pod in town.values() if pod.name == "server")
+    stranger = next(pod for pod in town.values() if pod.name == "stranger-far")
+    question = asking.Question(server.address, 80)
+    space = ("-n", install.NAMESPACE)
+    ours = ("deployment/tidegate-operator", "daemonset/tidegate-loader")
+    cluster.kubectl("delete", *space, *ours, "--cascade=foreground", "--timeout=60s")
+    assert not askers.of(stranger).ask([question])[0].pod, "what was in force stays so"
+    folder = str(install.ROOT / "manifests/cleanup")
+    cluster.kubectl("apply", "-k", folder)
+    cluster.kubectl("rollout", "status", *space, "daemonset/tidegate-cleanup", "--timeout=60s")
+    for node in cluster.nodes():
+        assert cluster.inside(node, "sh", "-c", f"{{ {LEFT}; }} 2>/dev/null || true") == ""
+    assert askers.of(stranger).ask([question])[0].pod == server.key
+    cluster.kubectl("delete", "-k", folder, "--timeout=60s")
+    install.apply()
+    install.wait_ready()
+    pods.eventually(
+        lambda: not askers.of(stranger).ask([question])[0].pod, "the policy is in force again", 30
+    )
+
+
 def test_uninstall_leaves_nothing_and_install_brings_it_back(
     town: dict[str, pods.Pod], askers: asking.Askers
 ) -> None:

@@ -8,10 +8,11 @@ import re
 import pytest
 
 from kind import cluster
-from rig import asking, install, pods
+from rig import asking, cold, install, pods
 
 pytestmark = pytest.mark.kind
 SPACE = "e2e-cluster"
+STATIC = "/etc/kubernetes/manifests"
 KUBERNETES = "kubernetes.default.svc.cluster.local"
 
 
@@ -103,6 +104,27 @@ def test_identities_and_node_states_are_there_to_read(one_a_node: dict[str, pods
     for node, line in zip(sorted(cluster.nodes()), states[1:], strict=True):
         name, desired, realised, *_ = line.split()
         assert (name, desired) == (node, realised)
+
+
+def test_a_static_pod_starts_as_others_do(
+    askers: asking.Askers, one_a_node: dict[str, pods.Pod]
+) -> None:
+    """The API knows it by another UID than its runtime does."""
+    node = cluster.nodes()[-1]
+    path, key = f"{STATIC}/static.json", f"{SPACE}/static-{node}"
+    text = json.dumps(pods.manifest("static", SPACE, {"app": "static"}))
+    cluster.inside(node, "mkdir", "-p", STATIC)
+    cluster.inside(node, "cp", "/dev/stdin", path, stdin=text)
+    try:
+        pods.eventually(lambda: key in pods.running(SPACE), "it runs", 60)
+        pods.wait_ready(SPACE)
+        (web, *_) = one_a_node.values()
+        (answer,) = askers.of(pods.running(SPACE)[key]).ask([asking.Question(web.address, 80)])
+        assert answer.pod == web.key, answer
+        cold.settle()
+    finally:
+        cluster.inside(node, "rm", "-f", path)
+    pods.eventually(lambda: key not in pods.running(SPACE), "it is gone", 60)
 
 
 def _addresses() -> list[str]:

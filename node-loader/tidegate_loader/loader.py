@@ -78,6 +78,8 @@ class Loader:
         self._uplinks = uplinks.Found(frozenset(), Uplinks())
         self._asked: dict[str, LocalInterface] | None = None
         self._gated: dict[str, LocalInterface] = {}
+        self._ungated = False
+        """An interface is there that could not be gated: its endpoint is in no node table."""
         self._standing: list[str] = []
         """Problems of the machine, found at the start."""
         self.waiting = False
@@ -258,7 +260,7 @@ class Loader:
             if self._programs.migrations and not self.dirty:
                 problems += self._try_to_move()
         in_force = self._desired is not None and not self.dirty
-        if in_force and self._built_from is not None:
+        if in_force and self._built_from is not None and not self._ungated:
             self._realised = structs.replace(self._realised, digest=self._built_from.digest)
         self.realised_now = in_force and stalled is None
         self._report(stalled, problems)
@@ -297,6 +299,7 @@ class Loader:
             if gated != self._gated:
                 self._gated = gated
             self._asked = wanted
+            self._ungated = bool(unattached)
             self.waiting = len(gated) < len(wanted)
             if self._arrivals is not None:
                 self._forget_gone(self._arrivals, interfaces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -13,13 +14,17 @@ from support import loader_world as world
 from support.loader_node import TIMEOUT, Node, ip, poll
 from support.other_version import compile_object
 from tidegate_api import state as api
-from tidegate_bpf import Link, clsact, mounts, netns
+from tidegate_bpf import Link, ObjectFile, attach_tcx, clsact, mounts, netns
 from tidegate_loader import addresses, kernel
 
 pytestmark = [
     pytest.mark.kernel,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
 ]
+
+
+MAX_PROGRAMS = 63
+"""On an interface in one direction: one less than the kernel's BPF_MPROG_MAX."""
 
 
 @pytest.fixture
@@ -87,6 +92,37 @@ def test_clsact_does_the_same(node: Node) -> None:
     poll("a link instead", lambda: (node.pin_dir / "links" / f"{one.ifindex}-egress").exists())
     with netns.inside(f"/run/netns/{node.namespace}"):
         poll("no filter", lambda: clsact.query(one.ifindex, ingress=False) is None)
+
+
+def test_what_cannot_be_gated_is_not_said_to_be_in_force(node: Node) -> None:
+    """An interface takes so many programs a direction, and others may have them all."""
+    one = node.add_interface(1)
+    node.write(world.example())
+    node.start("--force-clsact")  # for a program to hang there
+    node.wait_for(world.example(), 1)
+    node.stop()
+    in_force = node.realised().digest
+    changed = world.example()
+    changed.revision += 1
+    with (
+        netns.inside(f"/run/netns/{node.namespace}"),
+        contextlib.ExitStack() as stack,
+    ):
+        spec = ObjectFile(node.objects / "pod.o")
+        pins = {path.name: str(path) for path in (node.pin_dir / "maps").iterdir()}
+        for _ in range(MAX_PROGRAMS):
+            # None may hang there twice.
+            program = spec.load(pins=pins).programs["from_pod"]
+            stack.callback(program.close)
+            stack.enter_context(attach_tcx(program, one.ifindex, ingress=True))
+        node.write(changed)
+        node.start()
+        poll("a condition", lambda: "cannot attach" in str(node.realised().status.conditions))
+        found = node.realised()
+        assert found.digest == found.status.realised == in_force != changed.state().digest
+        assert {c.type: c.status for c in found.status.conditions}["Ready"] == "False"
+        assert not found.endpoints
+    node.wait_for(changed, 1)
 
 
 def test_an_interface_that_goes_takes_its_links_and_endpoint(node: Node) -> None:

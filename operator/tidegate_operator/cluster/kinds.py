@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import re
 from collections.abc import Callable, Mapping
 from sys import intern
 from typing import Any, Generic, TypeVar
@@ -67,6 +68,8 @@ class PodFacts(msgspec.Struct, frozen=True):
     ended: bool
     since: str
     host_ports: tuple[HostPort, ...] = ()
+    static: bool = False
+    """Of a file on its node: the API has a mirror of it, whose UID the runtime does not know."""
 
 
 class NodeFacts(msgspec.Struct, frozen=True):
@@ -212,8 +215,16 @@ class _PodStatus(_Camel, frozen=True):
     start_time: str | None = None
 
 
+class _PodAnnotations(msgspec.Struct, frozen=True):
+    mirror: str = msgspec.field(default="", name="kubernetes.io/config.mirror")
+
+
+class _PodMeta(_Meta, frozen=True):
+    annotations: _PodAnnotations | None = None
+
+
 class _Pod(_Camel, frozen=True):
-    metadata: _Meta
+    metadata: _PodMeta
     spec: _PodSpec = _PodSpec()
     status: _PodStatus | None = None
 
@@ -282,6 +293,9 @@ class _EndpointSlice(_Camel, frozen=True):
     ports: list[_Port] | None = None
 
 
+_HASH = re.compile(r"[0-9a-f]{32}")
+"""Of a static pod's file. No UID of the API server is like that."""
+
 _A = TypeVar("_A")
 
 
@@ -309,10 +323,13 @@ _tree = _decoder(dict[str, Any])
 def pod(data: bytes) -> PodFacts:
     found = _pod(data)
     meta, spec, status = found.metadata, found.spec, found.status or _PodStatus()
+    # What the kubelet calls a static pod is the hash of its file.
+    mirrored = meta.annotations.mirror if meta.annotations is not None else ""
+    mirrored = mirrored if _HASH.fullmatch(mirrored) else ""
     texts = [item.ip for item in status.pod_ips or () if item.ip] or [status.pod_ip or ""]
     return PodFacts(
         key=ObjectName(intern(meta.namespace), meta.name),
-        uid=meta.uid,
+        uid=mirrored or meta.uid,
         labels=_labels(meta),
         node=intern(spec.node_name or ""),
         host_network=bool(spec.host_network),
@@ -322,6 +339,7 @@ def pod(data: bytes) -> PodFacts:
         running=status.phase == "Running",
         ended=status.phase in ("Succeeded", "Failed"),
         since=status.start_time or meta.creation_timestamp or "",
+        static=bool(mirrored),
     )
 
 

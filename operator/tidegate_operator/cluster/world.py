@@ -73,7 +73,7 @@ class ClusterWorld(World):
     stalled: dict[str, str] = field(compare=False, repr=False)
     """User-made Identities that are not in force, and why."""
     claims: dict[str, tuple[PodFacts, ...]] = field(compare=False, repr=False)
-    """address -> the pods that say they have it, in order of their names."""
+    """address, or file of a static pod -> the pods that say they have it, in order of names."""
     of_services: services.Settings = field(compare=False, repr=False)
     remarks: dict[tuple[str, Key], tuple[Problem, ...]] = field(compare=False, repr=False)
     """(kind, key) of a Service or a slice -> what there is to say of it."""
@@ -220,12 +220,12 @@ def _pods(
     contested: set[str] = set()
     for key in (*lost, *new):
         if (item := old.get(key)) is not None and _claims(item):
-            for text in item.addresses:
+            for text in _claimed(item):
                 _change(claims, text, [held for held in claims[text] if held is not item])
                 contested.add(text)
     for key in new:
         if _claims(item := now[key]):
-            for text in item.addresses:
+            for text in _claimed(item):
                 _change(claims, text, [*claims.get(text, ()), item])
                 contested.add(text)
     found = dict(before.pods) if same else {}
@@ -235,6 +235,9 @@ def _pods(
     for key in {*(ObjectName(*key) for key in new), *rivals}:
         item = now[key]
         if not _lives(item):
+            found.pop(key, None)
+            continue
+        if item.static and not item.host_network and _first_made(claims[_mirror(item)]) is not item:
             found.pop(key, None)
             continue
         addresses = item.addresses
@@ -259,6 +262,19 @@ def _lives(item: PodFacts) -> bool:
 
 def _claims(item: PodFacts) -> bool:
     return _lives(item) and not item.host_network
+
+
+def _claimed(item: PodFacts) -> tuple[str, ...]:
+    return (*item.addresses, _mirror(item)) if item.static else item.addresses
+
+
+def _mirror(item: PodFacts) -> str:
+    return f"mirror of {item.node}/{item.uid}"
+
+
+def _first_made(claims: Iterable[PodFacts]) -> PodFacts:
+    """Whoever may make pods may call one the mirror of a file: the first to be made is."""
+    return min(claims, key=lambda item: (item.since, item.key))
 
 
 def _change(claims: dict[str, tuple[PodFacts, ...]], address: str, holders: list[PodFacts]) -> None:

@@ -49,6 +49,13 @@ def pod(name: str, node: str = "n1", ip: str = "", **rest: Any) -> Tree:
     return tree("Pod", name, spec=spec, status=status, **rest)
 
 
+def mirror(name: str, of: str, **rest: Any) -> Tree:
+    """As the kubelet makes of a file in its directory of static pods."""
+    made = pod(name, **rest)
+    made["metadata"]["annotations"] = {"kubernetes.io/config.mirror": of, "example.com/a": "b"}
+    return made
+
+
 def node(name: str, number: int = 0) -> Tree:
     addresses = [
         {"type": "Hostname", "address": name},
@@ -113,6 +120,29 @@ def test_endpoints(reason: str, pods: list[Tree], expected: list[str]) -> None:
     world = made(node("n1"), *pods)
     desired = compile(world, identities.allocate(world, EMPTY_LEDGER))
     assert [e.name for e in desired.nodes["n1"].endpoints] == expected
+
+
+HASH = "0123456789abcdef0123456789abcdef"
+
+
+def test_a_static_pod_has_the_uid_that_its_runtime_knows() -> None:
+    world = made(node("n1"), mirror("a", HASH, ip="10.244.0.5"), pod("b", ip="10.244.0.6"))
+    desired = compile(world, identities.allocate(world, EMPTY_LEDGER))
+    found = {e.name: e.uid for e in desired.nodes["n1"].endpoints}
+    assert found == {"a": HASH, "b": "Pod-default-b"}
+    not_one = made(node("n1"), mirror("a", "Pod-default-b", ip="10.244.0.5"))
+    assert not_one.pods[ObjectName("default", "a")].uid == "Pod-default-a"
+
+
+def test_of_two_mirrors_of_one_file_the_first_is_it() -> None:
+    first = mirror("real", HASH, ip="10.244.0.5", created=EARLY)
+    second = mirror("forged", HASH, ip="10.244.0.6", created=LATE)
+    both, alone = snapshot(node("n1"), first, second), snapshot(node("n1"), second)
+    world = build(both)[0]
+    assert [key.name for key in world.pods] == ["real"]
+    # One after the other is as from scratch, in both directions.
+    assert build(alone, world)[0].pods == build(alone)[0].pods
+    assert [key.name for key in build(both, build(alone)[0])[0].pods] == ["real"]
 
 
 def test_terminating_pod_keeps_its_identity() -> None:
