@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET
 from tidegate_api.state import (
     ADMIN_PRECEDENCE,
+    DEVELOPER_PRECEDENCE,
     AnyPeer,
     CIDRPeer,
     EntityPeer,
@@ -348,6 +349,8 @@ def _fill(
     for term in terms:
         if term.rule >= min(len(flags), MAX_RULES):
             raise RuleSetError(f"rule set {name}: rule {term.rule} of {len(flags)}")
+        if term.audit and not (_of_developers(term) and term.action != "Pass"):
+            raise RuleSetError(f"rule set {name}: only developers' rules can be in audit mode")
         value = (term.precedence, term.rule, ACTIONS[term.action], flags[term.rule])
         rank = (term.precedence, -term.rule)
         for ports, words in classed.keys(term, lengths):
@@ -360,6 +363,10 @@ def _fill(
             if len(entries) > MAX_ENTRIES:
                 raise RuleSetError(f"rule set {name} needs more than {MAX_ENTRIES} map entries")
     return entries
+
+
+def _of_developers(term: Term) -> bool:
+    return DEVELOPER_PRECEDENCE <= term.precedence < ADMIN_PRECEDENCE
 
 
 def _shapes(entries: Iterable[RuleKey]) -> tuple[int, ...]:
