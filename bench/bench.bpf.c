@@ -46,4 +46,57 @@ int fresh_flow(struct __sk_buff *skb)
 	return fresh(skb) ? TC_ACT_SHOT : tg_pod(skb, 1);
 }
 
+/* What a verdict is compared with: the peer's address in one trie. */
+SEC("tc")
+int bare_lpm(struct __sk_buff *skb)
+{
+	struct tg_prefix key = { .bits = 128 };
+	__u32 *found;
+
+	if (fresh(skb))
+		return TC_ACT_SHOT;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, daddr), &key.addr.w[3], 4))
+		return TC_ACT_SHOT;
+	key.addr.w[2] = bpf_htonl(0xffff);
+	found = bpf_map_lookup_elem(&ipcache_lpm_v1, &key);
+	return found && *found == 7 ? TG_PASS : TC_ACT_SHOT;
+}
+
+/* One end's policy about the first packet of a flow, and nothing else: the
+ * subject's rule set, who the peer is, and what the set says of it. */
+SEC("tc")
+int one_verdict(struct __sk_buff *skb)
+{
+	struct tg_node_key key = { .kind = TG_NODE_IFINDEX };
+	const struct tg_endpoint *ep;
+	struct tg_scratch *s;
+	struct tg_question *q;
+	struct tg_peer peer;
+	__u32 zero = 0;
+	void *node;
+
+	if (fresh(skb))
+		return TC_ACT_SHOT;
+	s = bpf_map_lookup_elem(&scratch, &zero);
+	node = bpf_map_lookup_elem(&node_v2, &zero);
+	if (!s || !node)
+		return TC_ACT_SHOT;
+	key.addr.w[0] = skb->ifindex;
+	ep = bpf_map_lookup_elem(node, &key);
+	if (!ep)
+		return TC_ACT_SHOT;
+	q = &s->question;
+	__builtin_memset(&q->addr, 0, sizeof(q->addr));
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, daddr), &q->addr.w[3], 4))
+		return TC_ACT_SHOT;
+	q->addr.w[2] = bpf_htonl(0xffff);
+	tg_find_peer(node, &q->addr, &peer);
+	q->identity = peer.identity;
+	q->entity = tg_entity_of(&peer, 1);
+	q->port = bpf_htons(fresh_port);
+	q->protocol = IPPROTO_TCP;
+	tg_policy_check(&ep->egress, q, &s->egress);
+	return s->egress.reason ? TC_ACT_SHOT : TG_PASS;
+}
+
 char _license[] SEC("license") = "Dual BSD/GPL";

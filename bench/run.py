@@ -27,6 +27,7 @@ from measure import Result, Unmeasurable  # noqa: E402
 
 MODULES = (
     "row_datapath",
+    "row_policy",
     "row_packets",
     "row_loader",
     "row_maglev",

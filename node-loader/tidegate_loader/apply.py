@@ -239,8 +239,10 @@ class Writer:
                     cidr = self._kernel.decode_prefixes(trie)
                     _pin(trie, self._kernel.pin_dir / "cidrs" / number)
             _pin(inner, self._kernel.pin_dir / "rule_sets" / number)
+        same = (entries, cidr) == (expanded.entries, expanded.cidr)
+        content = expanded.content if same else content_of(entries, cidr)
         self._actual.rule_sets[step.id] = RuleSetInForce(
-            expanded.name, content_of(entries, cidr), None, identities_of(entries)
+            expanded.name, content, None, identities_of(entries)
         )
 
     def _copy_rule_set(
