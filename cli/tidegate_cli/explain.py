@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 from tidegate_api.state import NodeState
 
-from tidegate_cli import lookup, reasons, render
+from tidegate_cli import edits, judgement, lookup, reasons, render
 from tidegate_cli.answer import FROM_POD, TO_POD, Looked, Nodes, Question, Ran, Told, lagging
 from tidegate_cli.errors import CliError
 from tidegate_cli.judgement import policy_text
-from tidegate_cli.model import ECHO, PORT_PROTOCOLS, Answer, Expected, Model, Pod, Side
+from tidegate_cli.model import ECHO, PORT_PROTOCOLS, Answer, AuditDenial, Expected, Model, Pod, Side
 from tidegate_cli.objects import RunObjects
 from tidegate_cli.target import Place, choose
 
@@ -106,6 +106,8 @@ class Explained:
     """By direction, with the node; only ends that are pods."""
     runs: list[tuple[str, Ran]] = field(default_factory=list)
     """With the node."""
+    edits: dict[str, list[str]] = field(default_factory=dict)
+    """By direction: the least to write for the other verdict of that end."""
     disagreements: list[str] = field(default_factory=list)
 
     def side(self, direction: str) -> Side:
@@ -152,6 +154,7 @@ def ask(model: Model, nodes: Asker, expected: Expected, protocol: str) -> Found:
     for answer in expected.answers:
         entry = Explained(source, model.owner(answer.address), answer, expected.source, protocol)
         found.explained.append(entry)
+        _edit(model, entry)
         for direction, node, question in _questions(entry):
             ends.append((entry, direction))
             wanted.append((node, question))
@@ -169,6 +172,35 @@ def ask(model: Model, nodes: Asker, expected: Expected, protocol: str) -> Found:
         found.service = source.node, told[-1].run
         _judge_service(found, told[-1].run)
     return found
+
+
+def _edit(model: Model, entry: Explained) -> None:
+    """Where an end's policy has the say: of a denied flow at each end that denies."""
+    verdict = entry.answer.verdict
+    ends = {"egress": entry.source, "ingress": entry.target}
+    for direction, subject in ends.items():
+        side = entry.side(direction)
+        if subject is None or side.why in ("self", "host", "no-endpoint"):
+            continue
+        if side.allowed and not verdict.allowed:
+            continue
+        inward = direction == "ingress"
+        name = entry.source.key if inward else _target_name(entry)
+        address = entry.source_address if inward else entry.answer.address
+        flow = edits.Flow(subject.key, name, _flow_words(entry), direction.capitalize())
+        asked = entry.answer.port, entry.protocol
+        near = model.near(flow.direction, subject, address, asked)
+        spec = model.spec(flow.direction, subject)
+        entry.edits[direction] = edits.smallest(spec, side.candidates, near, flow)
+
+
+def _flow_words(entry: Explained) -> str:
+    port = entry.answer.port
+    if entry.protocol != "ICMP":
+        return f"{port}/{entry.protocol}"
+    if port is None:
+        return "ICMP echo requests"
+    return f"ICMP type {port >> 8} code {port & 0xFF}"
 
 
 def number_of(protocol: str, address: str) -> int:
@@ -337,6 +369,8 @@ def _side_words(side: Side, name: str) -> str:
             return str(side.rule)
         case "default-deny":
             return f"default deny: no rule matches, and {name} is isolated by {names}"
+        case "default-allow" if side.rule_set:
+            return f"no rule decides, and no policy isolates {name}"
         case "default-allow":
             return f"no policy selects {name}"
         case "self":
@@ -388,13 +422,42 @@ def _entry_text(entry: Explained) -> str:
         side = entry.side(direction)
         word = "allowed" if side.allowed else "denied "
         lines.append(f"  {direction:<8}{word}  {_side_words(side, names[direction])}")
+        if side.audit is not None:
+            lines.append(f"{_PAD}audit    {_audit_words(side.audit)}")
         if direction in entry.looks:
             lines += _look_lines(*entry.looks[direction])
+        lines += _walk_lines(side)
+        label = "to deny" if side.allowed else "to allow"
+        for text in entry.edits.get(direction, ()):
+            lines.append(f"{_PAD}{label:<9}{text}")
+            label = "and"
     lines += ["", f"  model     {'allowed' if verdict.allowed else 'denied'}"]
     lines.append(f"  maps      {'allowed' if entry.maps_allowed else 'denied'}")
     for where, run in entry.runs:
         lines.append(f"  program   {_run_words(run)}: {run.program} on {where}")
     return "\n".join(lines) + "\n"
+
+
+_PAD = " " * 10
+
+
+def _audit_words(audit: AuditDenial) -> str:
+    if audit.rule is not None:
+        return f"passes, and would be denied by {audit.rule}"
+    names = ", ".join(map(policy_text, audit.policies))
+    return f"passes, and would be denied: no rule matches, and {names} would isolate it"
+
+
+def _walk_lines(side: Side) -> list[str]:
+    """Every rule that matches, in the order in which they are heard; none where one is all."""
+    steps = judgement.walk(side.candidates)
+    if len(steps) < 2 and all(step.fate == "decides" for step in steps):
+        return []
+    return [
+        f"{_PAD}{step.candidate.tier:<10}{step.candidate.action:<6}{step.fate:<11}"
+        f"{step.candidate.rule}"
+        for step in steps
+    ]
 
 
 def _target_name(entry: Explained) -> str:
@@ -405,7 +468,7 @@ def _look_lines(node: str, look: Looked) -> list[str]:
     """The map entry that a verdict rests on, decoded and in hexadecimal."""
     if not look.rule_set:
         return []
-    pad = " " * 10
+    pad = _PAD
     place = f"rule set {look.rule_set} (slot {look.slot}) on {node}"
     if look.missing:
         return [f"{pad}{place}: not in the map"]
@@ -453,7 +516,10 @@ def _entry_object(entry: Explained) -> dict[str, Any]:
         "protocol": entry.protocol,
         "model": {
             "allowed": entry.answer.verdict.allowed,
-            **{direction: _side_object(entry.side(direction)) for direction in DIRECTIONS},
+            **{
+                direction: _side_object(entry.side(direction), entry.edits.get(direction, []))
+                for direction in DIRECTIONS
+            },
         },
         "maps": {
             "allowed": entry.maps_allowed,
@@ -466,12 +532,30 @@ def _entry_object(entry: Explained) -> dict[str, Any]:
     }
 
 
-def _side_object(side: Side) -> dict[str, Any]:
+def _side_object(side: Side, edits: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"allowed": side.allowed, "why": side.why}
     if side.rule_set:
         found |= {"ruleSet": side.rule_set, "policies": [policy_text(p) for p in side.policies]}
     if side.rule is not None:
         found |= {"rule": str(side.rule), "ruleNumber": side.rule_number}
+    if side.candidates:
+        found["walk"] = [
+            {
+                "tier": step.candidate.tier,
+                "action": step.candidate.action,
+                "fate": step.fate,
+                "rule": str(step.candidate.rule),
+                "ruleNumber": step.candidate.number,
+            }
+            for step in judgement.walk(side.candidates)
+        ]
+    if side.audit is not None:
+        found["audit"] = {
+            "policies": [policy_text(p) for p in side.audit.policies],
+            "rule": "" if side.audit.rule is None else str(side.audit.rule),
+        }
+    if edits:
+        found["toDeny" if side.allowed else "toAllow"] = edits
     return found
 
 

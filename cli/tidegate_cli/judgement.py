@@ -99,6 +99,35 @@ def candidates(spec: RuleSetSpec, matching: Iterable[Term]) -> tuple[Candidate, 
     return tuple(found[key] for key in sorted(found, key=lambda k: (-k[0], k[1])))
 
 
+@dataclass(frozen=True)
+class Step:
+    """One rule on the walk through the tiers. `fate`: it "decides", "passes on" to the next
+    tier, is "not heard" because another was, or speaks only "in audit"."""
+
+    candidate: Candidate
+    fate: Literal["decides", "passes on", "not heard", "in audit"]
+
+
+def walk(found: Sequence[Candidate]) -> list[Step]:
+    """What became of every rule that matches, tier after tier."""
+    steps: list[Step] = []
+    settled = False
+    for group in (TIERS[:1], TIERS[1:]):
+        heard = False
+        for candidate in (c for c in found if c.tier in group):
+            if candidate.audit:
+                steps.append(Step(candidate, "in audit"))
+            elif settled or heard:
+                steps.append(Step(candidate, "not heard"))
+            elif candidate.action == "Pass":
+                heard = True
+                steps.append(Step(candidate, "passes on"))
+            else:
+                settled = True
+                steps.append(Step(candidate, "decides"))
+    return steps
+
+
 def enforced(spec: RuleSetSpec, found: Sequence[Candidate]) -> Decision:
     """The verdict that packets meet."""
     return _decide([c for c in found if not c.audit], bool(spec.policies))

@@ -26,6 +26,7 @@ from tidegate_api.state import (
     PolicyRef,
     Reserved,
     RuleSet,
+    RuleSetSpec,
     ServicePort,
     SetPeer,
     StateObject,
@@ -34,6 +35,7 @@ from tidegate_api.state import (
 )
 
 from tidegate_cli import judgement
+from tidegate_cli.edits import Near
 from tidegate_cli.errors import CliError
 from tidegate_cli.judgement import Candidate, RuleRef
 
@@ -176,10 +178,7 @@ class Model:
         type << 8 | code, None an echo request. `from_host`: generated on the node of `dst`
         itself. Raises ModelError."""
         source, target = _ip(src), _ip(dst)
-        if protocol == "ICMP" and target.version == 6:
-            protocol = "ICMPv6"
-        if protocol in ECHO and port is None:
-            port = ECHO[protocol] << 8
+        port, protocol = _defaults(target, port, protocol)
         if source.version != target.version:
             raise ModelError(f"{src} and {dst} are of different address families")
         sender = None if from_host else self._owners.get(source)
@@ -208,6 +207,36 @@ class Model:
             if own is not None and family in (0, version):
                 return self._expected(own, address, port, protocol)
         raise ModelError(f"{source} and {target} have no address family in common")
+
+    def near(
+        self, direction: str, subject: Pod, peer: str, flow: tuple[int | None, str]
+    ) -> list[Near]:
+        """Rules that would let the flow pass if they had one more port, or one more peer; `flow`
+        is (port, protocol), as of `verdict`."""
+        spec = self.spec(direction, subject)
+        if spec is None:
+            return []
+        port, protocol = _defaults(_ip(peer), *flow)
+        other = self._other(direction, subject, _ip(peer))
+        found: dict[Near, None] = {}
+        for term in spec.terms:
+            if term.action != "Allow" or term.audit:
+                continue
+            ports = self._port_matches(term, other, port, protocol)
+            if ports != self._matches(term, other):
+                near = Near(judgement.rule_ref(spec, term.rule), "peers" if ports else "ports")
+                found[near] = None
+        return list(found)
+
+    def spec(self, direction: str, subject: Pod) -> RuleSetSpec | None:
+        """Of the rule set that has a say; None: there is none. ModelError: it is missing."""
+        name = getattr(subject.endpoint, direction.lower())
+        if name is UNSET:
+            return None
+        rule_set = self.rule_sets.get(name)
+        if rule_set is None:
+            raise ModelError(f"{subject.key} names rule set {name}, which is not there")
+        return rule_set.spec
 
     def pod(self, text: str) -> Pod:
         """The pod "namespace/name", or the only one whose name is or begins with `text`. Raises
@@ -310,17 +339,11 @@ class Model:
     ) -> Side:
         if subject is None:
             return Side(True, "no-endpoint")
-        endpoint = subject.endpoint
-        name = endpoint.egress if direction == "Egress" else endpoint.ingress
-        if name is UNSET:
+        spec = self.spec(direction, subject)
+        if spec is None:
             return Side(True, "default-allow")
-        rule_set = self.rule_sets.get(name)
-        if rule_set is None:
-            raise ModelError(f"{subject.key} names rule set {name}, which is not there")
-        spec = rule_set.spec
-        other = _Peer(
-            peer, self._identity(peer, subject.node), self._node_bits(direction, subject, peer)
-        )
+        name = getattr(subject.endpoint, direction.lower())
+        other = self._other(direction, subject, peer)
         matching = (
             term
             for term in spec.terms
@@ -337,6 +360,10 @@ class Model:
             why: Why = "default-allow" if first.allowed else "default-deny"
             return Side(first.allowed, why, name, policies, None, None, found, audit)
         return Side(first.allowed, "rule", name, policies, by.rule, by.number, found, audit)
+
+    def _other(self, direction: str, subject: Pod, peer: IPAddress) -> _Peer:
+        identity = self._identity(peer, subject.node)
+        return _Peer(peer, identity, self._node_bits(direction, subject, peer))
 
     def _node_bits(self, direction: str, subject: Pod, peer: IPAddress) -> frozenset[str]:
         """The entities that the peer is for a subject in one direction."""
@@ -409,6 +436,15 @@ class _Peer:
     address: IPAddress
     identity: int
     entities: frozenset[str]
+
+
+def _defaults(peer: IPAddress, port: int | None, protocol: str) -> tuple[int | None, str]:
+    """ICMP is of the addresses' family, and an echo request if nobody says what."""
+    if protocol == "ICMP" and peer.version == 6:
+        protocol = "ICMPv6"
+    if protocol in ECHO and port is None:
+        port = ECHO[protocol] << 8
+    return port, protocol
 
 
 def _port_matches(term: Term, port: int | None, protocol: str) -> bool:
