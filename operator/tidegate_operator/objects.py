@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 Protocol = Literal["TCP", "UDP", "SCTP"]
 Direction = Literal["Ingress", "Egress"]
+PROTOCOLS: tuple[Protocol, Protocol, Protocol] = ("TCP", "UDP", "SCTP")
+"""Those that have ports."""
+PolicyProtocol = Literal["TCP", "UDP", "SCTP", "ICMP", "ICMPv6"]
+Entity = Literal["world", "host", "remote-node", "kube-apiserver", "cluster"]
 Action = Literal["Allow", "Deny", "Pass"]
 Tier = Literal["Admin", "Developer", "Baseline"]
 
@@ -125,31 +129,82 @@ class BlockPeer:
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyPort:
-    """`port` None: every port of the protocol. A name is not yet expressible."""
+class EntityPeer:
+    """What has a name whatever its address is."""
 
-    protocol: Protocol
+    entity: Entity
+
+
+@dataclass(frozen=True, slots=True)
+class NodePeer:
+    """The addresses of nodes, by the nodes' labels."""
+
+    nodes: Selector
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityPeer:
+    """Who a user-made Identity stands for, by its name."""
+
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPortPeer:
+    """Those of `peer` that have a container port of this name, with its number at each of
+    them. `protocol` None: of whichever."""
+
+    peer: PodPeer
+    protocol: Protocol | None
+    port: str
+
+
+PolicyPeer = PodPeer | BlockPeer | EntityPeer | NodePeer | IdentityPeer
+Picked = PodPeer | EntityPeer | NodePeer | IdentityPeer | NamedPortPeer
+"""What may be a peer set."""
+
+EVERY_POD = PodPeer(None, Selector(), Selector())
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyPort:
+    """`port` None: every port of the protocol; a text: the container port of that name, of the
+    subject at ingress, of the peer at egress. `protocol` None: whichever that port has."""
+
+    protocol: PolicyProtocol | None
     port: int | str | None = None
     end_port: int | None = None
+    icmp_type: int | None = None
+    icmp_code: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyRule:
     """None = any. Upstream's empty list is None here; only NOTHING has an empty tuple."""
 
-    peers: tuple[PodPeer | BlockPeer, ...] | None
+    peers: tuple[PolicyPeer, ...] | None
     ports: tuple[PolicyPort, ...] | None
     action: Action = "Allow"
     log: bool = False
+    written: tuple[int, ...] = field(default=(), compare=False)
+    """Where several of `peers` are one item of the rule as written: of each, which one."""
 
     @property
     def port_names(self) -> list[tuple[Protocol, str]]:
         """Ports that are given by a name."""
-        return [(p.protocol, p.port) for p in self.ports or () if isinstance(p.port, str)]
+        return [
+            (protocol, port.port)
+            for port in self.ports or ()
+            if isinstance(port.port, str)
+            for protocol in PROTOCOLS
+            if port.protocol in (None, protocol)
+        ]
 
 
 NOTHING = PolicyRule((), ())
 """What a rule that cannot be read allows (DESIGN invariant 13): its policy still isolates."""
+DENY_ALL = PolicyRule(None, None, "Deny")
+"""What a rule that cannot be read becomes where matching nothing would allow more."""
 
 
 @dataclass(frozen=True)
@@ -198,10 +253,22 @@ class Policy:
         for rule in self.ingress:
             found += [(self.subject.namespace, *port) for port in rule.port_names]
         for rule in self.egress:
-            peers = [peer.namespace for peer in rule.peers or () if isinstance(peer, PodPeer)]
-            spaces = [None] if rule.peers is None else peers
+            spaces = [peer.namespace for peer in named_port_peers(rule.peers) if peer is not None]
             found += [(space, *port) for space in spaces for port in rule.port_names]
         return tuple(dict.fromkeys(found))
+
+
+def named_port_peers(peers: tuple[PolicyPeer, ...] | None) -> tuple[PodPeer | None, ...]:
+    """The pods that each peer of an egress rule is, where a port has a name; None: it has none,
+    for it is no pod, or not known to be one."""
+    if peers is None:
+        return (EVERY_POD,)
+    return tuple(
+        peer
+        if isinstance(peer, PodPeer)
+        else (EVERY_POD if peer == EntityPeer("cluster") else None)
+        for peer in peers
+    )
 
 
 # ---- Cluster -----------------------------------------------------------------------
@@ -223,6 +290,7 @@ class Node:
     uid: str = ""
     zone: str = ""
     port_addresses: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def gateways(self) -> tuple[str, ...]:

@@ -128,23 +128,18 @@ def verdict(
     dst: End,
     port: int | None,
     protocol: str,
-    expressible_only: bool = True,
 ) -> Verdict:
     """May `src` open a flow to `dst`? `port` is the destination's, None for
     protocols without ports; `protocol` is "TCP", "UDP", "SCTP", "ICMP" or any
-    other name.
-
-    With `expressible_only`, a port item with a named port allows
-    nothing, as the compiler must treat it in this phase."""
-    oracle = Oracle(cluster, expressible_only)
+    other name."""
+    oracle = Oracle(cluster)
     return oracle.verdict(src, dst, port, protocol)
 
 
 class Oracle:
     """`verdict` for many questions about one cluster, which must not change."""
 
-    def __init__(self, cluster: Cluster, expressible_only: bool = True) -> None:
-        self._expressible_only = expressible_only
+    def __init__(self, cluster: Cluster) -> None:
         self._pods = {_key(pod): pod for pod in _items(cluster, "pods")}
         self._policies = _items(cluster, "policies")
         self._nodes: Mapping[str, str] = cluster.get("nodes") or {}
@@ -257,9 +252,16 @@ class Oracle:
         empty or missing, matches all."""
         ports = _items(rule, "ports")
         peers = _items(rule, "from" if direction == "Ingress" else "to")
-        return (not ports or any(self._port_matches(item, traffic) for item in ports)) and (
-            not peers or any(self._peer_matches(policy, item, traffic.peer) for item in peers)
-        )
+        if not peers:
+            return not ports or any(self._port_matches(item, traffic) for item in ports)
+        for peer in peers:
+            if not self._peer_matches(policy, peer, traffic.peer):
+                continue
+            # Only pods have ports with names; a block is addresses, whoever has them.
+            nameless = direction == "Egress" and peer.get("ipBlock") is not None
+            if not ports or any(self._port_matches(item, traffic, nameless) for item in ports):
+                return True
+        return False
 
     def _peer_matches(self, policy: Manifest, item: Manifest, peer: _Party) -> bool:
         block = item.get("ipBlock")
@@ -278,10 +280,10 @@ class Oracle:
             return False
         return pod_selector is None or selector_matches(pod_selector, _labels(peer.pod))
 
-    def _port_matches(self, item: Manifest, traffic: _Traffic) -> bool:
+    def _port_matches(self, item: Manifest, traffic: _Traffic, nameless: bool = False) -> bool:
         """`protocol` defaults to TCP; without `port`, every port of it."""
         port, end_port = item.get("port"), item.get("endPort")
-        if self._expressible_only and isinstance(port, str):
+        if nameless and isinstance(port, str):
             return False
         if (item.get("protocol") or "TCP") != traffic.protocol:
             return False

@@ -25,23 +25,28 @@ from tidegate_operator.compile.peers import PeerSets
 from tidegate_operator.compile.rules import (
     Compiled,
     Inexpressible,
+    UsedSet,
+    asks_for_ports,
     compile_rules,
     inexpressible,
-    peer_fields,
+    used_sets,
 )
 from tidegate_operator.compile.services import ServiceTable
 from tidegate_operator.identities import Ledger
 from tidegate_operator.objects import (
     Direction,
     IdentityKey,
+    NamedPortPeer,
     ObjectName,
+    Picked,
     Pod,
-    PodPeer,
     Policy,
     PolicyName,
+    Protocol,
     World,
 )
 from tidegate_operator.problems import Problem, Source, at
+from tidegate_operator.relevance import port_label
 
 
 @dataclass(frozen=True)
@@ -97,12 +102,11 @@ class _Facts:
 
     policy: Policy
     inexpressible: tuple[Inexpressible, ...]
-    peers: tuple[tuple[str, str, PodPeer], ...]
-    """(field, name of the set, selector)"""
+    sets: tuple[UsedSet, ...]
 
 
 _PodCache = tuple[Pod, int, _Subject, Endpoint, tuple[IPCacheEntry, ...]]
-_RuleSetKey = tuple[Direction, tuple[int, ...]]
+_RuleSetKey = tuple[Direction, tuple[int, ...], tuple[tuple[tuple[Protocol, str], int], ...]]
 
 
 @dataclass
@@ -140,7 +144,7 @@ class Compiler:
 
     def __init__(self) -> None:
         self._peers = PeerSets()
-        self._used_peers: dict[str, PodPeer] = {}
+        self._used_peers: dict[str, Picked] = {}
         self._candidates: dict[str, tuple[Policy, ...]] = {}
         self._across = False
         """Whether some policy has its subjects in the namespaces of a selector."""
@@ -168,7 +172,9 @@ class Compiler:
         touched, on_host = self._count(world, old, changed, gone)
         if last is not None:
             self._new_subjects(world.pods[name].identity for name in changed)
-        self._peers.update(self._used_peers, ledger.live, world.namespaces)
+        self._peers.update(
+            self._used_peers, ledger.live, world.namespaces, world.identities, world.nodes
+        )
         self._pods_of(world, ledger, changed, gone)
         same_subjects = before == self._running.subjects.keys()
         if last is None or not same_subjects:
@@ -204,7 +210,7 @@ class Compiler:
         self._drop_rule_sets()
         self._facts = self._all_facts(world)
         self._used_peers = {
-            name: peer for facts in self._facts.values() for _, name, peer in facts.peers
+            used.name: used.peer for facts in self._facts.values() for used in facts.sets
         }
         self._running = _Running({}, {}, {}, {}, {}, set())
         self._pods = {name: held for name, held in self._pods.items() if name in world.pods}
@@ -323,20 +329,23 @@ class Compiler:
         self, key: IdentityKey, candidates: tuple[Policy, ...], before: _Subject | None
     ) -> _Subject:
         selecting = _selecting(key, candidates, before)
-        ingress = self._rules("Ingress", selecting)
-        egress = self._rules("Egress", selecting)
+        ingress = self._rules("Ingress", selecting, key)
+        egress = self._rules("Egress", selecting, key)
         parts = tuple(part for part in (ingress, egress) if part is not None)
         return _Subject(candidates, selecting, ingress, egress, parts)
 
-    def _rules(self, direction: Direction, selecting: tuple[Policy, ...]) -> Compiled | None:
+    def _rules(
+        self, direction: Direction, selecting: tuple[Policy, ...], subject: IdentityKey
+    ) -> Compiled | None:
         counting = tuple(policy for policy in selecting if policy.counts(direction))
         if not counting:
             return None
         # The result holds the policies, so no other object can take their ids.
-        key = (direction, tuple(map(id, counting)))
+        ports = _ports_of(subject, counting) if direction == "Ingress" else {}
+        key = (direction, tuple(map(id, counting)), tuple(sorted(ports.items())))
         held = self._rule_sets.get(key)
         if held is None:
-            held = self._rule_sets[key] = compile_rules(direction, counting)
+            held = self._rule_sets[key] = compile_rules(direction, counting, ports)
         return held
 
     # ---- what comes of each object ----
@@ -432,10 +441,12 @@ class Compiler:
         for node in world.nodes.values():
             for address in node.addresses + node.gateways:
                 cidr = _host(address)
-                found[cidr] = IPCacheEntry(cidr=cidr, identity=int(Reserved.REMOTE_NODE))
+                number = int(Reserved.REMOTE_NODE)
+                found[cidr] = IPCacheEntry(cidr=cidr, identity=number, node=node.name)
         for address in world.apiservers:
-            cidr = _host(address)
-            found[cidr] = IPCacheEntry(cidr=cidr, identity=int(Reserved.KUBE_APISERVER))
+            cidr, number = _host(address), int(Reserved.KUBE_APISERVER)
+            owner = found[cidr].node if cidr in found else UNSET
+            found[cidr] = IPCacheEntry(cidr=cidr, identity=number, node=owner)
         return {**found, **self._running.entries}
 
     # ---- what people should know ----
@@ -445,7 +456,7 @@ class Compiler:
         for name, policy in world.policies.items():
             held = self._facts.get(name)
             if held is None or held.policy is not policy:
-                held = _Facts(policy, inexpressible(policy), peer_fields(policy))
+                held = _Facts(policy, inexpressible(policy), used_sets(policy))
             found[name] = held
         return found
 
@@ -492,19 +503,32 @@ def _say(facts: _Facts, source: Source, peers: PeerSets) -> list[Problem]:
         at(
             source,
             "error",
-            f"{part.what} is not yet expressible: this entry allows nothing",
+            part.message,
             object=str(name),
             field=part.field,
-            remedy="use single port numbers",
+            remedy=part.remedy,
         )
         for part in facts.inexpressible
     ]
     problems += [
-        _warning(name, source, field, "selects no peer now")
-        for field, peer, _ in facts.peers
-        if peers.is_empty(peer)
+        _warning(name, source, used.field, _nobody(used))
+        for used in facts.sets
+        if peers.is_empty(used.name)
     ]
     return problems
+
+
+def _nobody(used: UsedSet) -> str:
+    if isinstance(used.peer, NamedPortPeer):
+        return "no peer has a port of this name now"
+    return "selects no peer now"
+
+
+def _ports_of(subject: IdentityKey, policies: Iterable[Policy]) -> dict[tuple[Protocol, str], int]:
+    """Those of the subject's own named ports that ingress rules ask for."""
+    labels = dict(subject.labels)
+    asked = asks_for_ports(policies)
+    return {name: int(text) for name in asked if (text := labels.get(port_label(*name)))}
 
 
 def _selecting(

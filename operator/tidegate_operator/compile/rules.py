@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from msgspec import UNSET
 from msgspec.structs import replace
+from tidegate_api import state
 from tidegate_api.state import (
     FORMAT,
     AnyPeer,
@@ -25,20 +27,38 @@ from tidegate_api.state import (
 
 from tidegate_operator.compile.peers import set_name
 from tidegate_operator.compile.precedence import in_force, isolating, precedences
-from tidegate_operator.objects import Action, BlockPeer, Direction, PodPeer, Policy, PolicyRule
+from tidegate_operator.objects import (
+    PROTOCOLS,
+    Action,
+    BlockPeer,
+    Direction,
+    EntityPeer,
+    NamedPortPeer,
+    Picked,
+    PodPeer,
+    Policy,
+    PolicyPeer,
+    PolicyPort,
+    PolicyRule,
+    Protocol,
+    named_port_peers,
+)
 
 DIRECTIONS: tuple[Direction, Direction] = ("Ingress", "Egress")
 
 
 class _Match(NamedTuple):
-    """What a term matches, and the order of terms. "" and 0: any."""
+    """What a term matches, and the order of terms. "" and 0: any; `icmp_*` -1: any."""
 
     kind: str
     peer: str
     excepts: tuple[str, ...]
     protocol: str
     port: int
-    end_port: int
+    end_port: int = 0
+    port_name: str = ""
+    icmp_type: int = -1
+    icmp_code: int = -1
 
 
 class _Key(NamedTuple):
@@ -63,16 +83,25 @@ class Compiled:
         return self.rule_set.metadata.name
 
 
+Ports = Mapping[tuple[Protocol, str], int]
+"""The subject's own named ports: (protocol, name) -> number."""
+NO_PORTS: Ports = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class Inexpressible:
-    """A port entry that allows nothing yet; `field` is its path in the policy."""
+    """A part of a rule that matches nothing; `field` is its path in the policy."""
 
     field: str
-    what: str
+    message: str
+    remedy: str
 
 
-def compile_rules(direction: Direction, policies: tuple[Policy, ...]) -> Compiled:
-    """The rule set of a subject of exactly `policies`, each of which counts in `direction`."""
+def compile_rules(
+    direction: Direction, policies: tuple[Policy, ...], ports: Ports = NO_PORTS
+) -> Compiled:
+    """The rule set of a subject of exactly `policies`, each of which counts in `direction`.
+    `ports`: of the subject, those that the policies' ingress rules name."""
     having = in_force(policies, direction)
     ranks = precedences(having, direction)
     isolate = [policy for policy in having if isolating(policy, direction)]
@@ -84,7 +113,7 @@ def compile_rules(direction: Direction, policies: tuple[Policy, ...]) -> Compile
             if rule.log:
                 logged.add((number, index))
             precedence = ranks[policy.name, index]
-            for match in _matches(rule):
+            for match in _matches(direction, rule, ports):
                 # Visited in order of (policy, rule): the lowest rule stays.
                 key = _Key(match, precedence, rule.action, policy.audit)
                 first.setdefault(key, (number, index))
@@ -112,25 +141,54 @@ def compile_rules(direction: Direction, policies: tuple[Policy, ...]) -> Compile
     return Compiled(rule_set(spec), tuple(sorted(named)), policies)
 
 
-def _matches(rule: PolicyRule) -> Iterator[_Match]:
-    ports: list[tuple[str, int, int]] = [("", 0, 0)]
-    if rule.ports is not None:
-        ports = [
-            (port.protocol, port.port or 0, port.end_port or 0)
-            for port in rule.ports
-            if not isinstance(port.port, str)
-        ]
-    peers: list[tuple[str, str, tuple[str, ...]]] = [("any", "", ())]
-    if rule.peers is not None:
-        peers = [
-            ("cidr", peer.cidr, peer.excepts)
-            if isinstance(peer, BlockPeer)
-            else ("set", set_name(peer), ())
-            for peer in rule.peers
-        ]
-    for peer in peers:
-        for port in ports:
-            yield _Match(*peer, *port)
+def _matches(direction: Direction, rule: PolicyRule, ports: Ports) -> Iterator[_Match]:
+    named = named_port_peers(rule.peers)
+    for place, peer in enumerate(rule.peers if rule.peers is not None else (None,)):
+        start = _Match(*_peer(peer), "", 0)
+        if rule.ports is None:
+            yield start
+            continue
+        for port in rule.ports:
+            if not isinstance(port.port, str):
+                yield _numbered(start, port)
+            elif direction == "Ingress":
+                for protocol in _protocols(port):
+                    number = ports.get((protocol, port.port))
+                    if number is not None:
+                        yield start._replace(protocol=protocol, port=number)
+            elif (peers := _port_set(named[place], port)) is not None:
+                name, wanted = set_name(peers), port.protocol or ""
+                yield _Match("set", name, (), wanted, 0, port_name=port.port)
+
+
+def _numbered(start: _Match, port: PolicyPort) -> _Match:
+    assert not isinstance(port.port, str)
+    return start._replace(
+        protocol=port.protocol or "",
+        port=port.port or 0,
+        end_port=port.end_port or 0,
+        icmp_type=-1 if port.icmp_type is None else port.icmp_type,
+        icmp_code=-1 if port.icmp_code is None else port.icmp_code,
+    )
+
+
+def _protocols(port: PolicyPort) -> Iterator[Protocol]:
+    for protocol in PROTOCOLS:
+        if port.protocol in (None, protocol):
+            yield protocol
+
+
+def _peer(peer: PolicyPeer | None) -> tuple[str, str, tuple[str, ...]]:
+    """Kind, peer and excepts of a match; None: of any peer."""
+    match peer:
+        case None:
+            return "any", "", ()
+        case BlockPeer():
+            return "cidr", peer.cidr, peer.excepts
+        case EntityPeer("host" | "remote-node" | "kube-apiserver"):
+            return "entity", peer.entity, ()
+        case _:
+            return "set", set_name(peer), ()
 
 
 def _term(key: _Key, rule: int) -> Term:
@@ -141,6 +199,8 @@ def _term(key: _Key, rule: int) -> Term:
             peer = AnyPeer()
         case "set":
             peer = SetPeer(name=match.peer)
+        case "entity":
+            peer = state.EntityPeer(entity=match.peer)  # type: ignore[arg-type]
         case _:
             peer = CIDRPeer(cidr=match.peer, excepts=list(match.excepts))
     return Term(
@@ -151,28 +211,92 @@ def _term(key: _Key, rule: int) -> Term:
         protocol=match.protocol or UNSET,  # type: ignore[arg-type]
         port=match.port or UNSET,
         end_port=match.end_port if match.end_port > match.port else UNSET,
+        port_name=match.port_name or UNSET,
+        icmp_type=match.icmp_type if match.icmp_type >= 0 else UNSET,
+        icmp_code=match.icmp_code if match.icmp_code >= 0 else UNSET,
         audit=key.audit,
     )
 
 
+def asks_for_ports(policies: Iterable[Policy]) -> frozenset[tuple[Protocol, str]]:
+    """The named ports of their subjects that ingress rules ask for."""
+    return frozenset(
+        name for policy in policies for rule in policy.ingress for name in rule.port_names
+    )
+
+
 def inexpressible(policy: Policy) -> tuple[Inexpressible, ...]:
-    """The port entries of `policy` that allow nothing yet (DESIGN invariant 13)."""
+    """The named ports of peers that have none (DESIGN invariant 13)."""
+    return tuple(
+        Inexpressible(
+            _port_field(policy, "Egress", index, place),
+            f"the port name {port.port!r} matches nothing at peers that are no pods",
+            "use a number there",
+        )
+        for index, rule in enumerate(policy.egress)
+        if None in named_port_peers(rule.peers)
+        for place, port in enumerate(rule.ports or ())
+        if isinstance(port.port, str)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class UsedSet:
+    """A peer set that a policy's rule sets may name, and the field that asks for it."""
+
+    field: str
+    name: str
+    peer: Picked
+
+
+def used_sets(policy: Policy) -> tuple[UsedSet, ...]:
     found = []
     for direction in DIRECTIONS:
         for index, rule in enumerate(policy.rules(direction)):
+            for place, peer in enumerate(rule.peers or ()):
+                kind, name, _ = _peer(peer)
+                if kind == "set":
+                    assert not isinstance(peer, BlockPeer)
+                    found.append(UsedSet(_peer_field(policy, direction, index, place), name, peer))
+            if direction == "Ingress":
+                continue
             for place, port in enumerate(rule.ports or ()):
-                field = f"spec.{direction.lower()}[{index}].ports[{place}]"
-                if isinstance(port.port, str):
-                    found.append(Inexpressible(f"{field}.port", f"the named port {port.port!r}"))
+                for named in _port_sets(rule, port):
+                    field = _port_field(policy, direction, index, place)
+                    found.append(UsedSet(field, set_name(named), named))
     return tuple(found)
 
 
-def peer_fields(policy: Policy) -> tuple[tuple[str, str, PodPeer], ...]:
-    """Each pod peer of `policy`: its path, the name of its set, itself."""
-    return tuple(
-        (f"spec.{direction.lower()}[{index}].{side}[{place}]", set_name(peer), peer)
-        for direction, side in zip(DIRECTIONS, ("from", "to"), strict=True)
-        for index, rule in enumerate(policy.rules(direction))
-        for place, peer in enumerate(rule.peers or ())
-        if isinstance(peer, PodPeer)
-    )
+def _port_sets(rule: PolicyRule, port: PolicyPort) -> Iterator[NamedPortPeer]:
+    for pods in named_port_peers(rule.peers):
+        named = _port_set(pods, port)
+        if named is not None:
+            yield named
+
+
+def _port_set(pods: PodPeer | None, port: PolicyPort) -> NamedPortPeer | None:
+    """Those of `pods` that have the port, at egress; None: nobody."""
+    if pods is None or not isinstance(port.port, str):
+        return None
+    protocol = next((known for known in PROTOCOLS if known == port.protocol), None)
+    return NamedPortPeer(pods, protocol, port.port)
+
+
+def _peer_field(policy: Policy, direction: Direction, index: int, place: int) -> str:
+    rule = policy.rules(direction)[index]
+    side = "from" if direction == "Ingress" else "to"
+    if policy.name.kind == "TrafficPolicy":
+        side = "peers"
+    written = rule.written[place] if rule.written else place
+    return f"spec.{direction.lower()}[{index}].{side}[{written}]"
+
+
+def _port_field(policy: Policy, direction: Direction, index: int, place: int) -> str:
+    rule = f"spec.{direction.lower()}[{index}]"
+    match policy.name.kind:
+        case "NetworkPolicy":
+            return f"{rule}.ports[{place}].port"
+        case "ClusterNetworkPolicy":
+            return f"{rule}.protocols[{place}].destinationNamedPort"
+        case _:
+            return f"{rule}.ports[{place}].portName"

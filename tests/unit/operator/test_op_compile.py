@@ -42,7 +42,9 @@ def _terms(desired: Desired, name: str | None, names: dict[str, str]) -> list[st
         assert (term.action, term.precedence) == ("Allow", DEVELOPER_PRECEDENCE)
         rule = spec.rules[term.rule]
         owner = spec.policies[rule.policy].name
-        ports = str(term.port or "*") + (f"-{term.end_port}" if term.end_port else "")
+        ports = str(term.port or term.port_name or "*") + (
+            f"-{term.end_port}" if term.end_port else ""
+        )
         short.append(f"{peer} {term.protocol or '*'} {ports} <- {owner}[{rule.index}]")
     return short
 
@@ -90,9 +92,18 @@ MEANINGS = [
       "{default/web} TCP 1 <- p[0]"], None),
     ("equal terms keep the lowest rule", "{ingress: [{ports: [{port: 1}]}, {ports: [{port: 2}]}, "
      "{ports: [{port: 1}]}]}", ["any TCP 1 <- p[0]", "any TCP 2 <- p[1]"], None),
-    ("a named port allows nothing, its neighbour does",
-     "{ingress: [{ports: [{port: web}, {port: 80}]}]}", ["any TCP 80 <- p[0]"], None),
-    ("only a named port: isolated", "{ingress: [{ports: [{port: web}]}]}", [], None),
+    ("a port name that the subject lacks allows nothing, its neighbour does",
+     "{ingress: [{ports: [{port: dns}, {port: 81}]}]}", ["any TCP 81 <- p[0]"], None),
+    ("only a port name that it lacks: isolated", "{ingress: [{ports: [{port: dns}]}]}", [], None),
+    ("a port name of another protocol", "{ingress: [{ports: [{port: web, protocol: UDP}]}]}", [],
+     None),
+    ("a port name is the subject's own number", "{ingress: [{ports: [{port: web}]}]}",
+     ["any TCP 80 <- p[0]"], None),
+    ("a port name at a block, at ingress", "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8}}], "
+     "ports: [{port: web}]}]}", ["10.0.0.0/8 TCP 80 <- p[0]"], None),
+    ("a port name at egress is the peers'", "{policyTypes: [Egress], egress: [{to: [{podSelector: "
+     "{}}, {ipBlock: {cidr: 10.0.0.0/8}}], ports: [{port: web}]}]}", None,
+     ["{default/db default/web} TCP web <- p[0]"]),
     ("endPort", "{ingress: [{ports: [{port: 1, endPort: 9}, {port: 7, endPort: 7}]}]}",
      ["any TCP 1-9 <- p[0]", "any TCP 7 <- p[0]"], None),
     ("every port is not every protocol", "{ingress: [{ports: [{port: 1, endPort: 65535}]}]}",
@@ -192,7 +203,10 @@ SAID = [
     ("selects no pod", "{podSelector: {matchLabels: {app: x}}}", "spec.podSelector", "warning"),
     ("selects no peer", "{ingress: [{}, {from: [{podSelector: {}}, {podSelector: {matchLabels: "
      "{app: x}}}]}]}", "spec.ingress[1].from[1]", "warning"),
-    ("named port", "{egress: [{ports: [{port: web}]}]}", "spec.egress[0].ports[0].port", "error"),
+    ("a port name that nobody has", "{egress: [{ports: [{port: dns}]}]}",
+     "spec.egress[0].ports[0].port", "warning"),
+    ("a port name at a block", "{egress: [{to: [{ipBlock: {cidr: 10.0.0.0/8}}], ports: [{port: "
+     "web}]}]}", "spec.egress[0].ports[0].port", "error"),
 ]  # fmt: skip
 
 
