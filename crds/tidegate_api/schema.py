@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ import msgspec
 from msgspec import inspect as types
 from pydantic import BaseModel
 
-from tidegate_api import GROUP, VERSION, service, state, users
+from tidegate_api import GROUP, VERSION, state, trafficpolicy, users
 
 Schema = dict[str, Any]
 
@@ -86,6 +87,17 @@ POLICY_COLUMNS = (
     AGE,
 )
 
+
+class TrafficPolicy(state.Model, frozen=True):
+    __doc__ = trafficpolicy.TrafficPolicy.__doc__
+
+    api_version: str
+    kind: str
+    metadata: state.Meta
+    spec: dict[str, str]
+    """What the policy says."""
+
+
 KINDS = (
     Kind(
         state.Identity,
@@ -128,6 +140,14 @@ KINDS = (
             ),
         ),
         people=users.IdentitySpec,
+    ),
+    Kind(
+        TrafficPolicy,
+        "trafficpolicies",
+        "tgp",
+        (("MODE", ".spec.mode", "string"), ("ISOLATES", ".spec.isolates", "string"), AGE),
+        namespaced=True,
+        people=trafficpolicy.TrafficPolicySpec,
     ),
     Kind(
         state.NodeState,
@@ -359,30 +379,65 @@ def _sparse(**values: Any) -> Schema:
 
 
 def _of_model(model: type[BaseModel]) -> Schema:
-    """A model as structural schema. It may hold no other model yet."""
+    """A model as structural schema."""
     source = model.model_json_schema()
+    return _object(model, source, source.get("$defs", {}), _models(model))
+
+
+def _models(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """By name: those of its module, and itself."""
+    found = {
+        name: item
+        for name, item in vars(sys.modules[model.__module__]).items()
+        if isinstance(item, type) and issubclass(item, BaseModel)
+    }
+    return {**found, model.__name__: model}
+
+
+def _object(
+    model: type[BaseModel],
+    source: Mapping[str, Any],
+    definitions: Mapping[str, Any],
+    models: Mapping[str, type[BaseModel]],
+) -> Schema:
     found: Schema = {"type": "object"}
     if source.get("required"):
         found["required"] = source["required"]
+    if getattr(model, "exactly_one", False):
+        found |= {"minProperties": 1, "maxProperties": 1}
+    if rules := getattr(model, "cel", ()):
+        found["x-kubernetes-validations"] = [
+            {"rule": rule, "message": message} for rule, message in rules
+        ]
     by_alias = {field.alias or name: name for name, field in model.model_fields.items()}
     found["properties"] = {
-        name: {"description": _describe(model, by_alias[name]), **_structural(schema)}
+        name: {
+            "description": _describe(model, by_alias[name]),
+            **_structural(schema, definitions, models),
+        }
         for name, schema in source["properties"].items()
     }
     return found
 
 
-def _structural(source: Mapping[str, Any]) -> Schema:
+def _structural(
+    source: Mapping[str, Any],
+    definitions: Mapping[str, Any],
+    models: Mapping[str, type[BaseModel]],
+) -> Schema:
     """JSON Schema as pydantic writes it -> structural: absent is the only null."""
-    found = {k: v for k, v in source.items() if k not in ("title", "default", "anyOf")}
+    if "$ref" in source:
+        name = source["$ref"].rpartition("/")[2]
+        return _object(models[name], definitions[name], definitions, models)
+    found = {k: v for k, v in source.items() if k not in ("title", "default", "anyOf", "const")}
     for member in source.get("anyOf", ()):
         if member.get("type") != "null":
-            found = {**_structural(member), **found}
+            found = {**_structural(member, definitions, models), **found}
     for inner in ("items", "additionalProperties"):
         if inner in found:
-            found[inner] = _structural(found[inner])
+            found[inner] = _structural(found[inner], definitions, models)
     if found.get("type") == "array":
-        found["x-kubernetes-list-type"] = "atomic"
+        found.setdefault("x-kubernetes-list-type", "atomic")
     return found
 
 
@@ -404,7 +459,7 @@ def _describe(holder: type, field: str) -> str:
 @functools.cache
 def _docstrings(module: str) -> dict[tuple[str, str], str]:
     """(class, field) -> the string below it."""
-    tree = ast.parse(inspect.getsource({m.__name__: m for m in (service, state, users)}[module]))
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
     found = {}
     for holder in ast.walk(tree):
         if isinstance(holder, ast.ClassDef):

@@ -128,7 +128,7 @@ def _port(value: int) -> int:
     return value
 
 
-def _port_name(value: str) -> str:
+def port_name(value: str) -> str:
     if len(value) > 15 or not _PORT_NAME.fullmatch(value):
         raise invalid(
             f"{_short(value)!r} is not a port name",
@@ -144,7 +144,7 @@ def _port_or_name(value: object) -> object:
         return _port(value)
     if value.isdigit():
         raise invalid(f"{value!r} is text, not a number", f"write it without quotes: {value}")
-    return _port_name(value)
+    return port_name(value)
 
 
 def network(text: str) -> IPNetwork:
@@ -207,11 +207,11 @@ def _cluster_ip(value: str) -> str:
 
 
 DNSLabel = Annotated[str, AfterValidator(_dns_label), _matching(_LABEL, MAX_NAME)]
-Subdomain = Annotated[str, AfterValidator(_subdomain)]
+Subdomain = Annotated[str, AfterValidator(_subdomain), _matching(_SUBDOMAIN, MAX_SUBDOMAIN)]
 Labels = Annotated[dict[str, str], BeforeValidator(_null_values), AfterValidator(_labels)]
 Annotations = Annotated[dict[str, str], BeforeValidator(_null_values)]
 Port = Annotated[int, AfterValidator(_port)]
-PortName = Annotated[str, AfterValidator(_port_name)]
+PortName = Annotated[str, AfterValidator(port_name)]
 PortOrName = Annotated[Any, BeforeValidator(_port_or_name)]
 """int or str; a union would hide which of the two was meant in its errors."""
 CIDR = Annotated[str, AfterValidator(_cidr)]
@@ -655,14 +655,19 @@ class NetworkPolicy(Object):
 # ---- Identity ----------------------------------------------------------------------------------
 
 
-def _external(value: str) -> str:
-    """A CIDR as an API server's CEL library reads it too."""
+def external_network(value: str) -> IPNetwork:
+    """A CIDR as an API server's CEL library reads it too. Raises `invalid`."""
     whole = network(value)
     bits = value.partition("/")[2]
     if bits != str(whole.prefixlen):
         raise invalid(f"{value!r} has zeros before its bits", f"write {whole}")
     if isinstance(whole, ipaddress.IPv6Network) and whole.network_address.ipv4_mapped is not None:
         raise invalid(f"{value!r} is an IPv4 network in IPv6 form", "write it as IPv4")
+    return whole
+
+
+def _external(value: str) -> str:
+    external_network(value)
     return value
 
 
@@ -786,35 +791,3 @@ class Identity(Own):
                 "begin it with a letter: decimal names are the operator's own",
             )
         return self
-
-
-AnyObject = (
-    Namespace
-    | Node
-    | Pod
-    | Deployment
-    | ReplicaSet
-    | StatefulSet
-    | DaemonSet
-    | Job
-    | Service
-    | EndpointSlice
-    | NetworkPolicy
-    | Identity
-)
-
-KINDS: dict[tuple[str, str], type[AnyObject]] = {
-    ("v1", "Namespace"): Namespace,
-    ("v1", "Node"): Node,
-    ("v1", "Pod"): Pod,
-    ("v1", "Service"): Service,
-    ("apps/v1", "Deployment"): Deployment,
-    ("apps/v1", "ReplicaSet"): ReplicaSet,
-    ("apps/v1", "StatefulSet"): StatefulSet,
-    ("apps/v1", "DaemonSet"): DaemonSet,
-    ("batch/v1", "Job"): Job,
-    ("discovery.k8s.io/v1", "EndpointSlice"): EndpointSlice,
-    ("networking.k8s.io/v1", "NetworkPolicy"): NetworkPolicy,
-    ("tidegate.dev/v1alpha1", "Identity"): Identity,
-}
-"""(apiVersion, kind) -> model: every kind that Tidegate reads from people."""

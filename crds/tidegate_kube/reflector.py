@@ -136,7 +136,9 @@ class Reflector(Generic[_T]):
     `decode` turns an object's JSON into a value; whatever it raises is about that object
     only, which keeps its last valid value and is named in `invalid`. A value equal to the
     one held is dropped, so decode no more than you use. `changed` is called, in the
-    reflector's thread and without a lock, after snapshot(), synced or invalid changed."""
+    reflector's thread and without a lock, after snapshot(), synced or invalid changed.
+    `optional`: a kind that the server does not serve has no objects, until it does; if it was
+    served before, those that were held then stay."""
 
     def __init__(
         self,
@@ -149,6 +151,7 @@ class Reflector(Generic[_T]):
         field_selector: str = "",
         label_selector: str = "",
         pace: Pace | None = None,
+        optional: bool = False,
     ) -> None:
         self.resource = resource
         self._client = client
@@ -158,6 +161,7 @@ class Reflector(Generic[_T]):
         self._field_selector = field_selector
         self._label_selector = label_selector
         self._pace = pace or Pace()
+        self._optional = optional
         self._backoff = Backoff(self._pace.first_delay, self._pace.longest_delay)
         self._thread = threading.Thread(
             target=self._run, name=f"reflect-{resource.plural}", daemon=True
@@ -200,7 +204,8 @@ class Reflector(Generic[_T]):
 
     @property
     def synced(self) -> bool:
-        """A complete list has been read, and the kind has not been forbidden or gone since."""
+        """A complete list has been read, and the kind has not been forbidden or gone since; or
+        it is optional, and not served."""
         return self._synced
 
     @property
@@ -277,8 +282,12 @@ class Reflector(Generic[_T]):
         self._error = str(error)
         if self._failing_since is None:
             self._failing_since = time.monotonic()
-        if missing and self._synced:
-            self._synced = False
+        # A server answers NotFound only once it knows all that it serves, Unavailable before.
+        synced = self._synced and not missing
+        if self._optional and isinstance(error, NotFound):
+            synced = True
+        if synced != self._synced:
+            self._synced = synced
             self._changed()
         return delay
 

@@ -47,6 +47,10 @@ CONFIG_MAPS = Resource("", "v1", "configmaps", "ConfigMap", True)
 SERVICE_ACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount", True)
 ENDPOINT_SLICES = Resource("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice", True)
 NETWORK_POLICIES = Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy", True)
+CLUSTER_NETWORK_POLICIES = Resource(
+    "policy.networking.k8s.io", "v1alpha2", "clusternetworkpolicies", "ClusterNetworkPolicy", False
+)
+"""Its CRD is the users' to install, or not."""
 LEASES = Resource("coordination.k8s.io", "v1", "leases", "Lease", True)
 EVENTS = Resource("events.k8s.io", "v1", "events", "Event", True)
 CRDS = Resource(
@@ -57,4 +61,8 @@ IDENTITIES = Resource(_OURS, "v1alpha1", "identities", "Identity", False)
 RULE_SETS = Resource(_OURS, "v1alpha1", "rulesets", "RuleSet", False)
 STATE_SLICES = Resource(_OURS, "v1alpha1", "stateslices", "StateSlice", False)
 NODE_STATES = Resource(_OURS, "v1alpha1", "nodestates", "NodeState", False)
+TRAFFIC_POLICIES = Resource(_OURS, "v1alpha1", "trafficpolicies", "TrafficPolicy", True)
 POLICY_STATUSES = Resource(_OURS, "v1alpha1", "policystatuses", "PolicyStatus", True)
+CLUSTER_POLICY_STATUSES = Resource(
+    _OURS, "v1alpha1", "clusterpolicystatuses", "ClusterPolicyStatus", False
+)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
-from tidegate_api.users import KINDS, AnyObject
+from tidegate_api.kinds import KINDS, AnyObject
 
 from tidegate_operator import yamldoc
 from tidegate_operator.problems import Problem, Source, at

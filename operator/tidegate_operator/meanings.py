@@ -9,10 +9,19 @@ import ipaddress
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from tidegate_api import users
+from tidegate_api.clusterpolicy import ClusterNetworkPolicy
+from tidegate_api.trafficpolicy import TrafficPolicy
+from tidegate_api.users import NetworkPolicy
 
-from tidegate_operator import policies as policy_meaning
+from tidegate_operator import cluster_policies, traffic_policies
+from tidegate_operator import policies as network_policies
 from tidegate_operator.objects import NAME_LABEL, IdentityKey, Policy, PolicyName, UserIdentity
+from tidegate_operator.policies import RulePlace
 from tidegate_operator.relevance import Relevance
+
+WrittenPolicy = NetworkPolicy | ClusterNetworkPolicy | TrafficPolicy
+POLICY_KINDS = ("ClusterNetworkPolicy", "NetworkPolicy", "TrafficPolicy")
+"""In the order of their names."""
 
 
 def namespaces(labels: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
@@ -22,9 +31,9 @@ def namespaces(labels: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, s
 
 
 def policies(
-    written: Mapping[PolicyName, users.NetworkPolicy],
+    written: Mapping[PolicyName, WrittenPolicy],
     previous: Mapping[PolicyName, Policy],
-    unread: Mapping[PolicyName, Collection[policy_meaning.RulePlace]] | None = None,
+    unread: Mapping[PolicyName, Collection[RulePlace]] | None = None,
 ) -> dict[PolicyName, Policy]:
     """In the order of `written`; the policy of `previous` where the meaning is the same.
     `unread`: see `policies.policy`."""
@@ -34,7 +43,7 @@ def policies(
         if before is not None and before.origin is item:
             found[name] = before
             continue
-        now = policy_meaning.policy(name, item, (unread or {}).get(name, ()))
+        now = _policy(name, item, (unread or {}).get(name, ()))
         found[name] = now if before != now or before is None else before
     return found
 
@@ -51,6 +60,16 @@ def held(asked: Relevance, before: Relevance, hold: bool) -> Relevance:
     so that numbers split before a policy needs it, and are one again only when none does."""
     found = asked.with_(before) if hold else asked
     return before if found == before else found
+
+
+def _policy(name: PolicyName, written: WrittenPolicy, unread: Collection[RulePlace]) -> Policy:
+    match written:
+        case NetworkPolicy():
+            return network_policies.policy(name, written, unread)
+        case ClusterNetworkPolicy():
+            return cluster_policies.policy(name, written, unread)
+        case TrafficPolicy():
+            return traffic_policies.policy(name, written, unread)
 
 
 def user_identities(

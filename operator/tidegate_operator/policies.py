@@ -1,6 +1,7 @@
 """NetworkPolicy as written -> Policy as meant: upstream defaults, normal forms.
 
-This is the one place that knows what null, [], {} and absence mean in NetworkPolicy.
+This is the one place that knows what null, [], {} and absence mean in NetworkPolicy; its
+neighbours `cluster_policies` and `traffic_policies` know the other kinds.
 """
 
 from __future__ import annotations
@@ -78,19 +79,25 @@ def _peers(
 
 def _peer(namespace: str, written: users.NetworkPolicyPeer) -> PodPeer | BlockPeer:
     if written.ip_block is not None:
-        block = written.ip_block
-        excepts = {ipaddress.ip_network(text) for text in block.except_}
-        ordered = sorted(excepts, key=lambda net: (int(net.network_address), net.prefixlen))
-        return BlockPeer(str(ipaddress.ip_network(block.cidr)), tuple(str(net) for net in ordered))
+        return block(written.ip_block.cidr, written.ip_block.except_)
     pods = selector(written.pod_selector) if written.pod_selector is not None else Selector()
     if written.namespace_selector is None:
         return PodPeer(namespace, None, pods)
-    spaces = selector(written.namespace_selector)
-    match spaces.requirements:
+    return pods_in(selector(written.namespace_selector), pods)
+
+
+def block(cidr: str, excepts: Sequence[str]) -> BlockPeer:
+    found = {ipaddress.ip_network(text) for text in excepts}
+    ordered = sorted(found, key=lambda net: (int(net.network_address), net.prefixlen))
+    return BlockPeer(str(ipaddress.ip_network(cidr)), tuple(str(net) for net in ordered))
+
+
+def pods_in(namespaces: Selector, pods: Selector) -> PodPeer:
+    match namespaces.requirements:
         case (Requirement(key=key, operator="In", values=(only,)),) if key == NAME_LABEL:
             # The label is the namespace's name, always: the same pods as naming it.
             return PodPeer(only, None, pods)
-    return PodPeer(None, spaces, pods)
+    return PodPeer(None, namespaces, pods)
 
 
 def _ports(written: Sequence[users.NetworkPolicyPort]) -> tuple[PolicyPort, ...] | None:

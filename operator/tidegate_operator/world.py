@@ -34,6 +34,7 @@ from tidegate_operator.relevance import DEFAULTS as DEFAULT_IDENTITIES
 from tidegate_operator.relevance import Relevance, Settings, relevance
 
 COMMAND_ANNOTATION = "tidegate.dev/command"
+HOSTNAME_LABEL = "kubernetes.io/hostname"
 DEFAULT_NODES = 2
 MAX_NODES = 64
 MAX_PODS = 10_000
@@ -167,7 +168,9 @@ class _Builder:
             by_kind.setdefault(key.kind, []).append(documents[key])
         nodes = self._nodes(by_kind.get("Node", []))
         namespaces = self._namespaces(documents, by_kind.get("Namespace", []))
-        found = self._policies(by_kind.get("NetworkPolicy", []))
+        found = self._policies(
+            [document for kind in meanings.POLICY_KINDS for document in by_kind.get(kind, [])]
+        )
         items = [item.object for item in by_kind.get("Identity", [])]
         made = [item.spec for item in items if isinstance(item, users.Identity)]
         asked = relevance(found.values(), self.options.identities, meanings.named(made))
@@ -219,12 +222,9 @@ class _Builder:
                 )
             )
         names = names[:count]
+        labels = {document.key.name: document.object.metadata.labels for document in documents}
         fillers = (f"node-{number}" for number in range(1, 2 * MAX_NODES + 1))
         names += [name for name in fillers if name not in names][: count - len(names)]
-        zones = {
-            document.key.name: document.object.metadata.labels.get(services.ZONE_LABEL, "")
-            for document in documents
-        }
         known = {name: self.previous.nodes[name] for name in names if name in self.previous.nodes}
         taken = {node.index for node in known.values()}
         free = iter(index for index in range(MAX_NODES) if index not in taken)
@@ -232,11 +232,12 @@ class _Builder:
         for name in sorted(names):
             before = known.get(name)
             index = before.index if before is not None else next(free)
-            made = self._node(name, index, zones.get(name, ""))
+            made = self._node(name, index, labels.get(name, {}))
             found[name] = before if before is not None and before == made else made
         return found
 
-    def _node(self, name: str, index: int, zone: str) -> MadeNode:
+    def _node(self, name: str, index: int, labels: Mapping[str, str]) -> MadeNode:
+        """A node has its name as a label, as its kubelet would give it."""
         addresses = tuple(
             str(ipaddress.ip_address(first) + index) for first in self.options.first_node
         )
@@ -251,7 +252,8 @@ class _Builder:
             addresses=addresses,
             pod_cidrs=tuple(cidrs),
             index=index,
-            zone=zone,
+            zone=labels.get(services.ZONE_LABEL, ""),
+            labels={HOSTNAME_LABEL: name, **labels},
             port_addresses=services.port_addresses(addresses, self.options.services),
         )
 
@@ -271,7 +273,7 @@ class _Builder:
     def _policies(self, documents: Sequence[Document]) -> dict[PolicyName, Policy]:
         written = {}
         for document in documents:
-            assert isinstance(document.object, users.NetworkPolicy)
+            assert isinstance(document.object, meanings.WrittenPolicy)
             written[PolicyName(*document.key)] = document.object
         return meanings.policies(written, self.previous.policies)
 

@@ -17,11 +17,8 @@ import msgspec
 import pytest
 from manifests.rendered import MANIFESTS, NAMESPACE, ROOT
 from support.apiserver import ApiServer, binary, create, running
-from tidegate_kube import Access, Client, Forbidden, KubeError, Resource, resources
+from tidegate_kube import Access, Client, Forbidden, KubeError, resources
 
-CLUSTER_POLICY_STATUSES = Resource(
-    "tidegate.dev", "v1alpha1", "clusterpolicystatuses", "ClusterPolicyStatus", False
-)
 BY_KIND = {
     resource.kind: resource
     for resource in (
@@ -30,7 +27,8 @@ BY_KIND = {
         resources.RULE_SETS,
         resources.STATE_SLICES,
         resources.POLICY_STATUSES,
-        CLUSTER_POLICY_STATUSES,
+        resources.CLUSTER_POLICY_STATUSES,
+        resources.TRAFFIC_POLICIES,
     )
 }
 WAIT_SECONDS = 60.0

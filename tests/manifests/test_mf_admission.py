@@ -92,6 +92,28 @@ def test_who_may_view_sees_what_became_of_policies(installed: Installed) -> None
     assert not may("get policystatuses", "-n", "kube-system")
     assert not may("delete policystatuses", "-n", "default")
     assert not may("list identities", "-A")
+    assert may("list trafficpolicies", "-n", "default")
+    assert not may("create trafficpolicies", "-n", "default")
+
+
+def test_who_may_edit_writes_traffic_policies(installed: Installed) -> None:
+    def may(who: str, what: str, where: str) -> bool:
+        asked = ("auth", "can-i", *what.split(), f"--as={who}", "-n", where)
+        return installed.kubectl(*asked, check=False).stdout.strip() == "yes"
+
+    for role in ("edit", "admin"):
+        grant = ("create", "rolebinding", f"an-{role}", f"--clusterrole={role}", f"--user={role}")
+        installed.kubectl(*grant, "-n", "default")
+    with _controller(installed, "clusterrole-aggregation-controller"):
+        for role in ("edit", "admin"):
+            eventually(
+                lambda who=role: may(who, "create trafficpolicies", "default"),  # type: ignore[misc]
+                "the role is aggregated",
+            )
+            assert may(role, "delete trafficpolicies", "default")
+            assert not may(role, "create trafficpolicies", "kube-system")
+            assert not may(role, "create identities", "default")
+            assert not may(role, "update policystatuses", "default")
 
 
 def test_no_policy_has_an_expression_of_wrong_type(installed: Installed) -> None:

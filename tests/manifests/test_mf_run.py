@@ -22,7 +22,15 @@ import yaml
 from manifests.installed import Installed, identity, install
 from manifests.rendered import MANIFESTS
 from support.permissions import Comparison, Permission, compare
-from support.town_api import apply, node, pod, remove
+from support.town_api import (
+    apply,
+    cluster_policy,
+    install_cluster_policies,
+    node,
+    pod,
+    remove,
+    traffic_policy,
+)
 from support.waiting import until
 from tidegate_kube import AlreadyExists, resources
 
@@ -167,11 +175,48 @@ def _go_on(story: Story) -> None:
     """Pods and policies change, a label set comes and goes."""
     apply(story.admin, pod("b", "n2", "10.244.1.5", app="b"))
     story.wait(lambda: story.endpoints("n2") == ["b"], "another pod is published")
-    # A named port is not yet served: the status and an event say so.
-    apply(story.admin, _policy([{"port": "http"}]))
+    # Addresses have no port names: the status and an event say so.
+    odd = _policy([{"port": 80}])
+    block = {"ipBlock": {"cidr": "192.0.2.0/24"}}
+    odd["spec"]["egress"] = [{"to": [block], "ports": [{"port": "http"}]}]
+    odd["spec"]["policyTypes"] = ["Ingress", "Egress"]
+    apply(story.admin, odd)
     story.wait(lambda: story.items(resources.EVENTS), "an event about the policy")
     remove(story.admin, resources.PODS, "b", "default")
     story.wait(lambda: story.endpoints("n2") == [], "the pod is gone")
+
+
+def _other_kinds(story: Story) -> None:
+    """Policies of the cluster, whose CRD comes late, and of our own kind."""
+    install_cluster_policies(story.admin)
+    rule = {"action": "Deny", "from": [{"namespaces": {}}]}
+    spec = {"tier": "Admin", "priority": 1, "subject": {"namespaces": {}}, "ingress": [rule]}
+    apply(story.admin, cluster_policy("all", spec))
+
+    def statuses() -> list[int]:
+        found = story.items(resources.CLUSTER_POLICY_STATUSES)
+        return [item["policy"]["generation"] for item in found if "status" in item]
+
+    story.wait(lambda: statuses() == [1], "a cluster policy's status")
+    apply(story.admin, cluster_policy("all", {**spec, "priority": 2}))
+    story.wait(lambda: statuses() == [2], "the status of the edited one")
+    everybody = {"peers": [{"any": True}], "ports": [{"any": True}]}
+    apply(
+        story.admin,
+        traffic_policy(
+            "deny",
+            {
+                "subject": {"podSelector": {"any": True}},
+                "isolates": [],
+                "mode": "Enforce",
+                "egress": [{"action": "Deny", **everybody}],
+            },
+        ),
+    )
+    story.wait(lambda: "trafficpolicy.deny" in story.names(resources.POLICY_STATUSES), "its status")
+    remove(story.admin, resources.TRAFFIC_POLICIES, "deny", "default")
+    remove(story.admin, resources.CLUSTER_NETWORK_POLICIES, "all")
+    story.wait(lambda: statuses() == [], "the cluster policy's status is gone")
 
 
 def _edit_by_hand(story: Story) -> None:
@@ -232,6 +277,7 @@ def test_the_operator_uses_all_it_may_and_asks_for_nothing_else(
         _begin(story)
         _realise(story)
         _go_on(story)
+        _other_kinds(story)
         _edit_by_hand(story)
         _race(story, own)
         _end(story)

@@ -100,7 +100,9 @@ def test_edited_policy_is_not_ready_until_it_is_in_force_again(town: Town) -> No
 
 def test_policy_not_as_written_stalls_with_an_event_once(town: Town) -> None:
     populate(town)
-    apply(town.client, policy("p", {"podSelector": {}, "ingress": [{"ports": [{"port": "web"}]}]}))
+    block = {"ipBlock": {"cidr": "192.0.2.0/24"}}
+    odd = {"podSelector": {}, "egress": [{"to": [block], "ports": [{"port": "web"}]}]}
+    apply(town.client, policy("p", odd))
     town.settled()
     say(town, STALLED, (0, 2))
     until(lambda: events(town), "an event", SECONDS)

@@ -110,7 +110,7 @@ class Town:
             for sample in metric.samples
             if sample.name.endswith("_total")
             and sample.labels["verb"] != "status"
-            and sample.labels["kind"] not in ("PolicyStatus", "Node")
+            and sample.labels["kind"] not in ("PolicyStatus", "ClusterPolicyStatus", "Node")
         }
 
     def writes_since(self, before: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
@@ -164,6 +164,7 @@ def town(server: ApiServer) -> Iterator[Town]:
 def clean(client: Client) -> None:
     kinds = [resources.PODS, resources.NODES, resources.NETWORK_POLICIES, resources.SERVICES]
     kinds += [resources.ENDPOINT_SLICES, resources.POLICY_STATUSES, resources.EVENTS]
+    kinds += [resources.TRAFFIC_POLICIES, resources.CLUSTER_POLICY_STATUSES]
     kinds += town_api.OURS.values()
     for resource in kinds:
         for page in client.pages(resource):

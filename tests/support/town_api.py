@@ -28,8 +28,54 @@ def install(client: Client) -> None:
     """The CRDs, and wait until they are served."""
     for path in sorted(CRDS.glob("tidegate.dev_*.yaml")):
         apply(client, yaml.safe_load(path.read_text()))
-    for resource in (*OURS.values(), resources.POLICY_STATUSES):
+    others = (
+        resources.TRAFFIC_POLICIES,
+        resources.POLICY_STATUSES,
+        resources.CLUSTER_POLICY_STATUSES,
+    )
+    for resource in (*OURS.values(), *others):
         until(lambda at=resource: _served(client, at), f"{resource.plural} served", 30)
+
+
+def install_cluster_policies(client: Client) -> None:
+    """A CRD for ClusterNetworkPolicy, as users install one; this one checks nothing."""
+    of = resources.CLUSTER_NETWORK_POLICIES
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    version = {
+        "name": of.version,
+        "served": True,
+        "storage": True,
+        "schema": {"openAPIV3Schema": schema},
+    }
+    names = {"kind": of.kind, "plural": of.plural, "listKind": f"{of.kind}List"}
+    crd = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": f"{of.plural}.{of.group}",
+            "annotations": {"api-approved.kubernetes.io": "unapproved, for tests"},
+        },
+        "spec": {
+            "group": of.group,
+            "names": {**names, "singular": of.kind.lower()},
+            "scope": "Cluster",
+            "versions": [version],
+        },
+    }
+    apply(client, crd)
+    until(lambda: _served(client, of), f"{of.plural} served", 30)
+
+
+def cluster_policy(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    of = resources.CLUSTER_NETWORK_POLICIES
+    meta = {"name": name}
+    return {"apiVersion": of.api_version, "kind": of.kind, "metadata": meta, "spec": spec}
+
+
+def traffic_policy(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    of = resources.TRAFFIC_POLICIES
+    meta = {"name": name, "namespace": "default"}
+    return {"apiVersion": of.api_version, "kind": of.kind, "metadata": meta, "spec": spec}
 
 
 def _served(client: Client, resource: Resource) -> bool:

@@ -16,7 +16,7 @@ from tidegate_api.state import PolicyStatusStatus
 from tidegate_kube import Client, KubeError, resources
 
 from tidegate_operator.cluster.kinds import NodeFacts, ServiceFacts
-from tidegate_operator.objects import ObjectName
+from tidegate_operator.objects import PolicyName
 from tidegate_operator.problems import Problem
 
 CONTROLLER = "tidegate.dev/operator"
@@ -24,6 +24,16 @@ MAX_NOTE = 1024
 """Bytes that the API takes."""
 MAX_EVENTS_ONCE = 20
 """Of one kind, in one round: a cluster full of them is no reason for a storm."""
+
+API_VERSIONS = {
+    item.kind: item.api_version
+    for item in (
+        resources.NETWORK_POLICIES,
+        resources.CLUSTER_NETWORK_POLICIES,
+        resources.TRAFFIC_POLICIES,
+    )
+}
+"""Of the kinds of policies."""
 
 log = structlog.get_logger()
 
@@ -39,7 +49,7 @@ class Events:
 
     def policy(
         self,
-        name: ObjectName,
+        name: PolicyName,
         uid: str,
         before: PolicyStatusStatus,
         now: PolicyStatusStatus,
@@ -50,8 +60,8 @@ class Events:
         if old == new:
             return
         regarding = {
-            "apiVersion": "networking.k8s.io/v1",
-            "kind": "NetworkPolicy",
+            "apiVersion": API_VERSIONS[name.kind],
+            "kind": name.kind,
             "namespace": name.namespace,
             "name": name.name,
             "uid": uid,

@@ -17,9 +17,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
-from tidegate_api import API_VERSION, state, users
+from tidegate_api import API_VERSION, clusterpolicy, state, trafficpolicy, users
 
 from tidegate_operator import endpoints
+from tidegate_operator.meanings import WrittenPolicy
 from tidegate_operator.objects import (
     ContainerPort,
     EndpointList,
@@ -85,6 +86,7 @@ class NodeFacts(msgspec.Struct, frozen=True):
     taints: int
     linux: bool
     zone: str = ""
+    labels: dict[str, str] = {}
 
 
 class NamespaceFacts(msgspec.Struct, frozen=True):
@@ -114,10 +116,11 @@ class Target(msgspec.Struct, frozen=True):
 
 
 class PolicyFacts(msgspec.Struct, frozen=True):
-    written: users.NetworkPolicy
+    written: WrittenPolicy
     target: Target
     unread: tuple[RulePlace, ...] = ()
-    """Rules that are not understood: they allow nothing, and the policy isolates as ever."""
+    """Rules that are not understood: one that allows allows nothing, any other denies all; and
+    the policy isolates as ever."""
     why: str = ""
 
 
@@ -131,7 +134,13 @@ class UserIdentityFacts(msgspec.Struct, frozen=True):
 
 
 _O = TypeVar(
-    "_O", state.RuleSet, state.StateSlice, state.NodeState, state.Identity, state.PolicyStatus
+    "_O",
+    state.RuleSet,
+    state.StateSlice,
+    state.NodeState,
+    state.Identity,
+    state.PolicyStatus,
+    state.ClusterPolicyStatus,
 )
 
 
@@ -364,6 +373,7 @@ def node(data: bytes) -> NodeFacts:
         taints=len(taints),
         linux=labels.get("kubernetes.io/os", "linux") == "linux",
         zone=intern(labels.get(ZONE_LABEL, "")),
+        labels=labels,
     )
 
 
@@ -431,26 +441,49 @@ def service(data: bytes) -> ServiceFacts:
 
 
 def network_policy(data: bytes) -> PolicyFacts:
-    """A NetworkPolicy that the API server took isolates, whatever else it says: rules with
+    return _policy(data, "networking.k8s.io/v1", users.NetworkPolicy)
+
+
+def cluster_policy(data: bytes) -> PolicyFacts:
+    return _policy(data, clusterpolicy.API_VERSION, clusterpolicy.ClusterNetworkPolicy)
+
+
+def traffic_policy(data: bytes) -> PolicyFacts:
+    return _policy(data, API_VERSION, trafficpolicy.TrafficPolicy)
+
+
+def _policy(data: bytes, version: str, model: type[WrittenPolicy]) -> PolicyFacts:
+    """A policy that the API server took isolates and denies, whatever else it says: rules with
     what a newer server knows and we do not are left unread. DecodeError: not even whom it
     selects can be told."""
-    tree = _bare(data, "networking.k8s.io/v1", "NetworkPolicy")
+    tree = _bare(data, version, model.__name__)
     try:
-        written = users.NetworkPolicy.model_validate(tree)
+        written = model.model_validate(tree)
     except ValidationError as error:
-        unread = _leave_unread(tree, error)
-        written = _validate(users.NetworkPolicy, tree)
+        unread = _leave_unread(tree, error, model)
+        written = _validate(model, tree)
         return PolicyFacts(written, _target(written), unread, _words(error))
     return PolicyFacts(written, _target(written))
 
 
-UNREAD_RULE: dict[str, Any] = {"ports": [{"port": "unread"}]}
-"""Stands where an unread rule was, so that the others keep their places."""
+def _unread_rule(model: type[WrittenPolicy], direction: str, rule: Any) -> dict[str, Any]:
+    """Stands where an unread rule was, so that the others keep their places. Of what it says
+    only the action counts."""
+    if model is users.NetworkPolicy:
+        return {"ports": [{"port": "unread"}]}
+    action = rule.get("action") if isinstance(rule, dict) else None
+    if model is trafficpolicy.TrafficPolicy:
+        action = "Allow" if action == "Allow" else "Deny"
+        return {"action": action, "peers": [{"any": True}], "ports": [{"any": True}]}
+    side = "from" if direction == "ingress" else "to"
+    return {"action": "Accept" if action == "Accept" else "Deny", side: [{"namespaces": {}}]}
 
 
-def _leave_unread(tree: dict[str, Any], error: ValidationError) -> tuple[RulePlace, ...]:
+def _leave_unread(
+    tree: dict[str, Any], error: ValidationError, model: type[WrittenPolicy]
+) -> tuple[RulePlace, ...]:
     """Takes what `error` is about out of `tree`; the rules that are thereby unread. A field of
-    the spec itself may change what every rule means. DecodeError: see `network_policy`."""
+    the spec itself may change what every rule means. DecodeError: see `_policy`."""
     unread: set[RulePlace] = set()
     for item in error.errors(include_url=False):
         path = item["loc"]
@@ -467,7 +500,7 @@ def _leave_unread(tree: dict[str, Any], error: ValidationError) -> tuple[RulePla
             case _:
                 raise DecodeError(_words(error)) from error
     for rules, index in unread:
-        tree["spec"][rules][index] = UNREAD_RULE
+        tree["spec"][rules][index] = _unread_rule(model, rules, tree["spec"][rules][index])
     return tuple(sorted(unread))
 
 
@@ -506,6 +539,7 @@ rule_set = _ours(state.RuleSet)
 state_slice = _ours(state.StateSlice)
 node_state = _ours(state.NodeState)
 policy_status = _ours(state.PolicyStatus)
+cluster_policy_status = _ours(state.ClusterPolicyStatus)
 
 
 # ---- Parts -------------------------------------------------------------------------------
@@ -598,6 +632,6 @@ def _remove(tree: Any, path: tuple[int | str, ...]) -> None:
     del tree[path[-1]]
 
 
-def _target(written: users.NetworkPolicy | users.Identity) -> Target:
+def _target(written: WrittenPolicy | users.Identity) -> Target:
     meta = written.metadata
     return Target(str(meta.uid or ""), int(meta.generation or 0))

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tidegate_operator.objects import ObjectName
+from tidegate_operator.objects import PolicyName
 
 KEPT_DIGESTS = 64
 """Of one node: states that it may still be about to realise."""
 
-PolicyKey = tuple[ObjectName, str, int]
+PolicyKey = tuple[PolicyName, str, int]
 """(name, UID, generation): an edited policy is another one."""
 
 

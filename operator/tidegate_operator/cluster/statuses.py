@@ -21,6 +21,7 @@ from msgspec import UNSET
 from tidegate_api import API_VERSION
 from tidegate_api.state import (
     DIGEST_ANNOTATION,
+    ClusterPolicyStatus,
     Condition,
     Identity,
     IdentitySpec,
@@ -35,18 +36,28 @@ from tidegate_api.state import (
     identity_summary,
     policy_status_name,
 )
-from tidegate_kube import AlreadyExists, Client, Conflict, Invalid, KubeError, NotFound, resources
+from tidegate_kube import (
+    AlreadyExists,
+    Client,
+    Conflict,
+    Invalid,
+    KubeError,
+    NotFound,
+    Reflector,
+    resources,
+)
 
 from tidegate_operator.cluster import formats
-from tidegate_operator.cluster.events import Events
+from tidegate_operator.cluster.events import API_VERSIONS, Events
 from tidegate_operator.cluster.kinds import NOT_READY_TAINT, Held, PolicyFacts, UserIdentityFacts
 from tidegate_operator.cluster.lead import Lead, term_of
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.progress import Count, PolicyKey, Progress
 from tidegate_operator.cluster.runner import Published
 from tidegate_operator.cluster.watches import Watches
+from tidegate_operator.cluster.world import every_policy
 from tidegate_operator.leader import NotLeader
-from tidegate_operator.objects import IdentityKey, ObjectName, Pod
+from tidegate_operator.objects import IdentityKey, ObjectName, Pod, PolicyName
 from tidegate_operator.problems import Problem
 from tidegate_operator.relevance import label_sets
 
@@ -61,6 +72,9 @@ write of its own."""
 RETRY_SECONDS = 2.0
 MAX_MESSAGE = 1024
 STOP_SECONDS = 1.0
+
+CLUSTER_KINDS = ("ClusterNetworkPolicy",)
+"""Policies of the cluster: what became of them is in a ClusterPolicyStatus."""
 
 log = structlog.get_logger()
 
@@ -133,6 +147,30 @@ def _words(problem: Problem) -> str:
     return f"{text} ({problem.remedy})" if problem.remedy else text
 
 
+# ---- Twins ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """The kind of status for policies of namespaces, or for those of the cluster."""
+
+    cluster: bool
+    held: Reflector[Any]
+
+    @property
+    def kind(self) -> str:
+        return self.held.resource.kind
+
+    def make(self, meta: Meta, target: PolicyTarget) -> PolicyStatus | ClusterPolicyStatus:
+        if self.cluster:
+            return ClusterPolicyStatus(
+                api_version=API_VERSION, kind="ClusterPolicyStatus", metadata=meta, policy=target
+            )
+        return PolicyStatus(
+            api_version=API_VERSION, kind="PolicyStatus", metadata=meta, policy=target
+        )
+
+
 # ---- The thread ------------------------------------------------------------------------------
 
 
@@ -150,6 +188,10 @@ class Statuses:
         self._taint = taint
         self._events = Events(client)
         self._progress = Progress()
+        self._twins = (
+            _Twin(False, watches.policy_statuses),
+            _Twin(True, watches.cluster_policy_statuses),
+        )
         self._thread = threading.Thread(target=self._run, name="statuses", daemon=True)
         self._stopping = threading.Event()
         self._wake = threading.Event()
@@ -322,44 +364,54 @@ class Statuses:
     # ---- policies ----
 
     def _policy_statuses(self, what: Published) -> float:
-        held = self._watches.policy_statuses
-        if not held.synced:
+        return min(self._policy_statuses_of(what, twin) for twin in self._twins)
+
+    def _policy_statuses_of(self, what: Published, twin: _Twin) -> float:
+        if not twin.held.synced:
             return RETRY_SECONDS
-        there = held.snapshot()
+        there = twin.held.snapshot()
         wanted: set[tuple[str, str]] = set()
         due = IDLE_SECONDS
-        for key, facts in what.world.snapshot.policies.items():
-            name = (key[0], policy_status_name("NetworkPolicy", key[1]))
+        for policy, facts in every_policy(what.world.snapshot):
+            if (policy.kind in CLUSTER_KINDS) != twin.cluster:
+                continue
+            name = (policy.namespace, policy_status_name(policy.kind, policy.name))
             wanted.add(name)
-            due = min(due, self._policy(ObjectName(*key), facts, name, there.get(name)))
+            due = min(due, self._policy(twin, policy, facts, name, there.get(name)))
         for name, item in there.items():
-            kind = item.item.policy.kind if isinstance(item, Held) else "NetworkPolicy"
-            if name not in wanted and kind == "NetworkPolicy":
+            if name not in wanted:
                 self._send(
                     name,
-                    ("delete", "PolicyStatus", 0),
+                    ("delete", twin.kind, 0),
                     lambda left, at=name, item=item: self._client.delete(  # type: ignore[misc]
-                        resources.POLICY_STATUSES, at[1], at[0], uid=item.uid, timeout=left
+                        twin.held.resource, at[1], at[0], uid=item.uid, timeout=left
                     ),
                 )
         return due
 
     def _policy(
-        self, policy: ObjectName, facts: PolicyFacts, name: tuple[str, str], held: Any
+        self,
+        twin: _Twin,
+        policy: PolicyName,
+        facts: PolicyFacts,
+        name: tuple[str, str],
+        held: Any,
     ) -> float:
         """Seconds until this one is due again."""
         target = PolicyTarget(
-            kind="NetworkPolicy",
+            kind=policy.kind,
             name=policy.name,
             uid=facts.target.uid,
             generation=facts.target.generation,
         )
-        there: PolicyStatus | None = held.item if isinstance(held, Held) else None
+        there: PolicyStatus | ClusterPolicyStatus | None = (
+            held.item if isinstance(held, Held) else None
+        )
         if there is None or there.policy != target:
-            there = self._policy_object(name, target, held)
+            there = self._policy_object(twin, name, target, held)
             if there is None:
                 return RETRY_SECONDS
-        problems = self._problems.get(f"NetworkPolicy {policy}", [])
+        problems = self._problems.get(str(policy), [])
         with self._lock:
             count = self._progress.of((policy, target.uid, target.generation))
             behind = self._progress.behind((policy, target.uid, target.generation))
@@ -384,42 +436,40 @@ class Statuses:
         )
         answer = self._send(
             name,
-            ("status", "PolicyStatus", len(body)),
+            ("status", twin.kind, len(body)),
             lambda left: self._client.update(
-                resources.POLICY_STATUSES, name[1], body, name[0], "status", timeout=left
+                twin.held.resource, name[1], body, name[0], "status", timeout=left
             ),
         )
         if answer is not None:
-            self._watches.policy_statuses.remember(answer)
+            twin.held.remember(answer)
             self._events.policy(policy, facts.target.uid, before, status, self._lead.check)
         return IDLE_SECONDS
 
     def _policy_object(
-        self, name: tuple[str, str], target: PolicyTarget, held: Any
-    ) -> PolicyStatus | None:
+        self, twin: _Twin, name: tuple[str, str], target: PolicyTarget, held: Any
+    ) -> PolicyStatus | ClusterPolicyStatus | None:
         """Create it, or make it tell of the policy's present generation."""
         owner = OwnerReference(
-            api_version="networking.k8s.io/v1",
-            kind="NetworkPolicy",
+            api_version=API_VERSIONS[target.kind],
+            kind=target.kind,
             name=target.name,
             uid=target.uid,
         )
-        item = PolicyStatus(
-            api_version=API_VERSION,
-            kind="PolicyStatus",
-            metadata=Meta(
+        item = twin.make(
+            Meta(
                 name=name[1],
-                namespace=name[0],
+                namespace=name[0] or UNSET,
                 owner_references=[owner],
                 resource_version=UNSET if held is None else held.version,
             ),
-            policy=target,
+            target,
         )
         body = encode(item)
-        resource = resources.POLICY_STATUSES
+        resource = twin.held.resource
         answer = self._send(
             ("policy", name),
-            ("create" if held is None else "update", "PolicyStatus", len(body)),
+            ("create" if held is None else "update", twin.kind, len(body)),
             lambda left: (
                 self._client.create(resource, body, name[0], timeout=left)
                 if held is None
@@ -428,8 +478,8 @@ class Statuses:
         )
         if answer is None:
             return None
-        self._watches.policy_statuses.remember(answer)
-        return msgspec.json.decode(answer, type=PolicyStatus)
+        twin.held.remember(answer)
+        return msgspec.json.decode(answer, type=type(item))
 
     # ---- identities ----
 
@@ -511,18 +561,19 @@ def _is_ready(found: Iterable[Condition]) -> bool:
 def policies_on_nodes(what: Published) -> dict[PolicyKey, frozenset[str]]:
     """Where each policy matters: the nodes with a pod that it selects."""
     of_rule_set = {
-        name: [ObjectName(ref.namespace, ref.name) for ref in item.spec.policies]
+        name: [
+            PolicyName(ref.kind, ref.namespace, ref.name)
+            for ref in (*item.spec.policies, *item.spec.others)
+        ]
         for name, item in what.desired.rule_sets.items()
     }
-    nodes: dict[ObjectName, set[str]] = {}
+    nodes: dict[PolicyName, set[str]] = {}
     for node, content in what.desired.nodes.items():
         for name in {policy for item in content.rule_sets for policy in of_rule_set[item]}:
             nodes.setdefault(name, set()).add(node)
     return {
-        (ObjectName(*key), facts.target.uid, facts.target.generation): frozenset(
-            nodes.get(ObjectName(*key), ())
-        )
-        for key, facts in what.world.snapshot.policies.items()
+        (name, facts.target.uid, facts.target.generation): frozenset(nodes.get(name, ()))
+        for name, facts in every_policy(what.world.snapshot)
     }
 
 

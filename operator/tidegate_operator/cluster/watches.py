@@ -22,8 +22,10 @@ class Watches:
         self.changed: Callable[[], None] = lambda: None
         """Called from their threads; must not block. Set it before `start`."""
 
-        def watch(resource: Resource, decode: Callable[[bytes], T]) -> Reflector[T]:
-            return Reflector(client, resource, decode, lambda: self.changed())
+        def watch(
+            resource: Resource, decode: Callable[[bytes], T], optional: bool = False
+        ) -> Reflector[T]:
+            return Reflector(client, resource, decode, lambda: self.changed(), optional=optional)
 
         self.nodes = watch(resources.NODES, kinds.node)
         self.namespaces = watch(resources.NAMESPACES, kinds.namespace)
@@ -31,11 +33,18 @@ class Watches:
         self.services = watch(resources.SERVICES, kinds.service)
         self.slices = watch(resources.ENDPOINT_SLICES, kinds.endpoint_slice)
         self.policies = watch(resources.NETWORK_POLICIES, kinds.network_policy)
+        self.cluster_policies = watch(
+            resources.CLUSTER_NETWORK_POLICIES, kinds.cluster_policy, optional=True
+        )
+        self.traffic_policies = watch(resources.TRAFFIC_POLICIES, kinds.traffic_policy)
         self.identities: Reflector[IdentityFacts] = watch(resources.IDENTITIES, kinds.identity)
         self.rule_sets = watch(resources.RULE_SETS, kinds.rule_set)
         self.state_slices = watch(resources.STATE_SLICES, kinds.state_slice)
         self.node_states = watch(resources.NODE_STATES, kinds.node_state)
         self.policy_statuses = watch(resources.POLICY_STATUSES, kinds.policy_status)
+        self.cluster_policy_statuses = watch(
+            resources.CLUSTER_POLICY_STATUSES, kinds.cluster_policy_status
+        )
         self.inputs: tuple[Reflector[Any], ...] = (
             self.nodes,
             self.namespaces,
@@ -43,6 +52,8 @@ class Watches:
             self.services,
             self.slices,
             self.policies,
+            self.cluster_policies,
+            self.traffic_policies,
             self.identities,
         )
         self.needed: tuple[Reflector[Any], ...] = (
@@ -52,7 +63,11 @@ class Watches:
             self.node_states,
         )
         """Without a complete list of these nothing is published."""
-        self.all: tuple[Reflector[Any], ...] = (*self.needed, self.policy_statuses)
+        self.all: tuple[Reflector[Any], ...] = (
+            *self.needed,
+            self.policy_statuses,
+            self.cluster_policy_statuses,
+        )
         self._made: Mapping[Key, UserIdentityFacts] = {}
         self._made_of: Mapping[Key, IdentityFacts] | None = None
         self._invalid: Mapping[str, Mapping[Key, str]] = {}
@@ -96,6 +111,8 @@ class Watches:
             services=self.services.snapshot(),
             slices=self.slices.snapshot(),
             policies=self.policies.snapshot(),
+            cluster_policies=self.cluster_policies.snapshot(),
+            traffic_policies=self.traffic_policies.snapshot(),
             identities=self._user_made(),
             invalid=self._invalid,
         )

@@ -8,7 +8,7 @@ running, newer one has it. Host-network pods are kept only to say so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -59,6 +59,8 @@ class Snapshot:
     services: Mapping[Key, ServiceFacts] = field(default_factory=dict)
     slices: Mapping[Key, SliceFacts] = field(default_factory=dict)
     policies: Mapping[Key, PolicyFacts] = field(default_factory=dict)
+    cluster_policies: Mapping[Key, PolicyFacts] = field(default_factory=dict)
+    traffic_policies: Mapping[Key, PolicyFacts] = field(default_factory=dict)
     identities: Mapping[Key, UserIdentityFacts] = field(default_factory=dict)
     invalid: Mapping[str, Mapping[Key, str]] = field(default_factory=dict)
     """kind -> objects that cannot be decoded, and why; they keep their last valid meaning."""
@@ -135,21 +137,36 @@ def _policies(
     snapshot: Snapshot, before: ClusterWorld, settings: Settings
 ) -> tuple[dict[PolicyName, Policy], Relevance]:
     same = (
-        snapshot.policies is before.snapshot.policies
+        _same_policies(snapshot, before.snapshot)
         and snapshot.identities is before.snapshot.identities
     )
     if same and settings == before.asked.settings:
         return before.policies, before.asked
-    named = {
-        PolicyName("NetworkPolicy", *key): snapshot.policies[key]
-        for key in sorted(snapshot.policies)
-    }
+    named = dict(sorted(every_policy(snapshot)))
     written = {name: facts.written for name, facts in named.items()}
     unread = {name: facts.unread for name, facts in named.items() if facts.unread}
     found = meanings.policies(written, before.policies, unread)
     ours = meanings.named(item.spec for item in snapshot.identities.values())
     asked = relevance(found.values(), settings, ours)
     return found, before.asked if asked == before.asked else asked
+
+
+def every_policy(snapshot: Snapshot) -> Iterator[tuple[PolicyName, PolicyFacts]]:
+    for kind, held in zip(
+        meanings.POLICY_KINDS,
+        (snapshot.cluster_policies, snapshot.policies, snapshot.traffic_policies),
+        strict=True,
+    ):
+        for key, facts in held.items():
+            yield PolicyName(kind, *key), facts
+
+
+def _same_policies(one: Snapshot, other: Snapshot) -> bool:
+    return (
+        one.policies is other.policies
+        and one.cluster_policies is other.cluster_policies
+        and one.traffic_policies is other.traffic_policies
+    )
 
 
 def _user_identities(
@@ -181,6 +198,7 @@ def _nodes(
             item.uid,
             item.zone,
             services.port_addresses(item.addresses, of_services),
+            item.labels,
         )
         held = before.nodes.get(item.name)
         found[item.name] = held if held is not None and held == made else made
@@ -406,7 +424,7 @@ def _said(
 ) -> tuple[Problem, ...]:
     if (
         remarks is before.remarks
-        and snapshot.policies is before.snapshot.policies
+        and _same_policies(snapshot, before.snapshot)
         and snapshot.invalid is before.snapshot.invalid
     ):
         return before.said
@@ -452,11 +470,14 @@ def _of_objects(snapshot: Snapshot) -> Iterable[Problem]:
     for kind, objects in sorted(snapshot.invalid.items()):
         for key, reason in sorted(objects.items()):
             yield _problem("error", kind, key, "", f"{reason}; {STAYS}", "repair the object")
-    for key, policy in sorted(snapshot.policies.items(), key=lambda item: item[0]):
-        if policy.unread:
-            text = f"{policy.why}: rules that are not understood allow nothing"
+    for policy, held in sorted(every_policy(snapshot), key=lambda item: item[0]):
+        if held.unread:
+            text = f"{held.why}: rules that are not understood allow nothing"
+            if policy.kind != "NetworkPolicy":
+                text += ", and those that would deny or pass deny everything"
             remedy = "say it in fields that this version serves, or upgrade Tidegate"
-            yield _problem("error", "NetworkPolicy", key, "spec", text, remedy)
+            key = (policy.namespace, policy.name)
+            yield _problem("error", policy.kind, key, "spec", text, remedy)
 
 
 def _stalled(found: Mapping[str, str]) -> Iterable[Problem]:

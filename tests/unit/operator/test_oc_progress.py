@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from tidegate_operator.cluster.progress import KEPT_DIGESTS, Count, PolicyKey, Progress
 from tidegate_operator.cluster.statuses import Said, conditions, of_policy
-from tidegate_operator.objects import ObjectName
+from tidegate_operator.objects import PolicyName
 from tidegate_operator.problems import Problem
 
-P1: PolicyKey = (ObjectName("default", "p"), "uid", 1)
-P2: PolicyKey = (ObjectName("default", "p"), "uid", 2)
+P1: PolicyKey = (PolicyName("NetworkPolicy", "default", "p"), "uid", 1)
+P2: PolicyKey = (PolicyName("NetworkPolicy", "default", "p"), "uid", 2)
 BOTH = ["n1", "n2"]
 
 
