@@ -89,14 +89,20 @@ def ensure(modules: Iterable[Module]) -> None:
                 _build(module, name)
 
 
-def build_local(name: str, sources: Path) -> Path:
-    """Builds the program of a directory with a go.mod and nothing to fetch; where it is now."""
+def build_local(name: str, sources: Path, fetch: bool = False) -> Path:
+    """Builds the program of a directory with a go.mod; where it is now. `fetch`: the go.mod
+    names the versions of modules to fetch, and what they need is found out."""
     _require_go()
     program = cache() / name
-    run(
-        "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program, ".",
-        cwd=sources, env={"CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false", "GOWORK": "off"},
-    )  # fmt: skip
+    cache().mkdir(parents=True, exist_ok=True)
+    with lock(cache() / f"{name}.lock"), tempfile.TemporaryDirectory() as scratch:
+        if fetch:  # which writes beside the sources
+            sources = Path(shutil.copytree(sources, Path(scratch) / "sources"))
+        run(
+            "go", "build", "-trimpath", *(["-mod=mod"] if fetch else []),
+            "-ldflags", "-s -w", "-o", program, ".",
+            cwd=sources, env={"CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false", "GOWORK": "off"},
+        )  # fmt: skip
     return program
 
 

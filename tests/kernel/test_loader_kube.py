@@ -14,6 +14,7 @@ import pytest
 from support import apiserver, loader_api, loader_node
 from support import loader_world as world
 from support.apiserver import ApiServer
+from support.kstatus import kstatus
 from support.loader_api import condition, edit, publish, status
 from support.loader_node import Node, poll
 from tidegate_api import state as api
@@ -84,12 +85,12 @@ def test_what_is_published_is_realised_and_reported(client: Client, node: Node) 
     found = status(client)
     ready = condition(client, "Ready")
     assert (ready["status"], ready["reason"]) == ("True", "Realised")
-    assert found["formats"] == [api.FORMAT]
+    assert found["formats"] == [api.FORMAT, api.NEWEST_FORMAT]
     assert [c["type"] for c in found["conditions"]] == ["Ready"]
-    generation = loader_api.read(client, resources.NODE_STATES, world.NODE)["metadata"][
-        "generation"
-    ]
+    state = loader_api.read(client, resources.NODE_STATES, world.NODE)
+    generation = state["metadata"]["generation"]
     assert found["observedGeneration"] == ready["observedGeneration"] == generation
+    assert kstatus(state) == ["Current"]
 
 
 def test_a_change_is_followed_and_what_nobody_names_goes(client: Client, node: Node) -> None:
@@ -225,6 +226,7 @@ def test_what_is_not_understood_moves_nothing_and_says_so(
     assert phrase in told["message"], reason
     assert told["observedGeneration"] == held["metadata"]["generation"] + 1
     assert condition(client, "Ready")["status"] == "False"
+    assert kstatus(loader_api.read(client, resources.NODE_STATES, world.NODE)) == ["Failed"]
     assert found["realised"] == wanted.state().digest
     assert node.realised().epoch == epoch
     assert _holds(node, "10.0.0.1")

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from support import town_api
+from support.kstatus import kstatus
 from support.operator_town import SECONDS, Town, policy, populate
 from support.town_api import apply, node
 from support.waiting import until
@@ -51,12 +52,20 @@ def say(town: Town, want: dict[str, str], nodes: tuple[int, int]) -> dict[str, A
         ] == found["metadata"]["generation"]
 
     until(done, f"{want} {nodes}", SECONDS)
-    return held(town)
+    found = held(town)
+    assert kstatus(found) == [READ_AS[tuple(want)]]
+    return found
 
 
 REALISING = {"Ready": "False", "Reconciling": "True"}
 READY = {"Ready": "True"}
 STALLED = {"Ready": "False", "Stalled": "True"}
+READ_AS = {
+    tuple(REALISING): "InProgress",
+    tuple(READY): "Current",
+    tuple(STALLED): "Failed",
+}
+"""By kstatus, and so by Flux and `flux wait`."""
 
 
 def events(town: Town) -> list[tuple[str, str, str]]:
@@ -224,6 +233,9 @@ def test_identities_say_what_they_are(town: Town) -> None:
         )
 
     until(right, "statuses of all, and each its own", SECONDS)
+    found = identities(town)
+    inside = found.pop("inside")
+    assert kstatus(inside, *found.values()) == ["Failed", *["Current"] * len(found)]
 
 
 def test_taint_goes_when_the_node_has_a_state_in_force(town: Town) -> None:

@@ -73,7 +73,7 @@ def other_format(root: Path) -> None:
         ("crds/tidegate_api/state.py", r"^((?:NEWEST_)?FORMAT) = \d+$", rf"\1 = {FORMAT}"),
         (
             "node-loader/tidegate_loader/local.py",
-            r"^(READS_\w+) = \(.*\)$",
+            r"^(READS_FORMATS) = .*$",
             rf"\1 = (1, 2, {FORMAT})",
         ),
     ):
