@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import loader_world as world
 from measure import Result, absolute, interleaved, pinned
@@ -130,11 +131,14 @@ class Node:
         return Loader(self.paths, options, log.logger(world.NODE, "warning"))
 
 
+_Node = TypeVar("_Node", bound=Node)
+
+
 @contextmanager
-def node() -> Iterator[Node]:
+def node(kind: type[_Node] = Node) -> Iterator[_Node]:  # type: ignore[assignment]
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tg-bench-")))
-        made = Node(directory, stack.enter_context(two_interfaces()))
+        made = kind(directory, stack.enter_context(two_interfaces()))
         bpffs.mount(str(made.mounted))
         stack.callback(bpffs.unmount, str(made.mounted))
         yield made

@@ -31,6 +31,7 @@ MODULES = (
     "row_packets",
     "row_loader",
     "row_maglev",
+    "row_services",
     "row_compile",
     "row_cluster",
     "row_image",

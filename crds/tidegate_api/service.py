@@ -23,7 +23,7 @@ EVERY_NODE = ("0.0.0.0", "::")
 """Addresses of a NodePort: each node's own `nodePortAddresses` of that family."""
 
 
-class Frontend(Model, frozen=True):
+class Frontend(Model, frozen=True, gc=False):
     """One address of a Service's port."""
 
     address: Address
@@ -39,8 +39,9 @@ class Frontend(Model, frozen=True):
     """What the address is to the Service; absent: its ClusterIP."""
 
 
-class Backend(Model, order=True, frozen=True):
-    """One endpoint behind frontends."""
+class Backend(Model, order=True, frozen=True, gc=False):
+    """One endpoint behind frontends. There are fifty thousand, and none holds another object that
+    could hold it."""
 
     address: Address
     """Where the pod is."""

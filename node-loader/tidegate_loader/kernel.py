@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -408,12 +408,20 @@ class Kernel:
         # written is not zero: behind a batch of zeros there is nothing.
         _, values = self.map("backends_v1").dump(dense=True)
         size = self.layouts.backend.size
-        zero = bytes(size)
-        used = range(0, len(values.rstrip(b"\0")), size)
-        chunks = ((at // size, values[at : at + size]) for at in used)
-        return {number: self._backend(chunk) for number, chunk in chunks if chunk != zero}
+        used = -(-len(values.rstrip(b"\0")) // size) * size
+        found = {}
+        for at in range(0, used, FEW * size):  # rows of all at once would be the most we hold
+            rows = self.layouts.backend.unpack_all(values[at : min(at + FEW * size, used)])
+            for number, row in enumerate(rows, at // size):
+                if row.state or row.freed_at or row.addr != ZERO:
+                    key = (row.addr, row.port, row.protocol)
+                    found[number] = BackendInForce(key, row.state, row.freed_at)
+        return found
 
-    def read_backend_ids(self, numbers: Iterable[int]) -> dict[int, BackendInForce]:
+    def read_backend_ids(self, numbers: Collection[int]) -> dict[int, BackendInForce]:
+        if len(numbers) > FEW:
+            found = self.read_backends()
+            return {n: found[n] for n in numbers if n in found}
         opened = self.map("backends_v1")
         return {n: self._backend(opened.lookup(INDEX.pack(n))) for n in numbers}
 

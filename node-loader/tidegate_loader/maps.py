@@ -256,8 +256,9 @@ class Builder:
         for shard, item in enumerate(state.services):
             held = self._services.get(shard)
             if held is None or held[0] is not item or held[1] != place:
+                before = held[2] if held is not None and held[1] == place else None
                 try:
-                    held = (item, place, services.shard(item, place))
+                    held = (item, place, services.shard(item, place, before))
                 except ValueError as error:
                     raise MapsError(f"{item.metadata.name}: {error}") from error
             kept[shard] = held

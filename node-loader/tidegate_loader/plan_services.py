@@ -33,7 +33,7 @@ SLOT_HEADER = 4
 """TG_SLOT_HEADER: number, affinity, size of the second list, whether there are any elsewhere."""
 
 
-class FrontendInForce(msgspec.Struct, frozen=True):
+class FrontendInForce(msgspec.Struct, frozen=True, gc=False):
     base: int
     count: int
     """Slots that it takes."""
@@ -41,7 +41,7 @@ class FrontendInForce(msgspec.Struct, frozen=True):
     """None: the word, a slot or a backend is not as it should be."""
 
 
-class BackendInForce(msgspec.Struct, frozen=True):
+class BackendInForce(msgspec.Struct, frozen=True, gc=False):
     key: BackendKey
     state: int
     freed_at: int

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 import msgspec
 from msgspec import UNSET
-from tidegate_api.choice import choose
+from tidegate_api.choice import Choice, choose
 from tidegate_api.service import EVERY_NODE, Frontend
-from tidegate_api.state import Backend, Endpoint, NodeState, ServicePort, StateSlice
+from tidegate_api.state import Endpoint, NodeState, ServicePort, StateSlice
 
 from tidegate_loader import addresses
 from tidegate_loader.rules import PROTOCOLS
@@ -66,6 +66,8 @@ class SharedPart(msgspec.Struct, frozen=True):
     draining: frozenset[BackendKey]
     """Listed, and used by no frontend here: what has flows to them keeps them."""
     problems: tuple[str, ...]
+    made: dict[Frontend, Made]
+    """By the first frontend of each service port."""
 
 
 class Services(msgspec.Struct, frozen=True):
@@ -116,111 +118,120 @@ def number_of(port: ServicePort, frontend: Frontend) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(name).encode()).digest()[:4], "big") or 1
 
 
-def shard(item: StateSlice, place: Place) -> SharedPart:
-    """ValueError: an address is none."""
-    made = _Shard(place)
-    ports: list[ServicePort] = item.spec.services or []
-    for port in ports:
-        made.add(port)
-    return made.done()
+class Made(msgspec.Struct, frozen=True, gc=False):
+    """What one service port is here."""
+
+    port: ServicePort
+    entries: tuple[tuple[FrontendKey, str, str, Wanted], ...]
+    """(frontend, as text, what a person calls it, what it leads to)."""
+    ranges: tuple[RangeKey, ...]
+    draining: tuple[BackendKey, ...]
+    problems: tuple[str, ...]
 
 
-class _Shard:
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self._part: ServicePart = {}
-        self._names: dict[str, str] = {}
-        self._ranges: set[RangeKey] = set()
-        self._draining: set[BackendKey] = set()
-        self._used: set[BackendKey] = set()
-        self._problems: list[str] = []
+def shard(item: StateSlice, place: Place, before: SharedPart | None = None) -> SharedPart:
+    """ValueError: an address is none. `before`: of the same place; what is equal in both is
+    the same object, and costs nothing but to see that."""
+    known = before.made if before is not None else {}
+    part: ServicePart = {}
+    names: dict[str, str] = {}
+    made: dict[Frontend, Made] = {}
+    problems: list[str] = []
+    for port in item.spec.services or ():
+        if not port.frontends:
+            continue
+        first = port.frontends[0]
+        found = known.get(first)
+        if found is None or found.port != port:
+            found = _make(port, place)
+        made[first] = found
+        problems += found.problems
+        for key, text, name, wanted in found.entries:
+            if key in part:
+                problems.append(f"{port.namespace}/{port.name}: {text} is taken")
+                continue
+            part[key] = wanted
+            names[text] = name
+    return SharedPart(
+        part,
+        names,
+        frozenset(key[0] for key in part),
+        any(isinstance(w, Special) and w.flags & OUTSIDE for w in part.values()),
+        frozenset(key for found in made.values() for key in found.ranges),
+        frozenset(key for found in made.values() for key in found.draining),
+        tuple(problems),
+        made,
+    )
 
-    def add(self, port: ServicePort) -> None:
-        plain: dict[bool, tuple[BackendAddress, ...]] = {}
-        used: set[BackendAddress] = set()
-        protocols = set()
-        for frontend in port.frontends:
-            protocols.add(PROTOCOLS[frontend.protocol])
-            for text in self._addresses(frontend):
-                address = addresses.pack(text)
-                wanted: Wanted | None
-                v4 = addresses.is_v4(address)
-                if frontend.kind is UNSET and port.affinity is UNSET and port.internal is UNSET:
-                    wanted = plain.get(v4)
-                    if wanted is None:
-                        found = choose(port, UNSET, self._place.node, self._place.zone)
-                        wanted = plain[v4] = self._pack(port, found.backends, v4)
-                else:
-                    wanted = self._special(port, frontend, v4)
-                self._place_one(port, frontend, address, wanted)
-                used.update(backends_of(wanted))
-        if len(used) < len(port.backends):
-            rest = {(addresses.pack(b.address), b.port) for b in port.backends} - used
-            self._draining.update((*b, protocol) for b in rest for protocol in protocols)
 
-    def _addresses(self, frontend: Frontend) -> tuple[str, ...]:
-        if frontend.kind != "NodePort" or frontend.address not in EVERY_NODE:
-            return (frontend.address,)
-        six = ":" in frontend.address
-        return tuple(text for text in self._place.addresses if (":" in text) == six)
-
-    def _pack(
-        self, port: ServicePort, chosen: Iterable[Backend], v4: bool
-    ) -> tuple[BackendAddress, ...]:
-        packed = [(addresses.pack(b.address), b.port) for b in chosen]
-        if len(packed) > MAX_BACKENDS:
-            self._problems.append(f"{port.namespace}/{port.name}: only {MAX_BACKENDS} backends fit")
-        return tuple(b for b in packed if addresses.is_v4(b[0]) == v4)[:MAX_BACKENDS]
-
-    def _special(self, port: ServicePort, frontend: Frontend, v4: bool) -> Special:
-        outer = frontend.kind is not UNSET
-        number = number_of(port, frontend)
-        here = (self._place.node, self._place.zone)
-        inside = self._pack(port, choose(port, frontend.kind, *here).backends, v4)
-        outside: tuple[BackendAddress, ...] = ()
-        flags = HEADER | (OUTSIDE if outer else 0)
-        if port.affinity is not UNSET:
-            flags |= AFFINITY
-        if not outer and port.internal is not UNSET:
-            flags |= INTERNAL_LOCAL
-        if outer and port.external is not UNSET:
-            flags |= LOCAL | TWO
-            found = choose(port, frontend.kind, *here, inside=False)
-            outside = self._pack(port, found.backends, v4)
-        if frontend.kind == "LoadBalancer" and port.source_ranges is not UNSET:
-            flags |= RANGES
-            for cidr in port.source_ranges:
-                self._ranges.add((number, *addresses.parse_prefix(cidr)))
-        return Special(
-            flags=flags,
-            number=number,
-            affinity=0 if port.affinity is UNSET else port.affinity,
-            elsewhere=bool(port.backends),
-            inside=tuple(sorted(inside)),
-            outside=tuple(sorted(outside)),
-        )
-
-    def _place_one(
-        self, port: ServicePort, frontend: Frontend, address: bytes, wanted: Wanted
-    ) -> None:
-        key = (address, frontend.port, PROTOCOLS[frontend.protocol])
-        if key in self._part:
-            self._problems.append(f"{port.namespace}/{port.name}: {frontend_text(key)} is taken")
-            return
-        self._part[key] = wanted
+def _make(port: ServicePort, place: Place) -> Made:
+    plain: dict[bool, tuple[BackendAddress, ...]] = {}
+    used: set[BackendAddress] = set()
+    ranges: list[RangeKey] = []
+    entries = []
+    problems = []
+    if len(port.backends) > MAX_BACKENDS:
+        problems.append(f"{port.namespace}/{port.name}: only {MAX_BACKENDS} backends fit")
+    for frontend in port.frontends:
         suffix = f":{frontend.port_name}" if frontend.port_name else ""
-        self._names[frontend_text(key)] = f"{port.namespace}/{port.name}{suffix}"
+        name = f"{port.namespace}/{port.name}{suffix}"
+        for address in map(addresses.pack, _addresses(frontend, place)):
+            key = (address, frontend.port, PROTOCOLS[frontend.protocol])
+            v4 = addresses.is_v4(address)
+            wanted: Wanted | None
+            if frontend.kind is UNSET and port.affinity is UNSET and port.internal is UNSET:
+                wanted = plain.get(v4)
+                if wanted is None:
+                    wanted = plain[v4] = _pack(choose(port, UNSET, place.node, place.zone), v4)
+            else:
+                wanted = _special(port, frontend, place, v4)
+            if isinstance(wanted, Special) and wanted.flags & RANGES:
+                networks = map(addresses.parse_prefix, port.source_ranges or ())
+                ranges += ((wanted.number, *network) for network in networks)
+            entries.append((key, frontend_text(key), name, wanted))
+            used.update(backends_of(wanted))
+    draining: set[BackendKey] = set()
+    if len(used) < len(port.backends):
+        rest = {(addresses.pack(b.address), b.port) for b in port.backends} - used
+        protocols = {PROTOCOLS[f.protocol] for f in port.frontends}
+        draining.update((*b, protocol) for b in rest for protocol in protocols)
+    return Made(port, tuple(entries), tuple(ranges), tuple(draining), tuple(problems))
 
-    def done(self) -> SharedPart:
-        return SharedPart(
-            self._part,
-            self._names,
-            frozenset(key[0] for key in self._part),
-            any(isinstance(w, Special) and w.flags & OUTSIDE for w in self._part.values()),
-            frozenset(self._ranges),
-            frozenset(self._draining),
-            tuple(self._problems),
-        )
+
+def _addresses(frontend: Frontend, place: Place) -> tuple[str, ...]:
+    if frontend.kind != "NodePort" or frontend.address not in EVERY_NODE:
+        return (frontend.address,)
+    six = ":" in frontend.address
+    return tuple(text for text in place.addresses if (":" in text) == six)
+
+
+def _pack(chosen: Choice, v4: bool) -> tuple[BackendAddress, ...]:
+    packed = [(addresses.pack(b.address), b.port) for b in chosen.backends]
+    return tuple(b for b in packed if addresses.is_v4(b[0]) == v4)[:MAX_BACKENDS]
+
+
+def _special(port: ServicePort, frontend: Frontend, place: Place, v4: bool) -> Special:
+    outer = frontend.kind is not UNSET
+    inside = _pack(choose(port, frontend.kind, place.node, place.zone), v4)
+    outside: tuple[BackendAddress, ...] = ()
+    flags = HEADER | (OUTSIDE if outer else 0)
+    if port.affinity is not UNSET:
+        flags |= AFFINITY
+    if not outer and port.internal is not UNSET:
+        flags |= INTERNAL_LOCAL
+    if outer and port.external is not UNSET:
+        flags |= LOCAL | TWO
+        outside = _pack(choose(port, frontend.kind, place.node, place.zone, inside=False), v4)
+    if frontend.kind == "LoadBalancer" and port.source_ranges is not UNSET:
+        flags |= RANGES
+    return Special(
+        flags=flags,
+        number=number_of(port, frontend),
+        affinity=0 if port.affinity is UNSET else port.affinity,
+        elsewhere=bool(port.backends),
+        inside=tuple(sorted(inside)),
+        outside=tuple(sorted(outside)),
+    )
 
 
 def host_ports(endpoints: Iterable[Endpoint], place: Place) -> SharedPart:
@@ -250,6 +261,7 @@ def host_ports(endpoints: Iterable[Endpoint], place: Place) -> SharedPart:
         frozenset(),
         frozenset(),
         tuple(problems),
+        {},
     )
 
 

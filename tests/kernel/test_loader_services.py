@@ -1,0 +1,233 @@
+"""Services in real maps: what is written for a change, what is read back, what survives."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import UNSET, structs
+from support import loader_world as world
+from tidegate_api import state as api
+from tidegate_bpf import Map, ObjectFile, bpffs
+from tidegate_loader import addresses, apply, attach, kernel, maps, plan, plan_services, services
+
+pytestmark = pytest.mark.kernel
+NODE = "172.18.0.2"
+UPLINKS = maps.Uplinks(frozenset({addresses.pack(NODE)}), (addresses.pack(NODE), addresses.ZERO))
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.stub_object(tmp_path_factory.mktemp("objects"))
+
+
+@pytest.fixture
+def pin_dir(tmp_path: Path) -> Iterator[Path]:
+    mounted = tmp_path / "bpf"
+    mounted.mkdir()
+    bpffs.mount(str(mounted))
+    try:
+        yield mounted / "node"
+    finally:
+        bpffs.unmount(str(mounted))
+
+
+def front(kind: Any, address: str, port: int) -> api.Frontend:
+    return api.Frontend(address=address, port=port, protocol="TCP", kind=kind)
+
+
+def port_of(name: str, number: int, backends: list[tuple[str, str]], **more: Any) -> Any:
+    """A ClusterIP and a NodePort; backends as (address, node)."""
+    return api.ServicePort(
+        namespace="ns",
+        name=name,
+        type="NodePort",
+        frontends=[
+            front(UNSET, f"10.96.1.{number}", 80),
+            front("NodePort", "0.0.0.0", 30000 + number),
+        ],
+        backends=[api.Backend(address=a, port=80, node=n) for a, n in sorted(backends)],
+        **more,
+    )
+
+
+def state(ports: list[Any]) -> maps.State:
+    found = world.World(services=ports).state()
+    spec = structs.replace(found.node.spec, node_port_addresses=[NODE])
+    return structs.replace(found, node=structs.replace(found.node, spec=spec))
+
+
+class Node:
+    """A loader, without its process; `restart` is another one over the same maps."""
+
+    def __init__(self, objects: Path, pin_dir: Path) -> None:
+        attach.Programs(objects, pin_dir, {}).close()
+        self.kernel = kernel.Kernel(pin_dir, kernel.Layouts(ObjectFile(objects / "pod.o")))
+        self.actual = self.kernel.actual(None, {})
+        self.actual.reindex()
+        self.builder = maps.Builder()
+
+    def bring(self, ports: list[Any], now: int | None = None) -> plan.Plan:
+        if now is not None:
+            self.actual.wake(now)
+        self.desired = self.builder.build(state(ports), {}, UPLINKS)
+        made = plan.plan(self.desired, self.actual)
+        assert apply.apply(made, self.kernel, self.actual) == []
+        assert plan.plan(self.desired, self.actual).steps == ()
+        if not made.left_out:
+            self.actual.service_parts = self.desired.services
+        return made
+
+    def ids(self) -> dict[services.BackendKey, int]:
+        held = self.kernel.read_backends()
+        return {b.key: n for n, b in held.items() if b.state == plan.ACTIVE}
+
+
+def wanted(node: Node) -> dict[services.FrontendKey, services.Wanted]:
+    return {k: w for part in node.desired.services for k, w in part.items()}
+
+
+def index_is_as_new(node: Node) -> None:
+    """What was kept of each change equals what a restart would find."""
+    actual = node.actual
+    assert actual.index is not None
+    new = plan_services.Index(actual.services())
+    assert actual.index.uses == new.uses
+    assert actual.index.idle == new.idle
+    assert actual.index.resting == new.resting
+    active = {k: n for k, n in new.ids.items() if actual.backends[n].state == plan.ACTIVE}
+    assert {k: n for k, n in actual.index.ids.items() if k in active} == active
+
+    def slots(gaps: list[tuple[int, int]]) -> set[int]:
+        return {at for base, count in gaps for at in range(base, min(base + count, 5000))}
+
+    due = {at for r in actual.resting if r.until <= actual.now for at in range(r.base, r.count)}
+    assert slots(actual.index.gaps) | due == slots(new.gaps) | due
+
+
+def test_every_kind_is_read_back_as_it_was_meant(objects: Path, pin_dir: Path) -> None:
+    node = Node(objects, pin_dir)
+    here = [("10.0.0.1", world.NODE), ("10.0.1.1", "other")]
+    ports = [
+        port_of("plain", 1, here),
+        port_of("local", 2, here, external="Local"),
+        port_of("inside", 3, here[1:], internal="Local"),
+        port_of("sticky", 4, here, affinity=60),
+        port_of("none", 5, []),
+    ]
+    ranged = port_of("ranged", 6, here, source_ranges=["192.0.2.0/24"])
+    fronts = [*ranged.frontends, front("LoadBalancer", "198.51.100.1", 80)]
+    node.bring([*ports, structs.replace(ranged, frontends=fronts)])
+    frontends = node.kernel.read_frontends(node.kernel.read_backends())
+    assert {k: f.backends for k, f in frontends.items()} == wanted(node)
+    found = {services.frontend_text(k): f.backends for k, f in frontends.items()}
+    one, other = ((addresses.pack(a), 80) for a, _ in here)
+    assert found["10.96.1.1:80/TCP"] == (one, other)
+    local, inside = found[f"{NODE}:30002/TCP"], found["10.96.1.3:80/TCP"]
+    assert isinstance(local, services.Special)
+    assert isinstance(inside, services.Special)
+    assert (local.inside, local.outside, local.elsewhere) == ((one, other), (one,), True)
+    assert (inside.inside, inside.elsewhere) == ((), True)
+    (key,) = node.kernel.read_ranges()
+    assert key[1:] == addresses.parse_prefix("192.0.2.0/24")
+    assert node.kernel.read_node_source() == UPLINKS.source
+    node.bring([])
+    assert node.kernel.read_frontends({}) == {}
+    assert node.kernel.read_ranges() == frozenset()
+
+
+def test_one_endpoint_costs_its_own_frontends(objects: Path, pin_dir: Path) -> None:
+    """Whatever the number of services; and other services' numbers stay."""
+    node = Node(objects, pin_dir)
+    ports = [port_of(f"s{n}", n, [(f"10.0.{n}.{i}", "other") for i in (1, 2)]) for n in range(200)]
+    node.bring(ports)
+    before = node.ids()
+    ports[7] = port_of("s7", 7, [("10.0.7.1", "other"), ("10.0.7.9", "other")])
+    made = node.bring(ports)
+    (upsert,) = (s for s in made.steps if isinstance(s, plan.UpsertFrontends))
+    assert len(upsert.entries) == 2, "its ClusterIP and its NodePort"
+    (written,) = (s for s in made.steps if isinstance(s, plan.WriteBackends))
+    (freed,) = (s for s in made.steps if isinstance(s, plan.FreeBackends))
+    assert (len(written.entries), len(freed.entries)) == (1, 1)
+    after = node.ids()
+    assert {k: n for k, n in before.items() if k in after} == {
+        k: n for k, n in after.items() if k in before
+    }
+    index_is_as_new(node)
+
+
+def test_numbers_survive_a_restart(objects: Path, pin_dir: Path) -> None:
+    ports = [port_of("a", 1, [("10.0.0.1", "x"), ("10.0.0.2", "x")], affinity=60)]
+    node = Node(objects, pin_dir)
+    node.bring(ports)
+    before, frontends = node.ids(), node.actual.frontends
+    node.kernel.close()
+    again = Node(objects, pin_dir)
+    assert again.bring(ports).steps == ()
+    assert (again.ids(), again.actual.frontends) == (before, frontends)
+
+
+def test_a_backend_that_ends_keeps_its_flows(objects: Path, pin_dir: Path) -> None:
+    """Listed and not used: its id stays active until it is in no list."""
+    both = [("10.0.0.1", "x"), ("10.0.0.2", "x")]
+    node = Node(objects, pin_dir)
+    node.bring([port_of("a", 1, both)])
+    ends = port_of("a", 1, both)
+    last = structs.replace(ends.backends[1], state="Terminating")
+    node.bring([structs.replace(ends, backends=[ends.backends[0], last])])
+    gone = (addresses.pack("10.0.0.2"), 80, 6)
+    assert gone in node.ids()
+    assert all(gone[:2] not in services.backends_of(w) for w in wanted(node).values())
+    node.bring([port_of("a", 1, both[:1])])
+    assert gone not in node.ids()
+
+
+def test_any_sequence_is_as_from_scratch(objects: Path, pin_dir: Path) -> None:
+    rng = random.Random(6)
+    node, now = Node(objects, pin_dir), kernel.now()
+
+    def made(number: int) -> Any:
+        pods = [(f"10.0.0.{i}", rng.choice([world.NODE, "x"])) for i in range(1, 9)]
+        more: dict[str, Any] = {}
+        if rng.random() < 0.5:
+            more = rng.choice([{"affinity": 60}, {"external": "Local"}, {"internal": "Local"}])
+        chosen = port_of(f"s{number}", number, rng.sample(pods, rng.randint(0, 6)), **more)
+        ends = [
+            structs.replace(b, state="Terminating") if rng.random() < 0.2 else b
+            for b in chosen.backends
+        ]
+        return structs.replace(chosen, backends=ends)
+
+    held: dict[int, Any] = {}
+    for _ in range(40):
+        for number in rng.sample(range(12), 3):
+            if rng.random() < 0.3:
+                held.pop(number, None)
+            else:
+                held[number] = made(number)
+        now += rng.choice([1, 11, 700])
+        node.bring([held[n] for n in sorted(held)], now)
+        frontends = node.kernel.read_frontends(node.kernel.read_backends())
+        assert {k: f.backends for k, f in frontends.items()} == wanted(node)
+        index_is_as_new(node)
+
+
+def test_what_was_changed_behind_our_back_is_seen(objects: Path, pin_dir: Path) -> None:
+    node = Node(objects, pin_dir)
+    ports = [port_of("a", 1, [("10.0.0.1", "x"), ("10.0.0.2", "x")], affinity=60)]
+    node.bring(ports)
+    (special,) = (f for k, f in node.actual.frontends.items() if k[1] == 30001)
+    with Map.open_pinned(str(pin_dir / "maps" / "slots_v1")) as slots:
+        at = special.base + plan_services.SLOT_HEADER
+        one, two = (slots.lookup(kernel.INDEX.pack(at + i)) for i in (0, 1))
+        slots.update(kernel.INDEX.pack(at), two)
+        slots.update(kernel.INDEX.pack(at + 1), one)
+    found = node.kernel.actual(None, {})
+    assert plan.drift(node.actual, found) == 1, "programs look for a client's backend by halves"
+    found.reindex()
+    node.actual = found
+    node.bring(ports)
+    assert plan.drift(node.actual, node.kernel.actual(None, {})) == 0
