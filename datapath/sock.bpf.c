@@ -4,25 +4,25 @@
 SEC("cgroup/connect4")
 int connect4(struct bpf_sock_addr *ctx)
 {
-	return tg_sock_forward(ctx, 0);
+	return tg_sock_forward(ctx, 0, 0);
 }
 
 SEC("cgroup/connect6")
 int connect6(struct bpf_sock_addr *ctx)
 {
-	return tg_sock_forward(ctx, 1);
+	return tg_sock_forward(ctx, 1, 0);
 }
 
 SEC("cgroup/sendmsg4")
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
-	return tg_sock_forward(ctx, 0);
+	return tg_sock_forward(ctx, 0, 1);
 }
 
 SEC("cgroup/sendmsg6")
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
-	return tg_sock_forward(ctx, 1);
+	return tg_sock_forward(ctx, 1, 1);
 }
 
 SEC("cgroup/recvmsg4")

@@ -7,6 +7,7 @@ reading maps (`live`).
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -67,6 +68,9 @@ def lb_list(args: argparse.Namespace) -> int:
     elif args.source_ranges:
         found, code = gather(place, args, partial(_ranges, known), "--source-ranges")
         by_node(args, found, ("SERVICE", "RANGE"), values_of)
+    elif args.maglev:
+        found, code = gather(place, args, _maglev, "--maglev")
+        by_node(args, found, ("SERVICE ADDRESS", "BACKEND ADDRESS", "PLACES"), values_of)
     elif args.revnat:
         found, code = gather(place, args, _revnat, "--revnat")
         by_node(args, found, ("ID", "SERVICE ADDRESS"), values_of)
@@ -109,16 +113,36 @@ def _lb(known: Known, view: NodeView) -> Mapping[str, list[str]]:
         none = render.host_port("::" if ":" in front.address else "0.0.0.0", 0)
         words = ", ".join(words_of(known.find(front)[0], front.flags))
         found[f"{name} (0)"] = [f"{none} ({front.number}) (0) [{words}]"]
-        for slot, backend in enumerate((*front.backends, *front.outside), 1):
+        inside, outside = _once(front, front.backends), _once(front, front.outside)
+        for slot, backend in enumerate((*inside, *outside), 1):
             if isinstance(backend, int):
                 text = f"backend {backend} not found"
             else:
                 where = render.host_port(*backend[1:])
                 text = f"{where}/{protocol_name(front.protocol)} ({front.number}) ({slot})"
-                if slot > len(front.backends):
+                if slot > len(inside):
                     text += " [outside]"
             found[f"{name} ({slot})"] = [text]
     return found
+
+
+def _once(front: live.Frontend, slots: Iterable[live.Slot]) -> tuple[live.Slot, ...]:
+    """Each backend of a ring once; else all slots."""
+    return tuple(dict.fromkeys(slots) if front.flags & services.RING else slots)
+
+
+def _maglev(view: NodeView) -> list[dict[str, Any]]:
+    """How many places each backend has on a ring."""
+    rows = []
+    for front in (f for f in view.maps.frontends() if f.flags & services.RING):
+        for scope, slots in (("", front.backends), (" (outside)", front.outside)):
+            for backend, places in sorted(Counter(slots).items(), key=str):
+                if isinstance(backend, int):
+                    text = f"backend {backend} not found"
+                else:
+                    text = render.host_port(*backend[1:])
+                rows.append({"address": _name(front) + scope, "backend": text, "places": places})
+    return rows
 
 
 def _frontends(known: Known, view: NodeView) -> list[dict[str, Any]]:

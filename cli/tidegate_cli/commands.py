@@ -129,6 +129,7 @@ def _lists(subparsers: Any) -> None:
     only.add_argument("--frontends", action="store_true", help="frontends only")
     only.add_argument("--backends", action="store_true", help="backends only")
     only.add_argument("--revnat", action="store_true", help="numbers and the addresses they have")
+    only.add_argument("--maglev", action="store_true", help="rings: how many places each has")
     only.add_argument("--source-ranges", action="store_true", help="who may use what from outside")
 
 

@@ -62,7 +62,7 @@ from tidegate_loader.plan import (
     WriteSlots,
 )
 from tidegate_loader.rules import LANES, MAX_SHAPES, content_of, copy_of, identities_of
-from tidegate_loader.services import FrontendKey, RangeKey, Special
+from tidegate_loader.services import RING, FrontendKey, RangeKey, Special, places
 
 POLL_SECONDS = 0.0002
 """How long to wait between looks for a batch to become visible."""
@@ -436,7 +436,8 @@ class Writer:
 def _frontend_word(held: FrontendInForce) -> tuple[int, int]:
     """(base and flags, count) as struct tg_frontend has them."""
     if isinstance(held.backends, Special):
-        return held.base | held.backends.flags << FLAGS_SHIFT, len(held.backends.inside)
+        inside, flags = len(held.backends.inside), held.backends.flags
+        return held.base | flags << FLAGS_SHIFT, places(inside) if flags & RING else inside
     return held.base, held.count
 
 

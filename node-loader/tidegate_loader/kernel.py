@@ -548,14 +548,31 @@ def _read_special(
         slots.read(base + header, count),
         slots.read(base + header + count, outer),
     )
-    lists = [_members(numbers, protocol, backends) for numbers in (inside, outside)]
-    if None in lists or (
-        not flags & services.RING and (inside != sorted(inside) or outside != sorted(outside))
-    ):
+    read = _read_ring if flags & services.RING else _read_sorted
+    lists = [read(numbers, protocol, backends) for numbers in (inside, outside)]
+    if lists[0] is None or lists[1] is None:
         return header + count + outer, None
-    ordered = [tuple(sorted(listed or ())) for listed in lists]
-    made = Special(flags, number, affinity, bool(elsewhere), ordered[0], ordered[1])
+    made = Special(flags, number, affinity, bool(elsewhere), lists[0], lists[1])
     return header + count + outer, made
+
+
+def _read_sorted(
+    numbers: list[int], protocol: int, backends: Mapping[int, BackendInForce]
+) -> tuple[BackendAddress, ...] | None:
+    found = _members(numbers, protocol, backends)
+    return tuple(sorted(found)) if found is not None and numbers == sorted(numbers) else None
+
+
+def _read_ring(
+    numbers: list[int], protocol: int, backends: Mapping[int, BackendInForce]
+) -> tuple[BackendAddress, ...] | None:
+    """The members of a ring; None: it is not theirs."""
+    places = _members(numbers, protocol, backends)
+    if not places:
+        return places
+    found = tuple(sorted(set(places)))
+    same = services.ring_of(found) == places
+    return found if same else None
 
 
 def ipcache_values(packed: bytes, identities: Iterable[int]) -> bytes:

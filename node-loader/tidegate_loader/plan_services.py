@@ -22,6 +22,8 @@ from tidegate_loader.services import (
     Wanted,
     backends_of,
     frontend_text,
+    places,
+    ring_of,
 )
 
 REST_SECONDS = 600
@@ -327,13 +329,19 @@ def _place(
     """(base, what its slots hold); None: there is no room."""
     slots: list[int] = []
     if isinstance(wanted, Special):
-        slots = [wanted.number, wanted.affinity, len(wanted.outside), int(wanted.elsewhere)]
+        outer = len(wanted.outside)
+        slots = [wanted.number, wanted.affinity, outer, int(wanted.elsewhere)]
+        if wanted.flags & RING:
+            slots[2] = places(outer)
         for listed in (wanted.inside, wanted.outside):
             numbers = _take(listed, key[2], ids)
             if numbers is None:
                 return None
-            # Programs look for a client's backend by halves.
-            slots += numbers if wanted.flags & RING else sorted(numbers)
+            if wanted.flags & RING:
+                by_address = dict(zip(listed, numbers, strict=True))
+                slots += [by_address[address] for address in ring_of(listed)]
+            else:  # programs look for a client's backend by halves
+                slots += sorted(numbers)
     else:
         numbers = _take(wanted, key[2], ids)
         if numbers is None:

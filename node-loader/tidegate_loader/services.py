@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 
 import msgspec
 from msgspec import UNSET
@@ -15,7 +16,7 @@ from tidegate_api.choice import Choice, choose
 from tidegate_api.service import EVERY_NODE, Frontend
 from tidegate_api.state import Endpoint, NodeState, ServicePort, StateSlice
 
-from tidegate_loader import addresses
+from tidegate_loader import addresses, maglev
 from tidegate_loader.rules import PROTOCOLS
 
 AFFINITY, RANGES, OUTSIDE, LOCAL = 0x01, 0x02, 0x04, 0x08
@@ -129,6 +130,17 @@ class Made(msgspec.Struct, frozen=True, gc=False):
     problems: tuple[str, ...]
 
 
+@lru_cache(maxsize=32)
+def ring_of(members: tuple[BackendAddress, ...]) -> tuple[BackendAddress, ...]:
+    """Position -> backend; the frontends of a service port have the same."""
+    return tuple(maglev.ring(members))
+
+
+def places(members: int) -> int:
+    """Slots that a ring of so many backends takes."""
+    return maglev.RING_SIZE if members else 0
+
+
 def shard(item: StateSlice, place: Place, before: SharedPart | None = None) -> SharedPart:
     """ValueError: an address is none. `before`: of the same place; what is equal in both is
     the same object, and costs nothing but to see that."""
@@ -179,7 +191,7 @@ def _make(port: ServicePort, place: Place) -> Made:
             key = (address, frontend.port, PROTOCOLS[frontend.protocol])
             v4 = addresses.is_v4(address)
             wanted: Wanted | None
-            if frontend.kind is UNSET and port.affinity is UNSET and port.internal is UNSET:
+            if frontend.kind is UNSET and _is_plain(port):
                 wanted = plain.get(v4)
                 if wanted is None:
                     wanted = plain[v4] = _pack(choose(port, UNSET, place.node, place.zone), v4)
@@ -196,6 +208,11 @@ def _make(port: ServicePort, place: Place) -> Made:
         protocols = {PROTOCOLS[f.protocol] for f in port.frontends}
         draining.update((*b, protocol) for b in rest for protocol in protocols)
     return Made(port, tuple(entries), tuple(ranges), tuple(draining), tuple(problems))
+
+
+def _is_plain(port: ServicePort) -> bool:
+    """Its ClusterIPs ask for nothing but its backends."""
+    return port.affinity is UNSET and port.internal is UNSET
 
 
 def _addresses(frontend: Frontend, place: Place) -> tuple[str, ...]:
@@ -217,6 +234,9 @@ def _special(port: ServicePort, frontend: Frontend, place: Place, v4: bool) -> S
     flags = HEADER | (OUTSIDE if outer else 0)
     if port.affinity is not UNSET:
         flags |= AFFINITY
+    # Those of the cluster connect sockets, which have no address yet to be hashed.
+    if outer and port.algorithm is not UNSET:
+        flags |= RING
     if not outer and port.internal is not UNSET:
         flags |= INTERNAL_LOCAL
     if outer and port.external is not UNSET:

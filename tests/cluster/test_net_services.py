@@ -67,11 +67,13 @@ spec: {{nodeName: {node}, containers: [{{name: main, image: x, ports: {ports}}}]
 """
 
 
-def service(name: str, port: int, more: str = "", app: str = "web", status: str = "") -> str:
+def service(
+    name: str, port: int, more: str = "", app: str = "web", status: str = "", notes: str = ""
+) -> str:
     return f"""
 apiVersion: v1
 kind: Service
-metadata: {{name: {name}}}
+metadata: {{name: {name}, annotations: {{{notes}}}}}
 spec:
   type: {"LoadBalancer" if status else "NodePort"}
   selector: {{app: {app}}}
@@ -94,6 +96,7 @@ FOLDER = "---".join(
         service("local", 30090, "externalTrafficPolicy: Local", app="far"),
         service("sticky", 30100, "sessionAffinity: ClientIP"),
         service("empty", 30110, app="nobody"),
+        service("ringed", 30130, notes="tidegate.dev/algorithm: Maglev"),
         service("balanced", 30120, "loadBalancerSourceRanges: [172.18.0.200/32]", status=BALANCER),
     ]
 )
@@ -237,6 +240,19 @@ def test_per_packet_out_of_a_pod(cluster: Cluster) -> None:
     assert seen.keys() == {"one", "two"}
     assert seen["one"] == HAIRPIN[4]
     assert seen["two"].startswith("10.244.")
+
+
+def test_maglev(cluster: Cluster) -> None:
+    found = {who for who, _ in cluster.ask("", NODES["node-1"][4], 30130, 24)}
+    assert found == {"one", "two"}
+    rings = json.loads(cluster.tidegate("lb", "list", "--maglev", "-o", "json"))
+    rows = [row for node in rings.values() for row in node]
+    assert len(rows) == 2 * 2 * 2 * 2, "nodes, families, protocols, backends"
+    assert sum(row["places"] for row in rows) == 8 * 16384
+    node_1, node_2 = (
+        sorted((row["backend"], row["places"]) for row in rings[node]) for node in sorted(rings)
+    )
+    assert node_1 == node_2, "every node has the same ring"
 
 
 def test_affinity(cluster: Cluster) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +207,43 @@ def test_datagrams(lab: Lab, why: str, family: int, vip: str, backend: str) -> N
                 echo.sendto(b"answer", sender)
                 data, peer = made.recvfrom(100)
                 assert (data, peer[:2]) == (b"answer", (vip, 80)), why
+
+
+@pytest.mark.parametrize(("why", "family", "vip", "backend"), FAMILIES)
+def test_datagrams_keep_their_backend_while_it_lives(
+    lab: Lab, why: str, family: int, vip: str, backend: str
+) -> None:
+    with ExitStack() as stack:
+        echoes = [stack.enter_context(closing(server(socket.SOCK_DGRAM, backend))) for _ in "abcd"]
+        made = stack.enter_context(closing(client(family, socket.SOCK_DGRAM)))
+        ports = [(backend, port(echo)) for echo in echoes]
+        left = list(range(4))
+
+        def serve_left(base: int) -> dict[int, int]:
+            """Index of an echo -> id of its backend."""
+            vip_bytes = VIP4 if "." in vip else VIP6
+            lab.service(vip_bytes, 80, UDP, [ports[at] for at in left], base=base)
+            return {at: base + place for place, at in enumerate(left)}
+
+        ids = serve_left(1)
+        while left:
+            for _ in range(12):
+                made.sendto(b"x", (vip, 80))
+            (found,) = (at for at, echo in enumerate(echoes) if drained(echo))
+            assert found in left, why
+            lab.maps["backends_v1"].update(U32.pack(ids[found]), bytes(24))
+            left.remove(found)
+            ids = serve_left(max(ids.values()) + 1)
+
+
+def drained(echo: socket.socket) -> int:
+    """Datagrams that were there."""
+    echo.setblocking(False)
+    count = 0
+    with suppress(BlockingIOError):
+        while echo.recv(100):
+            count += 1
+    return count
 
 
 @pytest.mark.parametrize(("why", "family", "vip", "backend"), FAMILIES)

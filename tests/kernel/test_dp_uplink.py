@@ -243,6 +243,22 @@ def test_affinity_outside_and_in_a_pod(edge: Edge) -> None:
     assert len(spread) > 1
 
 
+def test_on_a_ring_a_client_has_one_place(edge: Edge) -> None:
+    """At whatever address of the Service: so every node finds the same backend."""
+    backends = [(f"10.2.1.{n}", 80) for n in range(1, 9)]
+    for base, vip in ((1, NODE4), (9, "198.51.100.1")):
+        edge.service(vip, PORT, f.TCP, backends, flags=OUTSIDE | e.RING, base=base)
+    seen = set()
+    for sport in range(1000, 1040):
+        one, other = (
+            edge.send(packet(f.TCP, t.IP4["w"], vip, sport, PORT)).frame.dst
+            for vip in (NODE4, "198.51.100.1")
+        )
+        assert one == other
+        seen.add(one)
+    assert len(seen) > 4
+
+
 def flow(edge: Edge, sport: int, flags: int = SYN) -> tuple[str, int, str, int]:
     seen = edge.send(packet(f.TCP, t.IP4["w"], NODE4, sport, PORT, flags))
     assert seen.reason == 0

@@ -12,7 +12,17 @@ from msgspec import UNSET, structs
 from support import loader_world as world
 from tidegate_api import state as api
 from tidegate_bpf import Map, ObjectFile, bpffs
-from tidegate_loader import addresses, apply, attach, kernel, maps, plan, plan_services, services
+from tidegate_loader import (
+    addresses,
+    apply,
+    attach,
+    kernel,
+    maglev,
+    maps,
+    plan,
+    plan_services,
+    services,
+)
 
 pytestmark = pytest.mark.kernel
 NODE = "172.18.0.2"
@@ -117,6 +127,7 @@ def test_every_kind_is_read_back_as_it_was_meant(objects: Path, pin_dir: Path) -
         port_of("inside", 3, here[1:], internal="Local"),
         port_of("sticky", 4, here, affinity=60),
         port_of("none", 5, []),
+        port_of("ring", 7, here, algorithm="Maglev", external="Local"),
     ]
     ranged = port_of("ranged", 6, here, source_ranges=["192.0.2.0/24"])
     fronts = [*ranged.frontends, front("LoadBalancer", "198.51.100.1", 80)]
@@ -131,6 +142,8 @@ def test_every_kind_is_read_back_as_it_was_meant(objects: Path, pin_dir: Path) -
     assert isinstance(inside, services.Special)
     assert (local.inside, local.outside, local.elsewhere) == ((one, other), (one,), True)
     assert (inside.inside, inside.elsewhere) == ((), True)
+    ringed = node.actual.frontends[addresses.pack(NODE), 30007, 6]
+    assert ringed.count == plan_services.SLOT_HEADER + 2 * maglev.RING_SIZE
     (key,) = node.kernel.read_ranges()
     assert key[1:] == addresses.parse_prefix("192.0.2.0/24")
     assert node.kernel.read_node_source() == UPLINKS.source

@@ -421,7 +421,9 @@ tg_inline int tg_choose(struct tg_run *r, struct tg_choice *choice)
 	if (answer != TG_SERVICE_SPECIAL)
 		return answer;
 	r->s->asks.addr = r->s->p.t.src;
-	r->s->asks.hash = hash;
+	/* On a ring the client's place is the same on every node, at any of its addresses. */
+	r->s->asks.hash = choice->base >> TG_FRONTEND_FLAGS & TG_FRONTEND_RING ?
+				  tg_mix(tg_addr_proof(&r->s->p.t.src) + r->s->p.t.sport * 0x9E3779B1u) : hash;
 	r->s->asks.outside = !r->from_pod;
 	return tg_special(&key, &r->s->asks, choice, dry_run);
 }

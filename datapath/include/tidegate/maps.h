@@ -124,7 +124,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__type(key, __u32);
 	__type(value, __u32); /* backend id */
-	__uint(max_entries, 262144);
+	__uint(max_entries, 1048576);
 } slots_v1 SEC(".maps");
 
 struct {

@@ -102,6 +102,33 @@ tg_inline void tg_sock_remember(struct bpf_sock_addr *ctx, const struct tg_choic
 				 .port = asked->port };
 
 	bpf_map_update_elem(&socks_v1, &key, &value, BPF_ANY);
+	key.addr = asked->addr;
+	key.port = asked->port;
+	value.addr = choice->addr;
+	value.port = choice->port;
+	value.backend = choice->backend;
+	bpf_map_update_elem(&socks_v1, &key, &value, BPF_ANY);
+}
+
+/* Datagrams that a socket sends one after the other to a frontend go to one
+ * backend, for as long as that lives. */
+tg_inline int tg_sock_keeps(__u64 cookie, const struct tg_frontend_key *asked,
+			    struct tg_choice *choice)
+{
+	struct tg_sock_key key = { .cookie = cookie, .addr = asked->addr, .port = asked->port };
+	struct tg_sock *found = bpf_map_lookup_elem(&socks_v1, &key), held;
+	struct tg_choice now = {};
+
+	if (!found)
+		return 0;
+	held = *found;
+	tg_barrier();
+	if (*(volatile __u64 *)&found->cookie != cookie || held.cookie != cookie ||
+	    tg_backend(held.backend, asked->protocol, &now) != TG_SERVICE_FOUND ||
+	    !tg_addr_equal(&now.addr, &held.addr) || now.port != held.port)
+		return 0;
+	*choice = now;
+	return 1;
 }
 
 /* A client is its network namespace: its address is not chosen yet. */
@@ -116,8 +143,8 @@ tg_inline int tg_sock_special(struct bpf_sock_addr *ctx, const struct tg_fronten
 	return tg_special(key, &client, choice, 0);
 }
 
-/* connect and sendmsg */
-tg_inline int tg_sock_forward(struct bpf_sock_addr *ctx, int v6)
+/* connect and, with `sends`, sendmsg */
+tg_inline int tg_sock_forward(struct bpf_sock_addr *ctx, int v6, int sends)
 {
 	struct tg_frontend_key key = {};
 	struct tg_choice choice = {};
@@ -143,7 +170,7 @@ tg_inline int tg_sock_forward(struct bpf_sock_addr *ctx, int v6)
 		return TG_SOCK_PROCEED;
 	if (key.protocol == IPPROTO_TCP)
 		tg_stream_remember(bpf_get_socket_cookie(ctx), &choice, &key);
-	else
+	else if (!sends || !tg_sock_keeps(bpf_get_socket_cookie(ctx), &key, &choice))
 		tg_sock_remember(ctx, &choice, &key);
 	tg_sock_write(ctx, v6, &choice.addr, choice.port);
 	return TG_SOCK_PROCEED;

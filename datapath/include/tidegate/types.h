@@ -405,9 +405,11 @@ TG_SIZE(struct tg_frag, 8);
 
 /* ---- socket load balancing -------------------------------------------------- */
 
+/* A socket that sends datagrams has an entry of each for what it asked: by the
+ * backend for answers, by the frontend for what it sends next. */
 struct tg_sock_key {
 	__u64 cookie;
-	struct tg_addr addr; /* the backend */
+	struct tg_addr addr; /* the backend; or the frontend */
 	__be16 port;
 	__u8 pad[6];
 };
@@ -415,9 +417,10 @@ TG_SIZE(struct tg_sock_key, 32);
 
 struct tg_sock {
 	__u64 cookie; /* proves the key */
-	struct tg_addr addr; /* the frontend that was asked for */
+	struct tg_addr addr; /* the frontend that was asked for; or the backend */
 	__be16 port;
-	__u8 pad[6];
+	__u16 pad;
+	__u32 backend; /* id; 0: by the backend */
 };
 TG_SIZE(struct tg_sock, 32);
 

@@ -106,3 +106,20 @@ def test_numbers_and_ranges_by_name() -> None:
         {"service": "shop/web", "range": "192.0.2.0/24"},
         {"service": "8", "range": "::/0"},
     ]
+
+
+def test_a_ring_in_few_words() -> None:
+    one, two = (1, "10.0.0.1", 80), (2, "10.0.0.2", 80)
+    slots = (one, two, one, 7)
+    front = live.Frontend("172.18.0.2", 30080, 6, 100, 4, slots, s.OUTSIDE | s.RING, 7)
+    assert balancer._lb(known(), view(front)) == {
+        "172.18.0.2:30080/TCP (0)": ["0.0.0.0:0 (7) (0) [NodePort]"],
+        "172.18.0.2:30080/TCP (1)": ["10.0.0.1:80/TCP (7) (1)"],
+        "172.18.0.2:30080/TCP (2)": ["10.0.0.2:80/TCP (7) (2)"],
+        "172.18.0.2:30080/TCP (3)": ["backend 7 not found"],
+    }
+    assert [(row["backend"], row["places"]) for row in balancer._maglev(view(front))] == [
+        ("10.0.0.1:80", 2),
+        ("10.0.0.2:80", 1),
+        ("backend 7 not found", 1),
+    ]
