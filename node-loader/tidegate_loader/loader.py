@@ -19,7 +19,7 @@ from msgspec import UNSET, structs
 from tidegate_api.state import Condition, NodeStateStatus, encode
 from tidegate_bpf import BpfError, mounts
 
-from tidegate_loader import addresses, attach, cni, kernel, plan, uplinks
+from tidegate_loader import addresses, attach, cni, kernel, kubeproxy, plan, uplinks
 from tidegate_loader.apply import apply
 from tidegate_loader.local import (
     READS_FORMATS,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # an import costs what TLS costs, and on one machine nobody n
 
 MAX_MESSAGE = 4096
 """Characters of a condition's message: the rest repeats itself."""
+BESIDE = "what Tidegate serves never reaches it; remove it, and what rules it has left"
 AUTO = Path("auto")
 """`--cgroup auto`."""
 
@@ -81,6 +82,7 @@ class Loader:
         self._ungated = False
         """An interface is there that could not be gated: its endpoint is in no node table."""
         self._standing: list[str] = []
+        self._beside = kubeproxy.traces()
         """Problems of the machine, found at the start."""
         self.waiting = False
         """An interface is named that is not there (yet), or could not be attached to."""
@@ -384,9 +386,11 @@ class Loader:
         return found
 
     def verify(self) -> None:
-        """Read everything back, repair what changed behind our back, count it."""
+        """Read everything back, repair what changed behind our back, count it. Also looks around:
+        who else serves Services here."""
         if self._kernel is None:
             return
+        self._beside = kubeproxy.traces()
         found = self._read_back()
         drift = 0 if self.dirty else plan.drift(self._actual, found)
         self._actual = found
@@ -494,6 +498,11 @@ class Loader:
         elif self._desired is not None and self._desired.pending:
             message += f"; {len(self._desired.pending)} endpoints wait for their interface"
         said = [("Ready", ready, reason, message)]
+        if self._beside:
+            text = (
+                f"kube-proxy serves Services on this node too: {', '.join(self._beside)}; {BESIDE}"
+            )
+            said.append(("KubeProxy", True, "Beside", text))
         # Of these two people and tools expect to be there only while they are true.
         if stalled is not None:
             said.append(("Stalled", True, stalled.reason, str(stalled)))
