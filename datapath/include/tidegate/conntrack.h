@@ -210,14 +210,12 @@ enum tg_rank {
 /* How gladly a way is given up for a flow: the flow's own, then a free one, one
  * that has expired, the one least recently seen; any of those equally old, so
  * low bits of `now_tie` (time << 2 | tie) decide. `word`: as it was read. */
-tg_global __u32 tg_rank(const struct tg_half_open *way, const struct tg_ct_key *key,
+tg_inline __u32 tg_rank(const struct tg_half_open *way, const struct tg_ct_key *key,
 			__u64 proof, __u64 now_tie, __u64 *word)
 {
 	__u32 now = now_tie >> 2;
 	__s32 age;
 
-	if (!way || !key || !word)
-		return TG_RANK_BUSY;
 	*word = tg_read_word(&way->ct);
 	if (*word == TG_CT_FREE)
 		return TG_RANK_FREE;
