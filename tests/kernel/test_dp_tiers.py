@@ -389,6 +389,8 @@ def test_an_echo_flow_is_judged_the_same_whenever_it_is(town: Town, version: int
     assert town.reason(*send["ask"]) == POLICY
     assert town.reason(*send["answer"]) == POLICY
     assert town.reason(*send["other"]) == 0
+    # Nothing says that a packet of this type the other way would be an answer.
+    assert town.reason("b>", frame_of(b, a, name, other << 8)) == POLICY
 
 
 def test_a_pass_needs_no_lane_below(town: Town) -> None:

@@ -212,8 +212,7 @@ def _second(
     rivals = [hit for hit in (by, audit) if hit is not None and -hit[0] >= DEVELOPER]
     if rivals:
         _, rule, action = min(rivals)
-        audited = audit is not None and min(rivals) == audit
-        return (POLICY_DENY if action == DENY else 0), rule if audited else NONE
+        return (POLICY_DENY, rule) if action == DENY else (0, NONE)
     return (POLICY if policy.flags & AUDITED else 0), NONE
 
 

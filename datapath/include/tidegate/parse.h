@@ -174,12 +174,15 @@ tg_inline int tg_echo(struct tg_tuple *t, __u8 type, __be16 id)
 	return 1;
 }
 
-/* What is no echo has type and code, as on the wire, for both ports: each type
- * is a flow of its own. */
+/* What is no echo has type and code, as on the wire, for its source port, and
+ * one for the other that no echo has beside it: each type is a flow of its own
+ * either way, because nothing says which of them answers which. */
 tg_inline void tg_icmp_ports(struct tg_tuple *t, __u8 type, __be16 type_code, __be16 id)
 {
-	if (!tg_echo(t, type, id))
-		t->sport = t->dport = type_code;
+	if (!tg_echo(t, type, id)) {
+		t->sport = type_code;
+		t->dport = type_code == 0xffff ? 0xfefe : 0xffff;
+	}
 }
 
 /* What a policy takes for the flow's port: of ICMP its type and code. By the
@@ -191,7 +194,7 @@ tg_inline __be16 tg_policy_port(const struct tg_tuple *t)
 
 	if (!tg_is_icmp(t->protocol))
 		return t->dport;
-	if (t->sport && t->sport == t->dport)
+	if (t->sport && t->dport)
 		return t->sport;
 	if (t->dport)
 		return bpf_htons((v4 ? TG_ICMP_ECHO_REPLY : ICMPV6_ECHO_REPLY) << 8);
