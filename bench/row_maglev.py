@@ -9,9 +9,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from operator import ne
 
 from measure import Result
-from tidegate_loader.maglev import RING_SIZE, BackendAddress, moved, ring
+from tidegate_loader.maglev import RING_SIZE, BackendAddress, ring
 
 COUNTS = (2, 3, 5, 10, 30, 100)
 SETS = 6
@@ -36,7 +37,7 @@ def disruption() -> Iterator[Result]:
             times.setdefault(count, []).append((time.perf_counter() - began) * 1e3)
             for gone in rng.sample(names, min(GONE, len(names))):
                 now = ring([name for name in names if name != gone])
-                share = len(moved(before, now)) / RING_SIZE
+                share = sum(map(ne, before, now)) / RING_SIZE
                 over.setdefault(count, []).append(share - 1 / len(names))
     yield Result(
         id="svc-maglev",

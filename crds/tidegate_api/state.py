@@ -433,7 +433,8 @@ class NodeStateStatus(Model, frozen=True):
     formats: list[Count] = msgspec.field(default_factory=list)
     """The formats of specs that this loader reads."""
     conditions: list[Condition] = msgspec.field(default_factory=list)
-    """`Ready`: the newest spec is in force. `Stalled`: something that has to be mended."""
+    """`Ready`: the newest spec is in force. `Stalled`: something that has to be mended.
+    `KubeProxy`: its rules are on the node too."""
     observed_generation: Count | UnsetType = UNSET
     """The newest `metadata.generation` that the loader has looked at."""
 

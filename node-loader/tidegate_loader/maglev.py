@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Collection, Sequence
 from itertools import compress
 from math import ceil
-from operator import lt, ne
+from operator import lt
 
 BackendAddress = tuple[bytes, int]
 """(16 address bytes, port)."""
@@ -46,11 +46,6 @@ def ring(backends: Collection[BackendAddress], size: int = RING_SIZE) -> list[Ba
 def most(backends: int, size: int = RING_SIZE) -> int:
     """Positions that one of so many backends may have."""
     return ceil(size / backends * (1 + min(MAX_ROOM, ROOM_EACH * backends)))
-
-
-def moved(before: Sequence[BackendAddress], now: Sequence[BackendAddress]) -> list[int]:
-    """Positions that differ between two rings of one size: all that has to be written."""
-    return list(compress(range(len(now)), map(ne, before, now)))
 
 
 def _ranks(name: BackendAddress, size: int) -> Ranks:
