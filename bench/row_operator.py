@@ -149,16 +149,23 @@ def populate(client: Client) -> None:
 
 
 @contextmanager
-def cluster() -> Iterator[tuple[apiserver.ApiServer, Client, Path]]:
-    """A server with everything in it, and a kubeconfig."""
+def empty() -> Iterator[tuple[Client, Path]]:
+    """A server that knows our kinds: a client of it, and a kubeconfig."""
     if not (apiserver.BINARIES / "kube-apiserver").exists():
         raise Unmeasurable("kube-apiserver is not built: run `make kube-apiserver`")
     with tempfile.TemporaryDirectory(prefix="tg-bench-") as directory:
         place = Path(directory)
         with apiserver.running(place) as server, closing(server.client()) as client:
             town_api.install(client)
-            populate(client)
-            yield server, client, server.kubeconfig(place / "kubeconfig")
+            yield client, server.kubeconfig(place / "kubeconfig")
+
+
+@contextmanager
+def cluster() -> Iterator[tuple[Client, Path]]:
+    """The same with everything in it."""
+    with empty() as (client, kubeconfig):
+        populate(client)
+        yield client, kubeconfig
 
 
 # ---- The operator ----------------------------------------------------------------------------
@@ -301,7 +308,7 @@ SIZE = f"{PODS:,} pods, {NODES} nodes, {POLICIES:,} policies, {SERVICES:,} servi
 
 def operate() -> Iterator[Result]:
     """op-cold, op-one, op-rss and bytes-labels, in one populated cluster."""
-    with cluster() as (_, client, kubeconfig):
+    with cluster() as (client, kubeconfig):
         colds, loops, ones, most = [], [], [], 0.0
         for run in range(COLD_RUNS):
             loops.append(calibration())
@@ -479,14 +486,7 @@ def delivered(client: Client, shards: Sequence[StateSlice], before: Mapping[str,
 
 
 def bytes_pod() -> Iterator[Result]:
-    if not (apiserver.BINARIES / "kube-apiserver").exists():
-        raise Unmeasurable("kube-apiserver is not built: run `make kube-apiserver`")
-    with (
-        tempfile.TemporaryDirectory(prefix="tg-bench-") as directory,
-        apiserver.running(Path(directory)) as server,
-        closing(server.client()) as client,
-    ):
-        town_api.install(client)
+    with empty() as (client, _):
         found = {nodes: fill(nodes) for nodes in (10, 1000)}
         sent = {n: delivered(client, one.shards, one.before) for n, one in found.items()}
     means = {nodes: statistics.mean(one.sizes) for nodes, one in found.items()}
@@ -505,15 +505,7 @@ def bytes_pod() -> Iterator[Result]:
 
 def ready() -> Iterator[Result]:
     """On an empty cluster: imports, discovery, lists, the first publish."""
-    if not (apiserver.BINARIES / "kube-apiserver").exists():
-        raise Unmeasurable("kube-apiserver is not built: run `make kube-apiserver`")
-    with (
-        tempfile.TemporaryDirectory(prefix="tg-bench-") as directory,
-        apiserver.running(Path(directory)) as server,
-        closing(server.client()) as client,
-    ):
-        town_api.install(client)
-        kubeconfig = server.kubeconfig(Path(directory) / "kubeconfig")
+    with empty() as (client, kubeconfig):
 
         def run() -> float:
             forget(client)

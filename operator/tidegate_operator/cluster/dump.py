@@ -16,7 +16,7 @@ from tidegate_operator.cluster.world import Key, Snapshot
 from tidegate_operator.manifests import Document
 from tidegate_operator.problems import Problem, at
 
-_FIELDS: dict[str, tuple[str, Callable[[bytes], Any]]] = {
+FIELDS: dict[str, tuple[str, Callable[[bytes], Any]]] = {
     "Node": ("nodes", kinds.node),
     "Namespace": ("namespaces", kinds.namespace),
     "Pod": ("pods", kinds.pod),
@@ -25,6 +25,7 @@ _FIELDS: dict[str, tuple[str, Callable[[bytes], Any]]] = {
     "NetworkPolicy": ("policies", kinds.network_policy),
     "Identity": ("identities", kinds.identity),
 }
+"""Kind -> field of a Snapshot, and what reads the kind."""
 _WORKLOADS = ("Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "Job")
 
 
@@ -48,7 +49,7 @@ def snapshot_of(documents: Sequence[Document]) -> tuple[Snapshot, tuple[Problem,
             text = "makes no pods: the folder holds a cluster, with the pods that it has"
             problems.append(at(document.source, "info", text, object=str(key)))
             continue
-        field, decode = _FIELDS[key.kind]
+        field, decode = FIELDS[key.kind]
         tree = document.object.model_dump(by_alias=True, exclude_unset=True, mode="json")
         tree["metadata"].setdefault("namespace", key.namespace)
         try:

@@ -8,7 +8,6 @@ an error interrupts stays as it is in force and is tried again.
 from __future__ import annotations
 
 import gc
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import structlog
 from msgspec import UNSET
 from tidegate_api.state import Identity
 from tidegate_kube import Client, KubeError
+from tidegate_kube.backoff import Backoff
 
 from tidegate_operator import identities, publish, services
 from tidegate_operator.cluster import world
@@ -26,7 +26,7 @@ from tidegate_operator.cluster.lead import Lead, term_of
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.store import KubeStore, NumberTaken
 from tidegate_operator.cluster.watches import Watches
-from tidegate_operator.cluster.world import EMPTY_WORLD, ClusterWorld, Snapshot
+from tidegate_operator.cluster.world import EMPTY_CLUSTER, ClusterWorld, Snapshot
 from tidegate_operator.compile import Compiler, Desired
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.leader import NotLeader
@@ -101,10 +101,12 @@ class Runner:
         self._compiler = Compiler()
         self._settings = settings
         self._hold = Hold()
-        self._world = EMPTY_WORLD
+        self._world = EMPTY_CLUSTER
         self._ledger = EMPTY_LEDGER
         self._done: Snapshot | None = None
-        self._failures = 0
+        self._backoff = Backoff(FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS)
+        self._retry: float | None = None
+        """Seconds until an error's step is tried again; None: there was none."""
         self._said: tuple[object, ...] = ()
         self.published: Published | None = None
         self.error = ""
@@ -180,7 +182,9 @@ class Runner:
         while not self._stopping.is_set():
             self._alive = time.monotonic()
             # After an error nobody's poke makes it try again sooner.
-            woken = (self._stopping if self._failures else self._wake).wait(self._pause())
+            failed = self._retry is not None
+            pause = IDLE_SECONDS if self._retry is None else self._retry
+            woken = (self._stopping if failed else self._wake).wait(pause)
             if self._stopping.is_set():
                 return
             if woken and time.monotonic() - last < QUIET_SECONDS:
@@ -197,17 +201,13 @@ class Runner:
                 self._failed(error)
             last = time.monotonic()
 
-    def _pause(self) -> float:
-        if not self._failures:
-            return IDLE_SECONDS
-        whole = min(FIRST_RETRY_SECONDS * 2.0 ** (self._failures - 1), LONGEST_RETRY_SECONDS)
-        return whole * random.uniform(0.5, 1.0)
-
     def _failed(self, error: Exception) -> None:
-        self._failures += 1
+        self._retry = self._backoff.failed()
         self.error = str(error)
         self._metrics.publish_errors.inc()
-        log.warning("cannot publish, trying again", error=str(error), failures=self._failures)
+        log.warning(
+            "cannot publish, trying again", error=str(error), failures=self._backoff.failures
+        )
 
     def _turn(self) -> None:
         """One look around, and a step if there is reason for one."""
@@ -251,7 +251,7 @@ class Runner:
         assert publisher is not None
         return (
             done is not None
-            and not self._failures
+            and self._retry is None
             and _same(done, snapshot)
             and not publisher.waiting
             and not publisher.disturbed()
@@ -311,7 +311,8 @@ class Runner:
             # with every burst of changes, which would take longer than the change.
             gc.collect()
             gc.freeze()
-        self._done, self._failures, self.error = snapshot, 0, ""
+        self._done, self._retry, self.error = snapshot, None, ""
+        self._backoff.succeeded()
 
     def _finished(self, published: Published, written: int) -> None:
         first, self.published = self.published is None, published

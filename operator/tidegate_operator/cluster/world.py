@@ -90,7 +90,7 @@ def build(
     hold: bool = False,
 ) -> tuple[ClusterWorld, tuple[Problem, ...]]:
     """Never raises for what the snapshot says. `hold`: see `meanings.held`."""
-    before = previous or EMPTY_WORLD
+    before = previous or EMPTY_CLUSTER
     policies, asked = _policies(snapshot, before, settings)
     relevant = meanings.held(asked, before.relevance, hold)
     nodes = _nodes(snapshot, before, of_services)
@@ -495,7 +495,7 @@ def _problem(
     )
 
 
-EMPTY_WORLD = ClusterWorld(
+EMPTY_CLUSTER = ClusterWorld(
     nodes={},
     namespaces={},
     pods={},

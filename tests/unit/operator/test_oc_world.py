@@ -14,6 +14,7 @@ from tidegate_api.state import encode
 from tidegate_operator import identities
 from tidegate_operator import world as folder_world
 from tidegate_operator.cluster import kinds
+from tidegate_operator.cluster.dump import FIELDS
 from tidegate_operator.cluster.world import ClusterWorld, Snapshot, build
 from tidegate_operator.compile import Compiler, Desired, compile
 from tidegate_operator.identities import EMPTY_LEDGER
@@ -68,21 +69,10 @@ def node(name: str, number: int = 0) -> Tree:
     )  # fmt: skip
 
 
-DECODERS: dict[str, tuple[str, Any]] = {
-    "Node": ("nodes", kinds.node),
-    "Namespace": ("namespaces", kinds.namespace),
-    "Pod": ("pods", kinds.pod),
-    "Service": ("services", kinds.service),
-    "EndpointSlice": ("slices", kinds.endpoint_slice),
-    "NetworkPolicy": ("policies", kinds.network_policy),
-    "Identity": ("identities", kinds.identity),
-}
-
-
 def snapshot(*trees: Tree) -> Snapshot:
     found: dict[str, dict[tuple[str, str], Any]] = {}
     for item in trees:
-        field, decode = DECODERS[item["kind"]]
+        field, decode = FIELDS[item["kind"]]
         meta = item["metadata"]
         key = (meta.get("namespace", ""), meta["name"])
         found.setdefault(field, {})[key] = decode(json.dumps(item).encode())
@@ -299,7 +289,7 @@ def test_what_means_nothing_changes_nothing() -> None:
         (node("n1"), ("status", {**node("n1")["status"], "images": [{"names": ["x"]}]})),
         (service("web", ports=[{"port": 80}]), ("status", {"loadBalancer": {"ingress": []}})),
     ):  # fmt: skip
-        _, decode = DECODERS[one["kind"]]
+        _, decode = FIELDS[one["kind"]]
         before = decode(json.dumps(one).encode())
         other = {**one, change[0]: change[1]}
         other["metadata"] = {**one["metadata"], "resourceVersion": "9", "managedFields": [{}]}
@@ -371,7 +361,7 @@ def as_cluster(text: str) -> Iterator[Tree]:
     ip = 10
     for document in documents(text):
         written = document.object.model_dump(by_alias=True, exclude_unset=True, mode="json")
-        if document.key.kind in DECODERS:
+        if document.key.kind in FIELDS:
             written["metadata"].setdefault("uid", str(document.key))
             yield written
             continue
@@ -456,7 +446,7 @@ class Reader:
 
     def snapshot(self, trees: list[Tree]) -> Snapshot:
         fresh = snapshot(*trees)
-        for field in (field for field, _ in DECODERS.values()):
+        for field in (field for field, _ in FIELDS.values()):
             now, before = getattr(fresh, field), self.held.get(field, {})
             kept = {k: before[k] if before.get(k) == v else v for k, v in now.items()}
             if kept != before or field not in self.held:
