@@ -63,8 +63,8 @@ def other_layout(root: Path, parts: Iterable[str] = LOADER_PARTS) -> None:
         path.write_text(text)
     built = root / "datapath" / "build"
     built.mkdir()
-    for name in ("pod", "sock"):
-        compile_object(root / "datapath" / f"{name}.bpf.c", built / f"{name}.o", include)
+    for source in sorted((root / "datapath").glob("*.bpf.c")):
+        compile_object(source, built / f"{source.name.partition('.')[0]}.o", include)
 
 
 def other_format(root: Path) -> None:
