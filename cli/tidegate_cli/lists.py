@@ -296,6 +296,8 @@ def flow_line(flow: dict[str, Any]) -> str:
         f"{flow['source']} -> {flow['destination']}",
         "expired" if flow["expired"] else f"expires={flow['leftSeconds']:.0f}s",
         f"LastSeen={flow['ageSeconds']:.0f}s",
+        f"Packets={flow['packets']} Bytes={flow['bytes']}",
+        f"RxPackets={flow['replyPackets']} RxBytes={flow['replyBytes']}",
         f"Flags={flow['flagBits']:#06x} [ {' '.join([*flow['flags'], ''])}]",
     ]
     if "nat" in flow:
@@ -326,6 +328,10 @@ def flow_object(flow: Flow, view: NodeView) -> dict[str, Any]:
         "dstPod": view.pod_name(flow.dst_endpoint),
         "srcRule": flow.src_rule,
         "dstRule": flow.dst_rule,
+        "packets": flow.packets,
+        "bytes": flow.bytes,
+        "replyPackets": flow.reply_packets,
+        "replyBytes": flow.reply_bytes,
         "epoch": flow.epoch,
     }
     if flow.nat is not None:

@@ -45,6 +45,11 @@ _CT = [
     "to_src",
     "backend",
     "nat_port",
+    "start",
+    "packets",
+    "bytes",
+    "reply_packets",
+    "reply_bytes",
 ]
 _COUNTER = {"packets": "u64", "bytes": "u64"}
 
@@ -105,6 +110,11 @@ class Flow:
     backend: int
     age: float
     left: float
+    packets: int
+    bytes: int
+    reply_packets: int
+    reply_bytes: int
+    """As counted since it began; 0 of all: the node does not count."""
     epoch: int
     """Low 40 bits of the policy epoch it was judged in."""
 
@@ -288,11 +298,11 @@ class NodeMaps:
 
     def flows(self) -> Iterator[Flow]:
         """Established flows, then the half-open shares."""
-        for key, value in self.map("ct_v1").items():
+        for key, value in self.map("ct_v2").items():
             ct = self._ct.unpack(value)
             if ct.word not in (FREE, BUSY):
                 yield self._flow(self._ct_key.unpack(key), ct, "table")
-        shares = self._declared_inner("half_open_v1")
+        shares = self._declared_inner("half_open_v2")
         for path in sorted((self.pin_dir / "half_open").glob("[0-9]*"), key=lambda p: int(p.name)):
             for _, value in self._fits(self._open(path), shares).items():
                 for way in self._half_open_set.unpack(value).way if any(value) else ():
@@ -418,6 +428,10 @@ class NodeMaps:
             backend=v.backend,
             age=age * unit,
             left=(life(k.protocol, v.flags) - age) * unit,
+            packets=v.packets,
+            bytes=v.bytes,
+            reply_packets=v.reply_packets,
+            reply_bytes=v.reply_bytes,
             epoch=v.word >> 24,
         )
 

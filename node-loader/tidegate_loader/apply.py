@@ -197,7 +197,7 @@ class Writer:
         made = [self._half_open_map(self._layouts.half_open.max_entries) for _ in slots]
         for slot, inner in zip(slots, made, strict=True):
             _pin(inner, self._kernel.pin_dir / "half_open" / str(slot))
-        self._link("half_open_v1", zip(slots, made, strict=True))
+        self._link("half_open_v2", zip(slots, made, strict=True))
         self._actual.half_open.update(slots)
 
     def _half_open_map(self, size: int) -> Map:
@@ -334,7 +334,7 @@ class Writer:
             self._actual.rule_sets.pop(number, None)
 
     def _remove_half_open(self, slots: Sequence[int]) -> None:
-        self._link("half_open_v1", _same(slots, self._half_open_map(1)))
+        self._link("half_open_v2", _same(slots, self._half_open_map(1)))
         for slot in slots:
             (self._kernel.pin_dir / "half_open" / str(slot)).unlink(missing_ok=True)
         self._actual.half_open.difference_update(slots)

@@ -156,9 +156,9 @@ class Layouts:
         self.control = codecs["tg_control"]
         self.range = codecs["tg_range"]
         self.node_addr = codecs["tg_node_addr"]
-        inner = spec.maps["half_open_v1"].inner
+        inner = spec.maps["half_open_v2"].inner
         if inner is None:
-            raise LayoutError("half_open_v1 declares no inner map")
+            raise LayoutError("half_open_v2 declares no inner map")
         self.half_open = inner
 
 
@@ -225,7 +225,7 @@ class Kernel:
             next_id=next_id,
             node_table=table,
             rule_sets=self.read_rule_sets(names, table or {}),
-            half_open=self._linked("half_open_v1", "half_open"),
+            half_open=self._linked("half_open_v2", "half_open"),
             ipcache=self.read_ipcache(likely, dumped),
             networks=self.read_networks(),
             backends=backends,
@@ -252,7 +252,7 @@ class Kernel:
             slots=size["slots_v1"],
             backends=size["backends_v1"],
             rule_sets=size["rule_sets_v2"],
-            half_open=size["half_open_v1"],
+            half_open=size["half_open_v2"],
             ranges=size["source_ranges_v1"],
         )
 

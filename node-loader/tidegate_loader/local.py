@@ -42,7 +42,7 @@ class RealisedEndpoint(Model, frozen=True):
     id: int
     ifindex: int
     half_open: int
-    """Slot in half_open_v1, and the name of the pin in half_open/."""
+    """Slot in half_open_v2, and the name of the pin in half_open/."""
     namespace: str
     name: str
     identity: int

@@ -52,6 +52,11 @@ class Directory:
             return found
         return self._other(found, address, identity, endpoint)
 
+    def who(self, address: bytes, endpoint: int = 0) -> End:
+        """Who has the address, where the kernel does not say by which identity it knew it."""
+        found = self.endpoints.get(endpoint) if endpoint else None
+        return found or self.addresses.get(address) or self.stranger(Reserved.WORLD)
+
     def _other(self, found: End | None, address: bytes, identity: int, endpoint: int) -> End:
         if identity >= FIRST_IDENTITY:
             if self._missing is not None and self._missing("address", address):

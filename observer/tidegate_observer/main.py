@@ -18,7 +18,7 @@ from tidegate_bpf import BpfError, LayoutError, Map, ObjectFile
 
 from tidegate_observer import history, rings
 from tidegate_observer.flow import Entry, Lost
-from tidegate_observer.records import Denials
+from tidegate_observer.records import Denials, Flows
 from tidegate_observer.rundir import RunDirSource
 from tidegate_observer.server import About, ObserverService, Server
 
@@ -40,8 +40,13 @@ class Reader:
     def __init__(self, spec: ObjectFile, node: str, pins: Path, source: RunDirSource) -> None:
         self.node = node
         self.source = source
-        self._denials = Denials(spec, node)
-        self._ring = rings.Ring(pins / "maps" / "events_v1", self._denials.size)
+        self._sources = [
+            (records, rings.Ring(pins / "maps" / name, records.size))
+            for name, records in (
+                ("events_v1", Denials(spec, node)),
+                ("flows_v1", Flows(spec, node)),
+            )
+        ]
         self._metrics = pins / "maps" / "metrics_v1"
         self._lost: int | None = None
         self._looked = time.time_ns()
@@ -52,15 +57,17 @@ class Reader:
         nanoseconds. BpfError."""
         found: list[Entry] = []
         if time.monotonic() >= self._due:
-            self._ring.reopen()
+            for _, ring in self._sources:
+                ring.reopen()
             self.source.refresh()
             lost = self._losses()
             if lost is not None:
                 found.append(lost)
             self._due = time.monotonic() + REFRESH_SECONDS
-        data = self._ring.read()
-        if data:
-            found += self._denials.flows(data, offset, self.source.directory)
+        for records, ring in self._sources:
+            data = ring.read()
+            if data:
+                found += records.flows(data, offset, self.source.directory)
         return found
 
     def _losses(self) -> Lost | None:
@@ -84,7 +91,8 @@ class Reader:
         return Lost(self.node, self._looked, total - before, first)
 
     def close(self) -> None:
-        self._ring.close()
+        for _, ring in self._sources:
+            ring.close()
 
 
 class Collector:

@@ -14,7 +14,7 @@ from tidegate_bpf import LayoutError, ObjectFile
 from tidegate_bpf.btf import Layout
 
 from tidegate_observer.directory import Directory
-from tidegate_observer.flow import Flow, Kind
+from tidegate_observer.flow import Counts, Flow, Kind
 
 RECORD_HEADER = 8
 """Bytes of the kernel's before each record."""
@@ -28,7 +28,8 @@ PORTS: list[int] = (
 )
 """A port as the machine loads it → as people write it; one int for all flows that have it."""
 
-ICMP_PROTOCOLS = (1, 58)
+NOBODY = bytes(16)
+"""No address."""
 
 
 def reader(layout: Layout, names: Sequence[str], optional: Sequence[str] = ()) -> struct.Struct:
@@ -75,6 +76,142 @@ EVENT = (
 
 AUDIT, LOG = 1, 2
 """enum tg_event_flags: it passed, and policies in audit mode deny it, or its rule asks for this."""
+
+
+FLOW_EVENT = (
+    "time",
+    "start",
+    "cookie",
+    "cgroup",
+    "packets",
+    "bytes",
+    "reply_packets",
+    "reply_bytes",
+    "src",
+    "dst",
+    "frontend",
+    "sport",
+    "dport",
+    "frontend_port",
+    "protocol",
+    "kind",
+    "direction",
+    "tcp_flags",
+    "ifindex",
+    "src_identity",
+    "dst_identity",
+    "src_endpoint",
+    "dst_endpoint",
+    "src_rule_set",
+    "src_rule",
+    "dst_rule_set",
+    "dst_rule",
+)
+"""Members of struct tg_flow_event."""
+FLOW_START = 0
+RST = 4
+
+
+class Flows:
+    """struct tg_flow_event: flows that start, and flows that end."""
+
+    def __init__(self, spec: ObjectFile, node: str) -> None:
+        layout = spec.layout("tg_flow_event")
+        self._node = node
+        self.size = layout.size
+        self._struct = reader(layout, FLOW_EVENT)
+
+    def flows(self, data: bytes, offset: int, directory: Directory) -> list[Flow]:
+        """As of `Denials`."""
+        found = []
+        node, end, who = self._node, directory.end, directory.who
+        decision, services = directory.decision, directory.services
+        started, ended = Kind.START.value, Kind.END.value
+        for (
+            time,
+            start,
+            cookie,
+            cgroup,
+            packets,
+            size,
+            reply_packets,
+            reply_size,
+            source,
+            destination,
+            frontend,
+            sport,
+            dport,
+            frontend_port,
+            protocol,
+            kind,
+            direction,
+            tcp_flags,
+            interface,
+            source_identity,
+            destination_identity,
+            source_endpoint,
+            destination_endpoint,
+            source_set,
+            source_rule,
+            destination_set,
+            destination_rule,
+        ) in self._struct.iter_unpack(data):
+            if kind == FLOW_START:
+                asked = (
+                    (destination, PORTS[dport], protocol)
+                    if frontend == NOBODY
+                    else (frontend, PORTS[frontend_port], protocol)
+                )
+                flow = Flow(
+                    node,
+                    time + offset,
+                    started,
+                    0,
+                    direction,
+                    source,
+                    destination,
+                    PORTS[sport],
+                    PORTS[dport],
+                    protocol,
+                    tcp_flags,
+                    interface,
+                    end(source, source_identity, source_endpoint),
+                    end(destination, destination_identity, destination_endpoint),
+                    decision(source_set, source_rule) if source_set else None,
+                    decision(destination_set, destination_rule) if destination_set else None,
+                    services.get(asked),
+                    None,
+                    cookie,
+                    cgroup,
+                )
+            else:
+                counts = Counts(
+                    packets,
+                    size,
+                    reply_packets,
+                    reply_size,
+                    max(0, time - start) if start else 0,
+                    "rst" if tcp_flags & RST else "fin",
+                )
+                flow = Flow(
+                    node,
+                    time + offset,
+                    ended,
+                    0,
+                    direction,
+                    source,
+                    destination,
+                    PORTS[sport],
+                    PORTS[dport],
+                    protocol,
+                    tcp_flags,
+                    interface,
+                    who(source, source_endpoint),
+                    who(destination, destination_endpoint),
+                    counts=counts,
+                )
+            found.append(flow)
+        return found
 
 
 class Denials:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,19 @@ CAGE = {
     "metadata": {"name": "cage"},
     "spec": {"podSelector": {"matchLabels": {"app": "caged"}}, "policyTypes": ["Egress"]},
 }
+SERVICE_IP = "10.96.7.7"
+SERVICE = {
+    "apiVersion": "v1",
+    "kind": "Service",
+    "metadata": {"name": "front"},
+    "spec": {
+        "clusterIP": SERVICE_IP,
+        "selector": {"app": "server"},
+        "ports": [{"port": 80, "targetPort": 8080}],
+    },
+}
+SYN_OPTIONS = 8
+"""A SYN's header is this much longer than what follows it: 40 bytes against 32."""
 FIRST_PORT = 20000
 EACH = 5
 
@@ -45,6 +60,7 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
     with ca_town.town(tmp_path_factory.mktemp("observe")) as made:
         made.save("nodes", node(1), node(2))
         pods = [pod("server"), pod("ally", 2, role="ally"), pod("alien", 2), pod("stranger")]
+        pods += [pod("friend", role="ally"), SERVICE]
         made.save("pods", *pods, pod("caged", 2))
         made.save("policy", policy("server", "server", "ally"), policy("lock", "server"), CAGE)
         made.up()
@@ -137,6 +153,110 @@ def test_a_killed_observer_misses_nothing(town: Town, hubble: Hubble) -> None:
 
         until(complete, "all is told")
         assert denied(client) == expected
+
+
+@dataclass
+class Made:
+    """A connection as its client saw it."""
+
+    port: int
+    service: bool
+    across: bool
+    headers: int
+    """Bytes before the data of a segment."""
+    sent: int = 0
+    received: int = 0
+    segments: int = 0
+    """That the client sent, its FIN among them."""
+
+
+def converse(town: Town, source: str, family: int, made: Made, requests: int) -> None:
+    """Asks, hears, closes, and hears the other end close."""
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    with town.inside(source):
+        sock = socket.socket(kind, socket.SOCK_STREAM)
+    address = next(a for a in town.pod("server").addresses if (":" in a) == (family == 6))
+    with sock:
+        sock.settimeout(10.0)
+        sock.bind(("", made.port))
+        sock.connect((SERVICE_IP, 80) if made.service else (address, 8080))
+        for _ in range(requests):
+            sock.sendall(ca_town.REQUEST)
+            made.sent += len(ca_town.REQUEST)
+            made.received += len(sock.recv(4096))
+        # struct tcp_info: tcpi_segs_out
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        made.segments = struct.unpack_from("=I", info, 136)[0] + 1
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(4096) == b""
+
+
+def counted(hubble: Hubble, flow: dict[str, Any]) -> dict[str, Any]:
+    decode = hubble.contract.decode
+    entries = decode("google.protobuf.Struct", flow["extensions"]["value"])["fields"]
+    return {entry["key"]: next(iter(entry["value"].values()), 0.0) for entry in entries}
+
+
+def test_every_connection_is_told_from_its_start_to_its_end(town: Town, hubble: Hubble) -> None:
+    wanted = [{"destination_pod": ["default/server"], "protocol": ["tcp"]}]
+    made, port = [], FIRST_PORT + 4000
+    for number in range(6):
+        for source, family, service in (
+            ("friend", 4, False),
+            ("friend", 6, False),
+            ("ally", 4, False),
+            ("ally", 4, True),
+        ):
+            one = Made(port, service, source == "ally", 66 if family == 4 else 86)
+            converse(town, source, family, one, 1 + number % 3)
+            made.append(one)
+            port += 1
+    expected = sum(4 if one.across else 2 for one in made)
+
+    def mine() -> list[dict[str, Any]]:
+        found = hubble.flows(whitelist=wanted)
+        return [f for f in found if f["l4"]["TCP"]["source_port"] >= FIRST_PORT + 4000]
+
+    until(lambda: len(mine()) >= expected, "all is told")
+    told = mine()
+    assert len(told) == expected
+    for one in made:
+        own = [f for f in told if f["l4"]["TCP"]["source_port"] == one.port]
+        starts = [f for f in own if "extensions" not in f]
+        ends = [f for f in own if "extensions" in f]
+        nodes = ["node-1", "node-2"] if one.across else ["node-1"]
+        assert sorted(f["node_name"] for f in starts) == nodes
+        assert sorted(f["node_name"] for f in ends) == nodes
+        for flow in starts:
+            assert flow["verdict"] == "FORWARDED"
+            assert ("destination_service" in flow) == (
+                one.service and flow["node_name"] == "node-2"
+            )
+            by = [p["name"] for p in flow.get("ingress_allowed_by", ())]
+            assert by == (["server"] if flow["node_name"] == "node-1" else [])
+        for flow in ends:
+            counts = counted(hubble, flow)
+            assert counts["closed"] == "fin"
+            assert counts["packets"] == one.segments
+            assert counts["bytes"] == one.segments * one.headers + SYN_OPTIONS + one.sent
+            extra = counts["replyBytes"] - counts["replyPackets"] * one.headers
+            assert extra == SYN_OPTIONS + one.received
+
+
+def test_a_refused_connection_ends_at_once(town: Town, hubble: Hubble) -> None:
+    port = FIRST_PORT + 5000
+    with town.inside("friend"):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    with sock:
+        sock.bind(("", port))
+        with pytest.raises(ConnectionRefusedError):
+            sock.connect((town.pod("server").addresses[0], 9999))
+    wanted = [{"source_port": [str(port)]}]
+    until(lambda: len(hubble.flows(whitelist=wanted)) == 2, "start and end")
+    start, end = hubble.flows(whitelist=wanted)
+    assert "extensions" not in start
+    counts = counted(hubble, end)
+    assert (counts["closed"], counts["packets"], counts["replyPackets"]) == ("rst", 1, 1)
 
 
 def observers(town: Town) -> list[int]:

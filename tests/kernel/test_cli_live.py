@@ -38,11 +38,11 @@ def pin(path: Path, type: MapType, key: int, value: int) -> None:
 
 @pytest.mark.parametrize("what", ["table", "share"])
 def test_maps_of_another_version_are_named(pin_dir: Path, what: str) -> None:
-    spec = ObjectFile(objects_dir() / "pod.o").maps["ct_v1"]
+    spec = ObjectFile(objects_dir() / "pod.o").maps["ct_v2"]
     more = 8 if what == "table" else 0
-    pin(pin_dir / "maps" / "ct_v1", MapType.HASH, spec.key_size, spec.value_size + more)
+    pin(pin_dir / "maps" / "ct_v2", MapType.HASH, spec.key_size, spec.value_size + more)
     pin(pin_dir / "half_open" / "0", MapType.ARRAY, 4, 128)
-    expected = "ct_v1.*of 40 and 96 bytes" if what == "table" else "of 4 and 128 bytes.*4 and 512"
+    expected = "ct_v2.*of 40 and 136 bytes" if what == "table" else "of 4 and 128 bytes.*4 and 672"
     with NodeMaps(pin_dir) as node, pytest.raises(CliError, match=expected) as raised:
         list(node.flows())
     assert "bring the loader to this version" in str(raised.value)

@@ -140,7 +140,7 @@ def test_one_fin_keeps_the_other_half(town: Town) -> None:
     town.open(ONE_WAY)
     town.handshake("a", "b", 4)
     assert town.reason("a>", segment("a", "b", 4, FIN | ACK)) == 0
-    town.age(town.lab.maps["ct_v1"], 1000)
+    town.age(town.lab.maps["ct_v2"], 1000)
     assert town.reason("b>", segment("a", "b", 4, ACK, back=True)) == 0
 
 
@@ -157,7 +157,7 @@ def test_expired_tcp(town: Town, why: str, packets: list[tuple[int, bool]], life
         town.handshake("a", "b", 4)
         for flags, back in packets:
             town.send("b>" if back else "a>", segment("a", "b", 4, flags, back))
-        town.age(town.lab.maps["ct_v1"], life - 1 + late)
+        town.age(town.lab.maps["ct_v2"], life - 1 + late)
         assert town.reason("b>", segment("a", "b", 4, ACK, back=True)) == expected, why
 
 
@@ -179,7 +179,7 @@ def test_lives_are_knobs(name: str, life: int) -> None:
             town.handshake("a", "b", 4)
             if "closed" in name:
                 assert town.reason("a>", segment("a", "b", 4, RST)) == 0
-            town.age(town.lab.maps["ct_v1"], age - 1)
+            town.age(town.lab.maps["ct_v2"], age - 1)
             assert town.reason("b>", segment("a", "b", 4, ACK, back=True)) == expected
 
 
@@ -191,7 +191,7 @@ def test_wrong_proof_is_a_miss(town: Town, table: str) -> None:
         town.handshake("a", "b", 4)
     else:
         assert town.reason("a>", segment("a", "b", 4, SYN)) == 0
-    where = town.lab.maps["ct_v1"] if table == "established" else town.share("a")
+    where = town.lab.maps["ct_v2"] if table == "established" else town.share("a")
     town.edit(where, word=lambda word: word ^ 1)
     assert town.reason("b>", segment("a", "b", 4, ACK, back=True)) == POLICY
     if table == "established":
@@ -244,7 +244,7 @@ def test_revoked(
         for way in (back, not back):
             seen = town.send("b>" if way else "a>", segment("a", "b", 4, ACK, way))
             assert (seen.reason, seen.direction) == (POLICY, direction), why
-        town.age(town.lab.maps["ct_v1"], 20000)
+        town.age(town.lab.maps["ct_v2"], 20000)
     assert town.reason("a>", segment("a", "b", 4, SYN)) == POLICY
     town.switch(open_back)
     assert town.reason("b>", segment("a", "b", 4, ACK, back=True)) == 0, "allowed again"

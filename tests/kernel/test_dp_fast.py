@@ -39,7 +39,7 @@ def took(town: Town, hook: str, frame: bytes) -> str:
     clock, which may still be the one before."""
     for behind in (0, 1):
         now = (time.monotonic_ns() >> 30) - behind
-        town.edit(town.lab.maps["ct_v1"], seen=lambda _, now=now: now)
+        town.edit(town.lab.maps["ct_v2"], seen=lambda _, now=now: now)
         if town.reason(hook, frame) != PENDING:
             return "short"
     return "long"
@@ -145,10 +145,10 @@ def test_another_second_goes_the_long_way(town: Town) -> None:
     town.open(ONE_WAY)
     town.handshake("a", "b", 4)
     before = town.established()[0].seen
-    town.age(town.lab.maps["ct_v1"], 5)
+    town.age(town.lab.maps["ct_v2"], 5)
     assert town.reason("a>", segment("a", "b", 4, ACK)) == 0
     assert town.established()[0].seen - before in (0, 1)
-    town.age(town.lab.maps["ct_v1"], 5)
+    town.age(town.lab.maps["ct_v2"], 5)
     no_table(town)
     assert town.reason("a>", segment("a", "b", 4, ACK)) == PENDING
 
@@ -156,7 +156,7 @@ def test_another_second_goes_the_long_way(town: Town) -> None:
 def test_a_wrong_proof_goes_the_long_way(town: Town) -> None:
     town.open(ONE_WAY)
     town.handshake("a", "b", 4)
-    town.edit(town.lab.maps["ct_v1"], word=lambda word: word ^ 1)
+    town.edit(town.lab.maps["ct_v2"], word=lambda word: word ^ 1)
     no_table(town)
     assert took(town, "a>", segment("a", "b", 4, ACK)) == "long"
 
@@ -226,12 +226,18 @@ def test_both_ways_lead_to_the_same(town: Town, version: int, back: bool) -> Non
     hook = "b>" if back else "a>"
     town.open(ONE_WAY)
     town.handshake("a", "b", version)
-    seen = []
+    seen, counts = [], []
     for age in (0, 1):
-        town.age(town.lab.maps["ct_v1"], age)
+        town.age(town.lab.maps["ct_v2"], age)
         entry = town.established()[0]
-        seen.append((town.send(hook, frame), entry._replace(seen=0)))
+        counted = ("packets", "bytes", "reply_packets", "reply_bytes")
+        entry = entry._replace(**dict.fromkeys(("seen", "start", *counted), 0))
+        seen.append((town.send(hook, frame), entry))
+        after = town.established()[0]
+        counts.append([getattr(after, name) for name in counted])
     assert seen[0] == seen[1]
+    grown = [b - a for a, b in zip(*counts, strict=True)]
+    assert grown == ([0, 0, 1, len(frame)] if back else [1, len(frame), 0, 0])
     assert seen[0][0].verdict == REDIRECT
     assert seen[0][0].data[:12] == town.pods["a" if back else "b"].mac + (
         town.pods["a" if back else "b"].host_mac
@@ -244,7 +250,7 @@ def test_both_ways_pass_to_the_stack_alike(town: Town) -> None:
         frame = segment("r", "b", 4, ACK, back)
         seen = []
         for age in (0, 1):
-            town.age(town.lab.maps["ct_v1"], age)
+            town.age(town.lab.maps["ct_v2"], age)
             seen.append(town.send(hook, frame))
         assert seen[0] == seen[1]
         assert (seen[0].verdict, seen[0].data) == (PASS, frame)

@@ -193,13 +193,13 @@ def test_without_the_old_object_flows_begin_anew(node: Node, one: Version, two: 
     node.write(wanted)
     _start(node, one)
     node.wait_for(wanted, 0)
-    with Map.open_pinned(str(node.pin_dir / "maps" / "ct_v1")) as tracked:
-        tracked.update(bytes(40), struct.pack("=Q", 1).ljust(88, b"\1"))
+    with Map.open_pinned(str(node.pin_dir / "maps" / "ct_v2")) as tracked:
+        tracked.update(bytes(40), struct.pack("=Q", 1).ljust(128, b"\1"))
     node.stop()
     shutil.rmtree(node.paths.loaded)
     _start(node, two)
     poll("the move", lambda: _moved(node, 2))
-    with Map.open_pinned(str(node.pin_dir / "maps" / "ct_v2")) as tracked:
+    with Map.open_pinned(str(node.pin_dir / "maps" / "ct_v3")) as tracked:
         assert list(tracked.items()) == []
 
 
@@ -209,16 +209,16 @@ def test_entries_are_carried_member_by_member(node: Node, one: Version, two: Ver
     _start(node, one)
     node.wait_for(wanted, 0)
     key = bytes(range(40))[:37] + bytes(3)
-    rest = bytes(range(16, 86)) + bytes(2)
-    with Map.open_pinned(str(node.pin_dir / "maps" / "ct_v1")) as tracked:
+    rest = bytes(range(16, 86)) + bytes(2) + bytes(range(88, 128))
+    with Map.open_pinned(str(node.pin_dir / "maps" / "ct_v2")) as tracked:
         tracked.update(key, struct.pack("=QII", 1 << 30, 7, 3) + rest)
     node.stop()
     _start(node, two)
     poll("the move", lambda: _moved(node, 2))
-    with Map.open_pinned(str(node.pin_dir / "maps" / "ct_v2")) as tracked:
+    with Map.open_pinned(str(node.pin_dir / "maps" / "ct_v3")) as tracked:
         assert list(tracked.items()) == [(key, struct.pack("=QQII", 1 << 30, 0, 3, 7) + rest)]
     node.stop()
     _start(node, one)
     poll("the move", lambda: _moved(node, 1))
-    with Map.open_pinned(str(node.pin_dir / "maps" / "ct_v1")) as tracked:
+    with Map.open_pinned(str(node.pin_dir / "maps" / "ct_v2")) as tracked:
         assert list(tracked.items()) == [(key, struct.pack("=QII", 1 << 30, 7, 3) + rest)]

@@ -33,6 +33,7 @@ STRUCTS = [
     "tg_control",
     "tg_counter",
     "tg_event",
+    "tg_flow_event",
 ]
 U32 = struct.Struct("=I")
 SHAPES, LANES = 12, 3
@@ -138,7 +139,7 @@ class Lab:
         self.linked: dict[str, list[tuple[bytes, Map]]] = {
             "rule_sets_v2": [],
             "cidrs_v1": [],
-            "half_open_v1": [],
+            "half_open_v2": [],
         }
         self.bump()
 
@@ -201,7 +202,7 @@ class Lab:
                 self.shares[pod.id, number] = self.inner(
                     MapType.ARRAY, 4, self.codecs["tg_half_open_set"].size, SETS, INNER_MAP
                 )
-                self.linked["half_open_v1"].append((U32.pack(number), self.shares[pod.id, number]))
+                self.linked["half_open_v2"].append((U32.pack(number), self.shares[pod.id, number]))
             value = self.codecs["tg_endpoint"].pack(
                 id=pod.id,
                 identity=pod.identity,
@@ -293,7 +294,7 @@ class Lab:
     def flows(self) -> list[tuple[object, object]]:
         """(key, value) of every established flow."""
         key, value = self.codecs["tg_ct_key"], self.codecs["tg_ct"]
-        return [(key.unpack(k), value.unpack(v)) for k, v in self.maps["ct_v1"].items()]
+        return [(key.unpack(k), value.unpack(v)) for k, v in self.maps["ct_v2"].items()]
 
     def half_open(self, share: Map) -> dict[tuple[int, int], tuple[Any, Any]]:
         """{(set, way): (key, value)} of a share's flows."""

@@ -17,12 +17,12 @@ CHANGED = {
         ("\t__u32 seen;  /*", "\t__u64 news;\n\t__u32 MOVED; /*"),
         ("\t__u32 flags; /* enum tg_ct_flags */", "\t__u32 seen;"),
         ("__u32 MOVED;", "__u32 flags;"),
-        ("TG_SIZE(struct tg_ct, 88)", "TG_SIZE(struct tg_ct, 96)"),
-        ("TG_SIZE(struct tg_half_open, 128)", "TG_SIZE(struct tg_half_open, 136)"),
-        ("TG_SIZE(struct tg_half_open_set, 512)", "TG_SIZE(struct tg_half_open_set, 544)"),
+        ("TG_SIZE(struct tg_ct, 128)", "TG_SIZE(struct tg_ct, 136)"),
+        ("TG_SIZE(struct tg_half_open, 168)", "TG_SIZE(struct tg_half_open, 176)"),
+        ("TG_SIZE(struct tg_half_open_set, 672)", "TG_SIZE(struct tg_half_open_set, 704)"),
     ],
 }
-RENAMED = ("ct_v1", "ct_v2"), ("half_open_v1", "half_open_v2")
+RENAMED = ("ct_v2", "ct_v3"), ("half_open_v2", "half_open_v3")
 LOADER_PARTS = ("crds", "datapath", "node-loader")
 FORMAT = 9
 """No version of ours has got so far."""

@@ -81,7 +81,7 @@ class Town:
 
     def open(self, rules: dict[str, Rules] | None = None, **identities: int) -> None:
         """A fresh town: no flow, fragment, service or address is left of the one before."""
-        names = ("ct_v1", "frags_v1", "ipcache_v1", "ipcache_lpm_v1", "frontends_v1")
+        names = ("ct_v2", "frags_v1", "ipcache_v1", "ipcache_lpm_v1", "frontends_v1")
         for table in (self.lab.maps[name] for name in names):
             for key in list(table.keys()):
                 table.discard(key)
@@ -169,6 +169,11 @@ class Town:
         for flags, back in ((f.SYN, False), (f.SYN | f.ACK, True), (f.ACK, False)):
             hook = (dst if back else src) + ">"
             assert self.reason(hook, segment(src, dst, version, flags, back, sport)) == 0
+
+    def told(self) -> list[Any]:
+        """Starts and ends of flows since the last call."""
+        with RingBuffer(self.lab.maps["flows_v1"]) as ring:
+            return [self.lab.codecs["tg_flow_event"].unpack(raw) for raw in ring.read()]
 
     def events(self) -> list[Any]:
         """Denials since the last call."""

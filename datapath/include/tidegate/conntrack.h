@@ -135,9 +135,10 @@ tg_inline int tg_ct_alive(const struct tg_ct *ct, __u64 proof, __u8 protocol, __
 	return !((tg_read_word(ct) ^ proof) & TG_PROOF_MASK) && !tg_expired(ct, protocol, now);
 }
 
-tg_inline void tg_touch(struct tg_ct *ct, const struct tg_packet *p, int reply, __u32 now)
+/* Returns whether this packet closes the flow: of all that could, one does. */
+tg_inline int tg_touch(struct tg_ct *ct, const struct tg_packet *p, int reply, __u32 now)
 {
-	__u32 add = 0;
+	__u32 add = 0, before;
 
 	if (ct->seen != now)
 		ct->seen = now;
@@ -145,8 +146,10 @@ tg_inline void tg_touch(struct tg_ct *ct, const struct tg_packet *p, int reply, 
 		add |= reply ? TG_CT_FIN_REPLY : TG_CT_FIN_ORIG;
 	if (p->tcp_flags & TG_TCP_RST)
 		add |= TG_CT_RST;
-	if (add)
-		__sync_fetch_and_or(&ct->flags, add);
+	if (!add)
+		return 0;
+	before = __sync_fetch_and_or(&ct->flags, add);
+	return !tg_closed(before) && tg_closed(before | add);
 }
 
 /* After everything else of the entry. */
@@ -234,7 +237,8 @@ tg_inline __u32 tg_rank(const struct tg_half_open *way, const struct tg_ct_key *
 #define TG_CLAIMS 4
 
 /* Makes a way the caller's to write: the flow's own, else the one given up most
- * gladly. -1: at each try another CPU was faster. */
+ * gladly. Returns its number, plus TG_HALF_OPEN_WAYS if it is the flow's own;
+ * -1: at each try another CPU was faster. */
 tg_global int tg_claim_way(struct tg_half_open_set *set, const struct tg_ct_key *key, __u64 proof,
 			   __u32 now)
 {
@@ -257,7 +261,7 @@ tg_global int tg_claim_way(struct tg_half_open_set *set, const struct tg_ct_key 
 		}
 		if (taken != TG_CT_BUSY &&
 		    tg_swap_word(&tg_way(set, best)->ct, taken, TG_CT_BUSY))
-			return best;
+			return highest == TG_RANK_OWN ? best + TG_HALF_OPEN_WAYS : best;
 	}
 	return -1;
 }

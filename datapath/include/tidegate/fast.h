@@ -10,7 +10,7 @@
 #ifndef TIDEGATE_FAST_H
 #define TIDEGATE_FAST_H
 
-#include <tidegate/run.h>
+#include <tidegate/account.h>
 
 #define TG_LONG_WAY (-2) /* none of TC_ACT_* */
 
@@ -59,7 +59,7 @@ tg_inline int tg_fast_flow(struct __sk_buff *skb, int from_pod, const struct tg_
 		return TG_LONG_WAY;
 	word = tg_word(*(volatile __u64 *)&control->epoch, tg_proof(tg_flow_hash(t)));
 	began = tg_ct_key(t, &key);
-	ct = bpf_map_lookup_elem(&ct_v1, &key);
+	ct = bpf_map_lookup_elem(&ct_v2, &key);
 	if (!ct || tg_read_word(ct) != word || ct->seen != tg_now())
 		return TG_LONG_WAY;
 	flags = ct->flags;
@@ -73,6 +73,7 @@ tg_inline int tg_fast_flow(struct __sk_buff *skb, int from_pod, const struct tg_
 	tg_barrier();
 	if (tg_read_word(ct) != word)
 		return TG_LONG_WAY;
+	tg_account(ct, skb, !began);
 	return tg_deliver(skb, from_pod, &forward);
 }
 

@@ -3,6 +3,7 @@
 #ifndef TIDEGATE_FLOW_H
 #define TIDEGATE_FLOW_H
 
+#include <tidegate/account.h>
 #include <tidegate/l2.h>
 #include <tidegate/run.h>
 #include <tidegate/service.h>
@@ -91,7 +92,7 @@ tg_inline struct tg_half_open_set *tg_share_set(const struct tg_run *r,
 						const struct tg_endpoint *ep)
 {
 	__u32 slot = ep->half_open, at = r->s->set;
-	void *share = bpf_map_lookup_elem(&half_open_v1, &slot);
+	void *share = bpf_map_lookup_elem(&half_open_v2, &slot);
 
 	return share ? bpf_map_lookup_elem(share, &at) : NULL;
 }
@@ -107,13 +108,31 @@ tg_inline struct tg_ct *tg_lookup_set(struct tg_run *r, struct tg_half_open_set 
 	return tg_ct_alive(ct, r->s->proof, r->s->p.t.protocol, r->s->now) ? ct : NULL;
 }
 
+/* Whether the way that is taken for `ct` is this very flow's, which goes on: a
+ * SYN that is sent again. What was counted so far is counted on. */
+tg_inline int tg_is_same(const struct tg_run *r, struct tg_ct *ct, const struct tg_half_open *way,
+			 int at)
+{
+	const struct tg_ct *held = &way->ct;
+
+	if (at < TG_HALF_OPEN_WAYS || tg_closed(held->flags) || !held->start ||
+	    tg_expired(held, r->s->p.t.protocol, r->s->now))
+		return 0;
+	ct->start = held->start;
+	ct->packets += held->packets;
+	ct->bytes += held->bytes;
+	ct->reply_packets = held->reply_packets;
+	ct->reply_bytes = held->reply_bytes;
+	return 1;
+}
+
 /* A flow that cannot be tracked is not let through: its replies would not be
  * known, and its end never be seen. */
 tg_inline int tg_save(struct tg_run *r, struct tg_ct *ct)
 {
 	struct tg_half_open_set *set;
 	struct tg_half_open *way;
-	int at;
+	int at, again = 0;
 
 	ct->seen = r->s->now;
 	ct->flags = r->s->flags | (r->s->src_is_a ? TG_CT_BEGAN_A : 0);
@@ -123,6 +142,9 @@ tg_inline int tg_save(struct tg_run *r, struct tg_ct *ct)
 	ct->word = TG_CT_BUSY;
 	if (dry_run)
 		return 0;
+	if (flow_events)
+		ct->start = bpf_ktime_get_coarse_ns();
+	tg_account(ct, r->skb, 0);
 	set = tg_share_set(r, r->ep);
 	if (!set)
 		return TG_DROP_CT_INSERT;
@@ -130,9 +152,13 @@ tg_inline int tg_save(struct tg_run *r, struct tg_ct *ct)
 	if (at < 0)
 		return TG_DROP_CT_INSERT;
 	way = tg_way(set, at);
+	if (flow_events)
+		again = tg_is_same(r, ct, way, at);
 	way->key = r->s->key;
 	way->ct = *ct;
 	tg_write_word(&way->ct, tg_word(r->s->epoch, r->s->proof));
+	if (flow_events && !again)
+		tg_tell(r, ct, TG_FLOW_START, 0);
 	return 0;
 }
 
@@ -170,7 +196,7 @@ static __noinline int tg_establish(struct tg_run *r, struct tg_ct *ct, int reply
 	if (s->made.word != word || tg_read_word(ct) != word)
 		return 0;
 	s->made.flags |= TG_CT_REPLIED;
-	if (bpf_map_update_elem(&ct_v1, &r->s->key, &s->made, BPF_ANY))
+	if (bpf_map_update_elem(&ct_v2, &r->s->key, &s->made, BPF_ANY))
 		return 0;
 	tg_swap_word(ct, word, TG_CT_FREE);
 	if (!(s->made.flags & TG_CT_NAT))
@@ -180,7 +206,7 @@ static __noinline int tg_establish(struct tg_run *r, struct tg_ct *ct, int reply
 	s->made.nat_port = reply ? r->s->p.t.sport : r->s->p.t.dport;
 	s->made.flags = TG_CT_SERVICE | TG_CT_REPLIED | began_a | (s->made.flags & TG_CT_HAIRPIN);
 	s->made.word = tg_word(r->s->epoch, tg_proof(tg_flow_hash(&s->client)));
-	bpf_map_update_elem(&ct_v1, &s->client_key, &s->made, BPF_ANY);
+	bpf_map_update_elem(&ct_v2, &s->client_key, &s->made, BPF_ANY);
 	return 0;
 }
 
@@ -247,7 +273,7 @@ tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
 	__u32 flags = ct->flags;
 	int reply = tg_is_reply(r, flags);
 	struct tg_target to = { .side = TG_SIDE_SRC };
-	int reason;
+	int reason, ended = 0;
 
 	if (word != tg_word(r->s->epoch, r->s->proof)) {
 		if ((word ^ r->s->proof) & TG_PROOF_MASK)
@@ -261,9 +287,12 @@ tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
 	to.addr = ct->nat_addr;
 	to.port = ct->nat_port;
 	if (!dry_run)
-		tg_touch(ct, &r->s->p, reply, r->s->now);
+		ended = tg_touch(ct, &r->s->p, reply, r->s->now);
 	if (!dry_run && tg_read_word(ct) != word)
 		return TG_LOST;
+	tg_account(ct, r->skb, reply);
+	if (flow_events && ended)
+		tg_tell(r, ct, TG_FLOW_END, reply);
 	if (!reply || !(flags & TG_CT_NAT))
 		return TG_FOLLOWED;
 	if (flags & TG_CT_HAIRPIN) {
@@ -289,7 +318,7 @@ tg_inline void tg_key(struct tg_run *r)
 
 tg_inline struct tg_ct *tg_lookup(struct tg_run *r)
 {
-	struct tg_ct *ct = bpf_map_lookup_elem(&ct_v1, &r->s->key);
+	struct tg_ct *ct = bpf_map_lookup_elem(&ct_v2, &r->s->key);
 
 	return ct && tg_ct_alive(ct, r->s->proof, r->s->p.t.protocol, r->s->now) ? ct : NULL;
 }
@@ -312,8 +341,8 @@ static __noinline int tg_replied(struct tg_run *r, struct tg_ct *ct)
 	tg_client_key(r, ct, 1);
 	if ((tg_read_word(ct) ^ r->s->proof) & TG_PROOF_MASK)
 		return 0;
-	if (bpf_map_lookup_elem(&ct_v1, &r->s->client_key))
-		bpf_map_delete_elem(&ct_v1, &r->s->client_key);
+	if (bpf_map_lookup_elem(&ct_v2, &r->s->client_key))
+		bpf_map_delete_elem(&ct_v2, &r->s->client_key);
 	return 0;
 }
 

@@ -24,6 +24,7 @@ struct tg_anchors {
 	struct tg_half_open half_open;
 	struct tg_half_open_set half_open_set;
 	struct tg_event event;
+	struct tg_flow_event flow_event;
 	enum tg_node_kind node_kind;
 	enum tg_peer_kind peer_kind;
 	enum tg_peer_word peer_word;
@@ -49,6 +50,7 @@ struct tg_anchors {
 	enum tg_rule_special rule_special;
 	enum tg_direction direction;
 	enum tg_reason reason;
+	enum tg_flow_kind flow_kind;
 };
 struct tg_anchors *tg_anchors_unused;
 
@@ -178,7 +180,7 @@ struct {
 	__type(key, struct tg_ct_key);
 	__type(value, struct tg_ct);
 	__uint(max_entries, 131072);
-} ct_v1 SEC(".maps");
+} ct_v2 SEC(".maps");
 
 /* A share forgets a flow for one of the same set only: finding the oldest of
  * four costs a new flow far less than an LRU_HASH's lists do. */
@@ -193,7 +195,7 @@ struct {
 		__uint(value_size, sizeof(struct tg_half_open_set));
 		__uint(max_entries, TG_HALF_OPEN_SETS);
 	});
-} half_open_v1 SEC(".maps");
+} half_open_v2 SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -229,5 +231,11 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 20);
 } events_v1 SEC(".maps");
+
+/* Apart from the denials, so that neither crowds out the other. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 22);
+} flows_v1 SEC(".maps");
 
 #endif

@@ -362,14 +362,21 @@ struct tg_ct {
 	__u32 backend; /* id, with TG_CT_NAT or TG_CT_SERVICE */
 	__be16 nat_port;
 	__u16 pad;
+	__u64 start; /* CLOCK_MONOTONIC, coarse, nanoseconds; 0: it is not told of */
+	/* As its originator sent it, and what came back; GSO segments each. Not
+	 * atomic: two CPUs that carry one direction at once may lose a packet. */
+	__u64 packets;
+	__u64 bytes;
+	__u64 reply_packets;
+	__u64 reply_bytes;
 };
-TG_SIZE(struct tg_ct, 88);
+TG_SIZE(struct tg_ct, 128);
 
 struct tg_half_open {
 	struct tg_ct_key key;
 	struct tg_ct ct; /* its word says whether key and fields are there */
 };
-TG_SIZE(struct tg_half_open, 128);
+TG_SIZE(struct tg_half_open, 168);
 
 enum tg_half_open_size {
 	TG_HALF_OPEN_WAYS = 4,
@@ -379,7 +386,7 @@ enum tg_half_open_size {
 struct tg_half_open_set {
 	struct tg_half_open way[TG_HALF_OPEN_WAYS];
 };
-TG_SIZE(struct tg_half_open_set, 512);
+TG_SIZE(struct tg_half_open_set, 672);
 
 enum tg_rule_special {
 	TG_RULE_NONE = -1,      /* no policy selects the subject, or default deny */
@@ -517,5 +524,46 @@ struct tg_event {
 	__u32 flags; /* enum tg_event_flags */
 };
 TG_SIZE(struct tg_event, 80);
+
+enum tg_flow_kind {
+	TG_FLOW_START = 0, /* it was judged and let through */
+	TG_FLOW_END = 1,   /* both ends have closed it, or one has reset it */
+};
+
+#define TG_IDENTITY_UNSAID 0xffffffff
+
+/* The start or the end of a flow. Source and destination are those of its first
+ * packet, after translation to a backend. */
+struct tg_flow_event {
+	__u64 time;   /* CLOCK_MONOTONIC, coarse, nanoseconds, as start */
+	__u64 start;  /* with the ports it names the flow */
+	__u64 cookie; /* of the socket that began it, and its cgroup; 0: unknown, or an end */
+	__u64 cgroup;
+	__u64 packets; /* as in struct tg_ct */
+	__u64 bytes;
+	__u64 reply_packets;
+	__u64 reply_bytes;
+	struct tg_addr src;
+	struct tg_addr dst;
+	struct tg_addr frontend; /* that the client asked for; all zero: the destination itself */
+	__be16 sport;
+	__be16 dport;
+	__be16 frontend_port;
+	__u8 protocol;
+	__u8 kind;      /* enum tg_flow_kind */
+	__u8 direction; /* of the pod that began it, or, where that is not here, was sent to */
+	__u8 tcp_flags; /* of the packet that began or ended it */
+	__u16 pad;
+	__u32 ifindex;
+	__u32 src_identity; /* TG_IDENTITY_UNSAID in an end */
+	__u32 dst_identity;
+	__u32 src_endpoint; /* 0: not local */
+	__u32 dst_endpoint;
+	__u32 src_rule_set; /* 0: no policy, or an end */
+	__u32 src_rule;
+	__u32 dst_rule_set;
+	__u32 dst_rule;
+};
+TG_SIZE(struct tg_flow_event, 160);
 
 #endif

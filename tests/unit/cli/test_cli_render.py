@@ -95,6 +95,10 @@ def flow(**changes: Any) -> Flow:
         "backend": 0,
         "age": 2.0,
         "left": 58.4,
+        "packets": 3,
+        "bytes": 180,
+        "reply_packets": 2,
+        "reply_bytes": 120,
         "epoch": 1,
     }
     return Flow(**(plain | changes))
@@ -105,18 +109,20 @@ def flow(**changes: Any) -> Flow:
     [
         (
             {},
-            "TCP OUT 10.0.0.1:1000 -> 10.0.0.2:80 expires=58s LastSeen=2s Flags=0x0002 "
-            "[ Replied ] Src=4 SrcRule=default (table)",
+            "TCP OUT 10.0.0.1:1000 -> 10.0.0.2:80 expires=58s LastSeen=2s Packets=3 "
+            "Bytes=180 RxPackets=2 RxBytes=120 Flags=0x0002 [ Replied ] Src=4 "
+            "SrcRule=default (table)",
         ),
         (
             {"left": -1.0, "src_endpoint": 0, "dst_endpoint": 5, "dst_rule": 2, "protocol": 17},
-            "UDP IN 10.0.0.1:1000 -> 10.0.0.2:80 expired LastSeen=2s Flags=0x0002 [ Replied ] "
-            "Dst=5 DstRule=2 (table)",
+            "UDP IN 10.0.0.1:1000 -> 10.0.0.2:80 expired LastSeen=2s Packets=3 Bytes=180 "
+            "RxPackets=2 RxBytes=120 Flags=0x0002 [ Replied ] Dst=5 DstRule=2 (table)",
         ),
         (
             {"flags": 0x40, "nat": ("fd00::1", 80), "backend": 3, "kind": "half-open"},
-            "TCP SVC 10.0.0.1:1000 -> 10.0.0.2:80 expires=58s LastSeen=2s Flags=0x0040 "
-            "[ Service ] NAT=[fd00::1]:80 BackendID=3 Src=4 SrcRule=default (half-open)",
+            "TCP SVC 10.0.0.1:1000 -> 10.0.0.2:80 expires=58s LastSeen=2s Packets=3 "
+            "Bytes=180 RxPackets=2 RxBytes=120 Flags=0x0040 [ Service ] NAT=[fd00::1]:80 "
+            "BackendID=3 Src=4 SrcRule=default (half-open)",
         ),
     ],
 )

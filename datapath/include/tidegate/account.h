@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* What is counted of a flow, and told of its start and its end. */
+#ifndef TIDEGATE_ACCOUNT_H
+#define TIDEGATE_ACCOUNT_H
+
+#include <tidegate/run.h>
+#include <tidegate/sock.h>
+
+/* Whether flows are counted and told of; denials always are. */
+const volatile __u8 flow_events = 1;
+
+tg_inline void tg_account(struct tg_ct *ct, const struct __sk_buff *skb, int reply)
+{
+	__u32 segments;
+
+	if (!flow_events || dry_run)
+		return;
+	segments = skb->gso_segs;
+	if (!segments)
+		segments = 1;
+	if (reply) {
+		ct->reply_packets += segments;
+		ct->reply_bytes += skb->len;
+	} else {
+		ct->packets += segments;
+		ct->bytes += skb->len;
+	}
+}
+
+/* The frontend that the socket asked for, where the socket was translated. */
+tg_inline void tg_tell_frontend(struct tg_flow_event *e)
+{
+	struct tg_sock_key key = { .cookie = e->cookie, .addr = e->dst, .port = e->dport };
+	struct tg_addr addr = e->dst;
+	__be16 port = e->dport;
+	struct tg_sock *found;
+
+	if (e->protocol == IPPROTO_TCP) {
+		if (!tg_stream_asked(e->cookie, &addr, &port))
+			return;
+		e->frontend = addr;
+		e->frontend_port = port;
+		return;
+	}
+	found = bpf_map_lookup_elem(&socks_v1, &key);
+	if (!found)
+		return;
+	addr = found->addr;
+	port = found->port;
+	tg_barrier();
+	if (*(volatile __u64 *)&found->cookie != key.cookie)
+		return;
+	e->frontend = addr;
+	e->frontend_port = port;
+}
+
+tg_inline void tg_tell_start(struct tg_run *r, struct tg_flow_event *e)
+{
+	const struct tg_scratch *s = r->s;
+
+	e->src_identity = s->src_identity;
+	e->dst_identity = s->dst_identity;
+	e->src_rule_set = s->egress.rule_set;
+	e->dst_rule_set = s->ingress.rule_set;
+	if (s->flags & TG_CT_NAT) {
+		e->frontend = s->nat.addr;
+		e->frontend_port = s->nat.port;
+	}
+	if (!r->from_pod)
+		return;
+	e->cookie = bpf_get_socket_cookie(r->skb);
+	e->cgroup = bpf_skb_cgroup_id(r->skb);
+	if (e->cookie && !(s->flags & TG_CT_NAT))
+		tg_tell_frontend(e);
+}
+
+/* `ct`: the flow's entry; the packet is as it was looked up, `reply`: it goes
+ * against the way the flow began. */
+static __noinline int tg_tell(struct tg_run *r, const struct tg_ct *ct, __u32 kind, __u32 reply)
+{
+	const struct tg_tuple *t = &r->s->p.t;
+	struct tg_flow_event *e;
+
+	e = bpf_ringbuf_reserve(&flows_v1, sizeof(*e), 0);
+	if (!e) {
+		tg_count(r->skb, TG_REASON_EVENT_LOST, r->from_pod);
+		return 0;
+	}
+	__builtin_memset(e, 0, sizeof(*e));
+	e->time = bpf_ktime_get_coarse_ns();
+	e->start = ct->start;
+	e->packets = ct->packets;
+	e->bytes = ct->bytes;
+	e->reply_packets = ct->reply_packets;
+	e->reply_bytes = ct->reply_bytes;
+	e->src = reply ? t->dst : t->src;
+	e->dst = reply ? t->src : t->dst;
+	e->sport = reply ? t->dport : t->sport;
+	e->dport = reply ? t->sport : t->dport;
+	e->protocol = t->protocol;
+	e->kind = kind;
+	e->direction = !r->from_pod == !reply ? TG_INGRESS : TG_EGRESS;
+	e->tcp_flags = r->s->p.tcp_flags;
+	e->ifindex = r->skb->ifindex;
+	e->src_identity = e->dst_identity = TG_IDENTITY_UNSAID;
+	e->src_endpoint = ct->src_endpoint;
+	e->dst_endpoint = ct->dst_endpoint;
+	e->src_rule = ct->src_rule;
+	e->dst_rule = ct->dst_rule;
+	if (kind == TG_FLOW_START)
+		tg_tell_start(r, e);
+	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+	return 0;
+}
+
+#endif
