@@ -29,6 +29,8 @@ from tidegate_loader import addresses, migrate
 from tidegate_loader.local import LocalInterface
 
 OBJECTS = ("pod.o", "sock.o", "net.o")
+QUIET = "-quiet"
+"""After the hash of an object whose programs were loaded without flow events."""
 SUMS = "SHA256SUMS"
 """Beside installed objects: what `sha256sum` prints of each. A source tree has none."""
 KNOBS = {
@@ -86,7 +88,13 @@ class Programs:
     """The node's loaded programs, by name, with the maps they use pinned in maps/."""
 
     def __init__(
-        self, objects: Path, pin_dir: Path, known: Mapping[str, str], kept: Path | None = None
+        self,
+        objects: Path,
+        pin_dir: Path,
+        known: Mapping[str, str],
+        kept: Path | None = None,
+        *,
+        flow_events: bool = True,
     ) -> None:
         """`known`: object file -> hash of what is pinned (`Realised.objects`). Objects
         that are not there are left out. `kept`: where the objects last loaded are kept, so
@@ -100,12 +108,13 @@ class Programs:
         for name in ("maps", "progs", "links"):
             (pin_dir / name).mkdir(parents=True, exist_ok=True)
         for name, full in sums.items():
-            self.hashes[name] = full[:32]
+            # Programs with other knobs are other programs.
+            self.hashes[name] = full[:32] + ("" if flow_events else QUIET)
             spec = self.specs[name] = ObjectFile(objects / name)
             pinned = None
             if known.get(name) == self.hashes[name]:
                 pinned = _open_all(pin_dir, spec)
-            self.programs.update(pinned or _load(pin_dir, spec))
+            self.programs.update(pinned or _load(pin_dir, spec, flow_events))
         self.migrations = self._migrations(pin_dir / "maps", kept)
         """Maps of other layouts that a loader before this one left, and their successors."""
         self._kept = kept
@@ -162,11 +171,14 @@ def knobs(spec: ObjectFile) -> dict[str, int | bytes]:
     return {name: value for name, value in KNOBS.items() if name in spec.rodata}
 
 
-def _load(pin_dir: Path, spec: ObjectFile) -> dict[str, Program]:
+def _load(pin_dir: Path, spec: ObjectFile, flow_events: bool) -> dict[str, Program]:
     maps = pin_dir / "maps"
     shared = _shared(spec)
     held = {name: str(maps / name) for name in shared if (maps / name).exists()}
-    loaded = spec.load(pins=held, rodata=knobs(spec))
+    values = knobs(spec)
+    if "flow_events" in spec.rodata:
+        values["flow_events"] = int(flow_events)
+    loaded = spec.load(pins=held, rodata=values)
     for name, made in loaded.maps.items():
         if name in shared and name not in held:
             made.pin(str(maps / name))

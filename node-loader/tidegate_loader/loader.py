@@ -106,6 +106,7 @@ class Loader:
                 self._options.pin_dir,
                 self._realised.objects,
                 self._paths.loaded,
+                flow_events=self._options.flow_events,
             )
             if "pod.o" not in programs.specs:
                 raise BpfError(2, f"no pod.o in {self._options.objects}")

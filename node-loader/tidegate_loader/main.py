@@ -72,6 +72,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="directory with token and ca.crt (default: %(default)s)",
     )
     parser.add_argument("--force-clsact", action="store_true", help="do not use tcx links")
+    parser.add_argument(
+        "--no-flow-events",
+        dest="flow_events",
+        action="store_false",
+        help="count no flows, and tell of denials only",
+    )
     parser.add_argument("--once", action="store_true", help="apply once; exit 1 if not realised")
     parser.add_argument("--detach", action="store_true", help="remove everything of this node")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning"))

@@ -131,6 +131,7 @@ class Living:
             pin_dir=self._bpf / node,
             cgroup=None,
             force_clsact=False,
+            flow_events=True,
         )
         self.loaders[node] = Loader(NodePaths(self.run_dir, node), options, Quiet())
 

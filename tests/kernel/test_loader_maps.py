@@ -225,7 +225,12 @@ def paths(tmp_path: Path) -> NodePaths:
 
 def _options(objects: Path, pin_dir: Path) -> argparse.Namespace:
     return argparse.Namespace(
-        node=world.NODE, objects=objects, pin_dir=pin_dir, force_clsact=False, cgroup=None
+        node=world.NODE,
+        objects=objects,
+        pin_dir=pin_dir,
+        force_clsact=False,
+        cgroup=None,
+        flow_events=True,
     )
 
 
