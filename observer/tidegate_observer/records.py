@@ -230,7 +230,7 @@ class Denials:
         node = self._node
         end, decision = directory.end, directory.decision
         egress_of, denied = 1, Kind.DENIED.value
-        passed = {AUDIT: Kind.AUDITED.value, LOG: Kind.START.value}
+        audited = Kind.AUDITED.value
         for (
             time,
             interface,
@@ -249,13 +249,15 @@ class Denials:
             rule,
             flags,
         ) in self._struct.iter_unpack(data):
+            if flags & LOG:
+                continue  # its flow is told of as every other
             verdict = decision(rule_set, rule, flags == AUDIT) if rule_set else None
             leaves = direction == egress_of
             found.append(
                 Flow(
                     node,
                     time + offset,
-                    passed.get(flags, denied),
+                    audited if flags & AUDIT else denied,
                     reason,
                     direction,
                     source,
