@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [
     str(ROOT / part)
-    for part in ("tests", "tests/support", "crds", "operator", "node-loader", "cli")
+    for part in ("tests", "tests/support", "crds", "operator", "node-loader", "observer", "cli")
 ]
 
 from measure import Result, Unmeasurable  # noqa: E402
@@ -37,6 +37,7 @@ MODULES = (
     "row_image",
     "row_operator",
     "row_kind",
+    "row_flows",
 )
 
 

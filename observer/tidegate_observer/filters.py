@@ -9,6 +9,7 @@ left out would show what was not asked for. May not live here: messages of flows
 from __future__ import annotations
 
 import fnmatch
+import functools
 import ipaddress
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +36,8 @@ MAX_FILTERS = 64
 MAX_VALUES = 256
 """Values in one field."""
 MAX_TEXT = 1024
+MAX_ENDS = 20_000
+"""Answers that one filter remembers."""
 
 PROTOCOLS: dict[str, tuple[int, ...]] = {
     "tcp": (TCP,),
@@ -83,10 +86,11 @@ def _message(item: flow_pb2.FlowFilter) -> Test:
     if unknown:
         raise FilterError(f"unknown filter: field {', '.join(map(str, unknown))}")
     tests = [_test(name, values) for name, values in _fields(item)]
-    # The cheap ones first: most flows fail at the first that they can fail at.
-    if len(tests) == 1:
-        return tests[0]
-    return lambda flow: all(test(flow) for test in tests)
+    return functools.reduce(_both, tests) if tests else _constant(True)
+
+
+def _both(first: Test, second: Test) -> Test:
+    return lambda flow: first(flow) and second(flow)
 
 
 def unknown_fields(item: flow_pb2.FlowFilter) -> Iterable[Any]:
@@ -109,7 +113,7 @@ def _test(name: str, values: Sequence[object]) -> Test:
     for prefix, end in (("source_", _source), ("destination_", _destination)):
         made = _ENDS.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
         if made is not None:
-            return end(_memo(made(values)))
+            return end(made(values))
     special = _SPECIAL.get(name)
     if special is None:
         raise FilterError(f"filter {name} is not supported")
@@ -120,24 +124,36 @@ def _test(name: str, values: Sequence[object]) -> Test:
 
 
 def _source(test: EndTest) -> Test:
-    return lambda flow: test(flow.source)
+    known = _Memo(test)
+    return lambda flow: known[id(flow.source)] or known.ask(flow.source)
 
 
 def _destination(test: EndTest) -> Test:
-    return lambda flow: test(flow.destination)
+    known = _Memo(test)
+    return lambda flow: known[id(flow.destination)] or known.ask(flow.destination)
 
 
-def _memo(test: EndTest) -> EndTest:
-    """Ends are few and flows are many. Keyed by the object, which the memo keeps alive."""
-    known: dict[int, tuple[End, bool]] = {}
+class _Memo(dict[int, bool]):
+    """Ends are few and flows are many: id of an end that was asked about → the answer."""
 
-    def ask(end: End) -> bool:
-        held = known.get(id(end))
-        if held is None:
-            held = known[id(end)] = (end, test(end))
-        return held[1]
+    def __init__(self, test: EndTest) -> None:
+        super().__init__()
+        self._test = test
+        self._kept: list[End] = []
 
-    return ask
+    def __missing__(self, _key: int) -> bool:
+        return False
+
+    def ask(self, end: End) -> bool:
+        """Once for each end, which is kept: its id must stay its own."""
+        if id(end) in self:
+            return False
+        if len(self) >= MAX_ENDS:
+            self.clear()
+            self._kept.clear()
+        self._kept.append(end)
+        answer = self[id(end)] = self._test(end)
+        return answer
 
 
 def namespaced(text: str) -> tuple[str, str]:

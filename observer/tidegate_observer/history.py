@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from typing import cast
 
 from tidegate_observer.flow import Entry, Flow
 
@@ -54,16 +55,20 @@ class History:
         with self._grown:
             self._grown.notify_all()
 
-    def slice(self, start: int, stop: int) -> list[tuple[int, Entry]]:
-        """(number, entry) of what is still held of [start, stop), in order."""
+    def slice(self, start: int, stop: int) -> tuple[int, list[Entry]]:
+        """What is still held of [start, stop), in order, and the number of the first of it."""
         slots = self._slots
         length = len(slots)
         stop = min(stop, self.added)
         start = max(start, self.oldest)
-        found = [(at, slots[at % length]) for at in range(start, stop)]
+        if start >= stop:
+            return start, []
+        first, last = start % length, stop % length
+        held = slots[first:last] if first < last else slots[first:] + slots[:last]
         # What was written over meanwhile is another entry by now.
         gone = max(0, self.oldest - start)
-        return [(at, entry) for at, entry in found[gone:] if entry is not None]
+        found = cast("list[Entry]", held[gone:])
+        return start + gone, found
 
     def wait(self, number: int, seconds: float) -> bool:
         """Until there is an entry of this number; False: time is over, or there will be none."""

@@ -32,6 +32,7 @@ PROTOCOLS = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
 
 log = structlog.get_logger()
 T = TypeVar("T")
+K = TypeVar("K")
 Stamp = tuple[int, int, int]
 
 
@@ -205,7 +206,9 @@ class RunDirSource:
             endpoints[item.id] = end
             for text in item.addresses:
                 addresses[address_bytes(text)] = end
-        directory.addresses, directory.endpoints = addresses, endpoints
+        # The flows that are held share them: one that did not change stays the same object.
+        directory.addresses = _kept(directory.addresses, addresses)
+        directory.endpoints = _kept(directory.endpoints, endpoints)
         directory.services = services
         self.pods_known = len(self._pods) or len(endpoints)
 
@@ -263,3 +266,8 @@ class RunDirSource:
         if now - self._waited >= UNKNOWN_SECONDS:
             self._waited = now
         return self._waited + WAIT_SECONDS
+
+
+def _kept(before: Mapping[K, End], after: Mapping[K, End]) -> dict[K, End]:
+    """`after`, with the objects of `before` where they are equal."""
+    return {key: old if (old := before.get(key)) == end else end for key, end in after.items()}

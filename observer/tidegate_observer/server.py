@@ -118,13 +118,12 @@ class ObserverService:
             at = self._rewound(query, end)
         while at < end:
             stop = min(at + SLICE, end)
-            for number, entry in history.slice(at, stop):
-                if self._fits(query, number, entry):
-                    if left is not None and isinstance(entry, Flow):
-                        if not left:
-                            break
-                        left -= 1
-                    yield number, entry
+            for number, entry in self._wanted(query, at, stop):
+                if left is not None and isinstance(entry, Flow):
+                    if not left:
+                        break
+                    left -= 1
+                yield number, entry
             at = stop
             if left == 0 and not query.follow:
                 return
@@ -136,13 +135,22 @@ class ObserverService:
         wanted, at = query.number, end
         while at > self._history.oldest:
             start = max(self._history.oldest, at - SLICE)
-            for number, entry in reversed(self._history.slice(start, at)):
-                if isinstance(entry, Flow) and self._fits(query, number, entry):
+            for number, entry in reversed(self._wanted(query, start, at)):
+                if isinstance(entry, Flow):
                     wanted -= 1
                     if not wanted:
                         return number
             at = start
         return at
+
+    def _wanted(self, query: _Query, start: int, stop: int) -> list[tuple[int, Flow | Lost]]:
+        """What is asked for of [start, stop), with its numbers."""
+        first, entries = self._history.slice(start, stop)
+        numbered = enumerate(entries, first)
+        if query.since is None and query.until is None and query.uuids is None:
+            test = query.test
+            return [(n, e) for n, e in numbered if e.__class__ is Lost or test(e)]  # type: ignore[arg-type]
+        return [(n, e) for n, e in numbered if self._fits(query, n, e)]
 
     def _fits(self, query: _Query, number: int, entry: Flow | Lost) -> bool:
         if query.since is not None and entry.time < query.since:
@@ -171,9 +179,7 @@ class ObserverService:
                 log.warning("client disconnected", peer=stream.peer, reason=text)
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
             stop = min(at + SLICE, history.added)
-            for number, entry in history.slice(at, stop):
-                if self._fits(query, number, entry):
-                    yield number, entry
+            yield from self._wanted(query, at, stop)
             at = stop
             stream.moved = time.monotonic()
 

@@ -1,0 +1,257 @@
+"""flow-*: what seeing every flow costs, and how quickly it is answered.
+
+Rows of the observer alone run its own code on records made here; flow-overhead and flow-follow send
+real packets between pods of `tidegate up`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from measure import Result, Unmeasurable, pinned
+from tidegate_bpf import Codec, ObjectFile
+from tidegate_observer.directory import Directory, pod_labels
+from tidegate_observer.flow import End, address_bytes
+from tidegate_observer.history import History
+from tidegate_observer.records import Flows
+
+ROOT = Path(__file__).resolve().parents[1]
+EVENTS = 200_000
+PODS = 1000
+STORED = 100_000
+ROUNDS = 5
+FOLLOWED = 200
+
+
+def records(count: int) -> tuple[Flows, bytes, Directory]:
+    """Starts of flows between PODS pods, each with a policy, as the programs write them."""
+    spec = ObjectFile(ROOT / "datapath/build/pod.o")
+    codec = Codec(spec.layout("tg_flow_event"))
+    directory = Directory()
+    ends = []
+    for number in range(PODS):
+        address = address_bytes(f"10.244.{number >> 8}.{number & 255}")
+        labels = pod_labels(f"ns-{number % 20}", {"app": f"app-{number % 50}", "tier": "web"})
+        directory.addresses[address] = End(
+            300 + number, 0, f"ns-{number % 20}", f"pod-{number}", labels, "app", "Deployment"
+        )
+        ends.append(address)
+    rows = []
+    for at in range(count):
+        source, destination = at % PODS, (at * 7 + 1) % PODS
+        values = dict.fromkeys(codec.names, 0) | {
+            "time": at * 1000,
+            "src": ends[source],
+            "dst": ends[destination],
+            "frontend": bytes(16),
+            "sport": 1024 + at % 60000,
+            "dport": 8080,
+            "protocol": 6,
+            "tcp_flags": 2,
+            "src_identity": 300 + source,
+            "dst_identity": 300 + destination,
+            "src_rule": (1 << 32) - 1,
+            "dst_rule": (1 << 32) - 1,
+        }
+        rows.append(tuple(values[name] for name in codec.names))
+    size = codec.size
+    packed = codec.pack_all(rows)
+    data = b"".join(bytes(8) + packed[i : i + size] for i in range(0, len(packed), size))
+    return Flows(spec, "node-1"), data, directory
+
+
+def decode() -> Iterator[Result]:
+    made, data, directory = records(EVENTS)
+    chunk = (made.size + 8) * 2000
+    rates = []
+    with pinned():
+        for _ in range(ROUNDS):
+            history = History(65536)
+            start = time.process_time()
+            for at in range(0, len(data), chunk):
+                history.extend(made.flows(data[at : at + chunk], 0, directory))
+            rates.append(EVENTS / (time.process_time() - start))
+    # Bars are upper ones: time for an event, against 300,000 a second.
+    rate = max(rates)
+    yield Result(
+        "flow-decode",
+        "an event decoded, joined and stored, one core",
+        1e6 / rate,
+        "us",
+        "300,000 events/s",
+        1e6 / 300_000,
+        {"events_per_second": round(rate)},
+    )
+
+
+@contextmanager
+def served(history: History) -> Iterator[str]:
+    from tidegate_observer.server import About, ObserverService, Server  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory() as directory:
+        address = f"unix:{directory}/s"
+        with Server(ObserverService(history, About(("node-1",), "bench")), [address]):
+            yield address
+            history.close()
+
+
+def query() -> Iterator[Result]:
+    from tidegate_observer.api import flow_pb2, observer_pb2  # noqa: PLC0415
+    from tidegate_observer.client import Client  # noqa: PLC0415
+
+    made, data, directory = records(STORED)
+    history = History(STORED)
+    history.extend(made.flows(data, 0, directory))
+    del data
+    gc.collect()
+    wanted = observer_pb2.GetFlowsRequest(
+        whitelist=[
+            flow_pb2.FlowFilter(
+                source_label=["app=app-7"],
+                destination_pod=["ns-10/pod-10"],
+                destination_port=["8080"],
+            )
+        ]
+    )
+    took, found = [], 0
+    with served(history) as address, Client(address) as client:
+        for _ in range(ROUNDS * 2):
+            start = time.perf_counter()
+            found = sum(1 for _ in client.flows(wanted))
+            took.append((time.perf_counter() - start) * 1000)
+    yield Result(
+        "flow-query",
+        f"GetFlows over {STORED:,} flows with three filters",
+        statistics.median(took),
+        "ms",
+        "the request's start",
+        150.0,
+        {"found": found, "worst": round(max(took), 1)},
+    )
+
+
+RSS = """
+import sys
+sys.path[:0] = sys.argv[1].split(":")
+from row_flows import records
+from tidegate_observer.history import History
+from tidegate_observer.server import About, ObserverService, Server
+made, data, directory = records(70000)
+history = History(65536)
+step = (made.size + 8) * 1000
+for at in range(0, len(data), step):
+    history.extend(made.flows(data[at:at + step], 0, directory))
+del data
+import ctypes, gc
+gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+with Server(ObserverService(history, About(("node-1",), "bench")), ["unix:" + sys.argv[2]]):
+    print(open("/proc/self/smaps_rollup").read(), flush=True)
+"""
+
+
+def rss() -> Iterator[Result]:
+    paths = ":".join(p for p in sys.path if p)
+    with tempfile.TemporaryDirectory() as directory:
+        done = subprocess.run(
+            [sys.executable, "-c", RSS, paths, f"{directory}/s"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    size = next(int(line.split()[1]) for line in done.stdout.splitlines() if "Rss:" in line)
+    yield Result(
+        "flow-rss",
+        "memory of the observer with 65,536 flows",
+        size / 1024,
+        "MiB",
+        "nothing",
+        120.0,
+    )
+
+
+# ---- real packets -----------------------------------------------------------------------------
+
+
+@contextmanager
+def town() -> Iterator[object]:
+    from support import ca_town  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory() as directory, ca_town.town(Path(directory)) as made:
+        made.save("nodes", ca_town.node(1))
+        made.save("pods", ca_town.pod("server"), ca_town.pod("client"))
+        made.save("policy", ca_town.policy("lock", "server"))
+        made.up()
+        ca_town.until(lambda: made.run_dir.observer.exists(), "the observer serves")
+        yield made
+
+
+def follow() -> Iterator[Result]:
+    """From a packet that is denied to the line that `tidegate observe --follow` prints."""
+    if os.geteuid():
+        raise Unmeasurable("needs root")
+    with town() as made:
+        run = made.run_dir.path  # type: ignore[attr-defined]
+        command = [sys.executable, "-m", "tidegate_cli", "observe", "--follow", "-o", "json"]
+        environment = os.environ | {"TIDEGATE_RUN_DIR": str(run)}
+        printed: dict[int, float] = {}
+        sent: dict[int, float] = {}
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            stream = process.stdout
+            assert stream is not None
+
+            def read() -> None:
+                for line in stream:
+                    at = line.find('"source_port":')
+                    if at >= 0:
+                        port = int(line[at + 14 : at + 19])
+                        printed.setdefault(port, time.monotonic())
+
+            reader = threading.Thread(target=read)
+            reader.start()
+            time.sleep(2.0)
+            address = made.pod("server").addresses[0]  # type: ignore[attr-defined]
+            for port in range(20000, 20000 + FOLLOWED):
+                with made.inside("client"):  # type: ignore[attr-defined]
+                    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                with sock:
+                    sock.bind(("", port))
+                    sent[port] = time.monotonic()
+                    sock.sendto(b"x", (address, 8081))
+                time.sleep(0.01)
+            time.sleep(1.0)
+            process.terminate()
+            reader.join()
+    took = sorted((printed[p] - sent[p]) * 1000 for p in sent if p in printed)
+    if len(took) < FOLLOWED:
+        raise Unmeasurable(f"{FOLLOWED - len(took)} of {FOLLOWED} were not printed")
+    yield Result(
+        "flow-follow",
+        "from a packet to its printed line, 99 of 100",
+        took[int(len(took) * 0.99) - 1],
+        "ms",
+        "the packet",
+        250.0,
+        {"median": round(statistics.median(took), 1)},
+    )
+
+
+ROWS: dict[str, Callable[[], Iterator[Result]]] = {
+    "flow-decode": decode,
+    "flow-query": query,
+    "flow-rss": rss,
+    "flow-follow": follow,
+}
