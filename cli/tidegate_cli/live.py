@@ -24,6 +24,7 @@ from tidegate_loader.kernel import FLAGS_SHIFT, SLOT_MASK, Layouts
 from tidegate_loader.local import Realised
 from tidegate_loader.plan_services import SLOT_HEADER
 from tidegate_loader.services import HEADER
+from tidegate_observer.tracked import life
 
 from tidegate_cli.errors import CliError
 from tidegate_cli.objects import RunObjects
@@ -53,20 +54,9 @@ _CT = [
 ]
 _COUNTER = {"packets": "u64", "bytes": "u64"}
 
-TCP = 6
-BEGAN_A, REPLIED, FIN_ORIG, FIN_REPLY, RST = 0x01, 0x02, 0x04, 0x08, 0x10
-NAT, SERVICE, HAIRPIN = 0x20, 0x40, 0x80
+BEGAN_A, NAT, SERVICE = 0x01, 0x20, 0x40
 FREE, BUSY = 0, 1 << 63
 """Words of a half-open flow's place that holds none, or is being written."""
-
-LIVES = {
-    "tcp_established_life": 20117,
-    "tcp_closed_life": 10,
-    "tcp_opening_life": 60,
-    "other_established_life": 180,
-    "other_opening_life": 60,
-}
-"""Knobs of conntrack.h, in units of `seen` (2^30 ns); a test compares them with the header."""
 
 
 def objects_dir() -> Path:
@@ -434,15 +424,6 @@ class NodeMaps:
             reply_bytes=v.reply_bytes,
             epoch=v.word >> 24,
         )
-
-
-def life(protocol: int, flags: int) -> int:
-    """For how many units of `seen` an entry lives after its last packet."""
-    closed = flags & RST or flags & (FIN_ORIG | FIN_REPLY) == FIN_ORIG | FIN_REPLY
-    if protocol == TCP and closed:
-        return LIVES["tcp_closed_life"]
-    stage = "established" if flags & REPLIED else "opening"
-    return LIVES[f"{'tcp' if protocol == TCP else 'other'}_{stage}_life"]
 
 
 def seconds_now() -> int:

@@ -21,6 +21,7 @@ from tidegate_observer.flow import Entry, Lost
 from tidegate_observer.records import Denials, Flows
 from tidegate_observer.rundir import RunDirSource
 from tidegate_observer.server import About, ObserverService, Server
+from tidegate_observer.tracked import MAX_LIVE, Tracked
 
 POLL_SECONDS = 0.05
 """Programs wake nobody: a flood of denials must not buy CPU time."""
@@ -40,13 +41,12 @@ class Reader:
     def __init__(self, spec: ObjectFile, node: str, pins: Path, source: RunDirSource) -> None:
         self.node = node
         self.source = source
+        flows = Flows(spec, node, MAX_LIVE)
         self._sources = [
             (records, rings.Ring(pins / "maps" / name, records.size))
-            for name, records in (
-                ("events_v1", Denials(spec, node)),
-                ("flows_v1", Flows(spec, node)),
-            )
+            for name, records in (("events_v1", Denials(spec, node)), ("flows_v1", flows))
         ]
+        self._tracked = Tracked(spec, node, pins, flows.live)
         self._metrics = pins / "maps" / "metrics_v1"
         self._lost: int | None = None
         self._looked = time.time_ns()
@@ -68,6 +68,8 @@ class Reader:
             data = ring.read()
             if data:
                 found += records.flows(data, offset, self.source.directory)
+        if self._sources[1][1].open:
+            found += self._tracked.sweep(offset)
         return found
 
     def _losses(self) -> Lost | None:

@@ -32,15 +32,15 @@ NOBODY = bytes(16)
 """No address."""
 
 
-def reader(layout: Layout, names: Sequence[str], optional: Sequence[str] = ()) -> struct.Struct:
-    """Unpacks the named members, in the order of the layout, from a record and the header before
-    it. `names` must be in that order; what is `optional` may be missing, and is then not
-    unpacked. LayoutError: the object does not have the members, or not as numbers and bytes."""
-    held = [field for field in layout.fields if field.name in (*names, *optional)]
+def reader(layout: Layout, names: Sequence[str], header: int = RECORD_HEADER) -> struct.Struct:
+    """Unpacks the named members, in the order of the layout, which `names` must be in, from a
+    struct with `header` bytes before it. LayoutError: the object does not have the members, or
+    not as numbers and bytes."""
+    held = [field for field in layout.fields if field.name in names]
     missing = set(names) - {field.name for field in held}
     if missing or [f.name for f in held if f.name in names] != list(names):
         raise LayoutError(f"struct {layout.name}: no {sorted(missing)}, or in another order")
-    parts, at = [f"{RECORD_HEADER}x"], 0
+    parts, at = [f"{header}x"], 0
     for field in held:
         parts.append(f"{field.offset - at}x")
         if field.type.startswith("bytes["):
@@ -112,12 +112,24 @@ FLOW_START = 0
 RST = 4
 
 
+def flow_key(
+    start: int, source: bytes, destination: bytes, sport: int, dport: int, protocol: int
+) -> int:
+    """Names one flow of a node, from its records and from its entry alike; ports as they lie in
+    memory."""
+    return hash((start, source, destination, sport << 16 | dport, protocol))
+
+
 class Flows:
     """struct tg_flow_event: flows that start, and flows that end."""
 
-    def __init__(self, spec: ObjectFile, node: str) -> None:
+    def __init__(self, spec: ObjectFile, node: str, max_live: int = 0) -> None:
+        """`max_live`: how many flows at most `live` holds, from their start to their end."""
         layout = spec.layout("tg_flow_event")
         self._node = node
+        self._max_live = max_live
+        self.live: dict[int, Flow] = {}
+        """By `flow_key`."""
         self.size = layout.size
         self._struct = reader(layout, FLOW_EVENT)
 
@@ -127,6 +139,7 @@ class Flows:
         node, end, who = self._node, directory.end, directory.who
         decision, services = directory.decision, directory.services
         started, ended = Kind.START.value, Kind.END.value
+        live, room = self.live, self._max_live
         for (
             time,
             start,
@@ -184,7 +197,11 @@ class Flows:
                     cookie,
                     cgroup,
                 )
+                if len(live) < room:
+                    live[hash((start, source, destination, sport << 16 | dport, protocol))] = flow
             else:
+                if room:
+                    live.pop(flow_key(start, source, destination, sport, dport, protocol), None)
                 counts = Counts(
                     packets,
                     size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,11 @@ from support import frames as f
 from support import town as t
 from support.lab import U32, addr
 from support.town import IP4, Town, segment
+from tidegate_bpf import RingBuffer
+from tidegate_observer.directory import Directory
+from tidegate_observer.flow import Flow
+from tidegate_observer.records import Flows
+from tidegate_observer.tracked import GRACE_NS, MAX_LIVE, Tracked
 
 pytestmark = [
     pytest.mark.kernel,
@@ -180,3 +186,87 @@ def test_nothing_is_counted_or_told_if_it_is_not_wanted(silent: Town) -> None:
     (entry,) = silent.established()
     assert (entry.start, entry.packets, entry.bytes, entry.reply_packets) == (0, 0, 0, 0)
     assert silent.lab.maps["metrics_v1"].lookup_per_cpu(U32.pack(t.EGRESS))
+
+
+# ---- ends that nobody tells -------------------------------------------------------------------
+
+
+class Watch(Tracked):
+    """Over the town's maps, which are pinned nowhere."""
+
+    def __init__(self, town: Town) -> None:
+        self._town = town
+        self._flows = Flows(town.lab.file, "node-1", MAX_LIVE)
+        super().__init__(town.lab.file, "node-1", Path(), self._flows.live)
+        town.told()
+
+    def _tables(self) -> Iterator[tuple[bytes, bytes]]:
+        yield self._town.lab.maps["ct_v2"].dump()
+        for share in self._town.lab.shares.values():
+            yield self.ways(share.dump()[1])
+
+    def look(self) -> list[Flow]:
+        """What ended, once all that was told is read; everything counts as old enough."""
+        with RingBuffer(self._town.lab.maps["flows_v1"]) as ring:
+            data = ring.read_fixed(self._flows.size)
+        self._flows.flows(data, 0, Directory())
+        return self.sweep(2 * GRACE_NS, now=True)
+
+
+def udp(town: Town, back: bool = False) -> None:
+    ends = (IP4["b"], IP4["a"], f.UDP, 80, 40000) if back else (IP4["a"], IP4["b"], f.UDP)
+    assert town.reason("b>" if back else "a>", f.packet(*ends)) == 0
+
+
+def test_a_flow_that_falls_silent_has_ended(town: Town) -> None:
+    town.open()
+    watch = Watch(town)
+    udp(town)
+    udp(town, back=True)
+    udp(town)
+    assert watch.look() == []
+    town.age(town.lab.maps["ct_v2"], 170)
+    assert watch.look() == []
+    town.age(town.lab.maps["ct_v2"], 20)
+    (ended,) = watch.look()
+    counts = ended.counts
+    assert counts is not None
+    assert (counts.closed, counts.packets, counts.reply_packets) == ("idle", 2, 1)
+    assert (ended.source_port, ended.destination_port) == (40000, 80)
+    assert watch.look() == []
+
+
+def test_a_half_open_flow_ends_too(town: Town) -> None:
+    town.open()
+    watch = Watch(town)
+    udp(town)
+    town.age(town.share("a"), 70)
+    (ended,) = watch.look()
+    assert ended.counts is not None
+    assert (ended.counts.closed, ended.counts.packets) == ("idle", 1)
+
+
+def test_a_forgotten_flow_ended_unknown_after_a_second_look(town: Town) -> None:
+    town.open()
+    watch = Watch(town)
+    udp(town)
+    udp(town, back=True)
+    udp(town)
+    assert watch.look() == []
+    for key in list(town.lab.maps["ct_v2"].keys()):
+        town.lab.maps["ct_v2"].discard(key)
+    assert watch.look() == []
+    (ended,) = watch.look()
+    assert ended.counts is not None
+    assert ended.counts.closed == "unknown"
+    assert watch.look() == []
+
+
+def test_an_end_that_was_told_is_not_found_again(town: Town) -> None:
+    town.open(ALLOW)
+    watch = Watch(town)
+    send(town, SYN)
+    send(town, RST | ACK, back=True)
+    town.age(town.share("a"), 1000)
+    assert watch.look() == []
+    assert watch.look() == []

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from tidegate_bpf import ObjectFile
-from tidegate_cli import live, main, reasons
+from tidegate_cli import main, reasons
 from tidegate_cli.errors import CliError
+from tidegate_observer import tracked
 
 ROOT = Path(__file__).parents[3]
 HEAVY = {"msgspec", "pydantic", "yaml", "structlog", "watchfiles", "pyroute2", "ctypes", "json"}
@@ -135,7 +136,7 @@ def test_the_page_about_reasons_has_the_same_texts() -> None:
 def test_life_times_are_the_programs() -> None:
     text = (ROOT / "datapath/include/tidegate/conntrack.h").read_text()
     found = re.findall(r"^const volatile __u32 (\w+_life) = (\d+);", text, re.MULTILINE)
-    assert {name: int(value) for name, value in found} == live.LIVES
+    assert {name: int(value) for name, value in found} == tracked.LIVES
 
 
 def test_no_remedy_no_semicolon() -> None:
