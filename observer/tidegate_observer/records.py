@@ -200,8 +200,8 @@ class Flows:
                 if len(live) < room:
                     live[hash((start, source, destination, sport << 16 | dport, protocol))] = flow
             else:
-                if room:
-                    live.pop(flow_key(start, source, destination, sport, dport, protocol), None)
+                key = flow_key(start, source, destination, sport, dport, protocol)
+                begun = live.pop(key, None)
                 counts = Counts(
                     packets,
                     size,
@@ -223,8 +223,9 @@ class Flows:
                     protocol,
                     tcp_flags,
                     interface,
-                    who(source, source_endpoint),
-                    who(destination, destination_endpoint),
+                    begun.source if begun else who(source, source_endpoint),
+                    begun.destination if begun else who(destination, destination_endpoint),
+                    service=begun.service if begun else None,
                     counts=counts,
                 )
             found.append(flow)

@@ -72,6 +72,12 @@ class Tracked:
         self._entry = reader(spec.layout("tg_ct"), _ENTRY, header=0)
         self._key_size = spec.layout("tg_ct_key").size
         self._missing: set[int] = set()
+        self.entries = 0
+        """In the table, when it was last looked through."""
+        self.size = spec.maps["ct_v2"].max_entries
+        self.seconds = 0.0
+        """How long that took."""
+        self.sweeps = 0
         self._due = time.monotonic() + SWEEP_SECONDS
 
     def sweep(self, offset: int, *, now: bool = False) -> list[Flow]:
@@ -98,6 +104,8 @@ class Tracked:
                 continue
             del self._live[key]
         self._missing = missing
+        self.seconds = (time.monotonic_ns() - began) / 1e9
+        self.sweeps += 1
         self._due = time.monotonic() + SWEEP_SECONDS
         return ended
 
@@ -122,7 +130,9 @@ class Tracked:
     def _tables(self) -> Iterator[tuple[bytes, bytes]]:
         """(keys, values) of the table, then of each half-open share."""
         with Map.open_pinned(str(self._pins / "maps" / "ct_v2")) as table:
-            yield table.dump()
+            found = table.dump()
+        self.entries = len(found[0]) // self._key_size
+        yield found
         for path in (self._pins / "half_open").glob("[0-9]*"):
             try:
                 with Map.open_pinned(str(path)) as share:

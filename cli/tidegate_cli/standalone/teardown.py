@@ -31,6 +31,8 @@ _OWN_FILES = (
     "supervisor.json",
     "observer.sock",
     "observer.lock",
+    "observer.prom",
+    ".observer.prom.tmp",
 )
 
 

@@ -28,35 +28,26 @@ tg_inline void tg_account(struct tg_ct *ct, const struct __sk_buff *skb, int rep
 }
 
 /* The frontend that the socket asked for, where the socket was translated. */
-tg_inline void tg_tell_frontend(struct tg_flow_event *e)
+tg_inline int tg_frontend_asked(struct tg_asked *asked)
 {
-	struct tg_sock_key key = { .cookie = e->cookie, .addr = e->dst, .port = e->dport };
-	struct tg_addr addr = e->dst;
-	__be16 port = e->dport;
+	struct tg_sock_key *key = &asked->key;
 	struct tg_sock *found;
 
-	if (e->protocol == IPPROTO_TCP) {
-		if (!tg_stream_asked(e->cookie, &addr, &port))
-			return;
-		e->frontend = addr;
-		e->frontend_port = port;
-		return;
-	}
-	found = bpf_map_lookup_elem(&socks_v1, &key);
+	if (asked->protocol == IPPROTO_TCP)
+		return tg_stream_asked(key->cookie, &asked->addr, &asked->port);
+	found = bpf_map_lookup_elem(&socks_v1, key);
 	if (!found)
-		return;
-	addr = found->addr;
-	port = found->port;
+		return 0;
+	asked->addr = found->addr;
+	asked->port = found->port;
 	tg_barrier();
-	if (*(volatile __u64 *)&found->cookie != key.cookie)
-		return;
-	e->frontend = addr;
-	e->frontend_port = port;
+	return *(volatile __u64 *)&found->cookie == key->cookie;
 }
 
 tg_inline void tg_tell_start(struct tg_run *r, struct tg_flow_event *e)
 {
-	const struct tg_scratch *s = r->s;
+	struct tg_scratch *s = r->s;
+	struct tg_asked *asked = &s->asked;
 
 	e->src_identity = s->src_identity;
 	e->dst_identity = s->dst_identity;
@@ -70,8 +61,17 @@ tg_inline void tg_tell_start(struct tg_run *r, struct tg_flow_event *e)
 		return;
 	e->cookie = bpf_get_socket_cookie(r->skb);
 	e->cgroup = bpf_skb_cgroup_id(r->skb);
-	if (e->cookie && !(s->flags & TG_CT_NAT))
-		tg_tell_frontend(e);
+	if (!e->cookie || (s->flags & TG_CT_NAT))
+		return;
+	__builtin_memset(asked, 0, sizeof(*asked));
+	asked->key.cookie = e->cookie;
+	asked->key.addr = asked->addr = e->dst;
+	asked->key.port = asked->port = e->dport;
+	asked->protocol = e->protocol;
+	if (!tg_frontend_asked(asked))
+		return;
+	e->frontend = asked->addr;
+	e->frontend_port = asked->port;
 }
 
 /* `ct`: the flow's entry; the packet is as it was looked up, `reply`: it goes
@@ -110,6 +110,16 @@ static __noinline int tg_tell(struct tg_run *r, const struct tg_ct *ct, __u32 ki
 	if (kind == TG_FLOW_START)
 		tg_tell_start(r, e);
 	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+	return 0;
+}
+
+/* A packet of a known flow: with a stack of its own, of which the callers have
+ * none to spare. */
+static __noinline int tg_settle(struct tg_run *r, struct tg_ct *ct, int reply, int ended)
+{
+	tg_account(ct, r->skb, reply);
+	if (ended)
+		tg_tell(r, ct, TG_FLOW_END, reply);
 	return 0;
 }
 

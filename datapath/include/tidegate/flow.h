@@ -290,9 +290,8 @@ tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
 		ended = tg_touch(ct, &r->s->p, reply, r->s->now);
 	if (!dry_run && tg_read_word(ct) != word)
 		return TG_LOST;
-	tg_account(ct, r->skb, reply);
-	if (flow_events && ended)
-		tg_tell(r, ct, TG_FLOW_END, reply);
+	if (flow_events)
+		tg_settle(r, ct, reply, ended);
 	if (!reply || !(flags & TG_CT_NAT))
 		return TG_FOLLOWED;
 	if (flags & TG_CT_HAIRPIN) {

@@ -21,6 +21,15 @@ const volatile struct tg_addr hairpin_ip6 = {};
 
 #define TG_PASS TC_ACT_UNSPEC /* other programs on the interface have their turn */
 
+/* A socket's question for the frontend that it was translated from, and the
+ * answer: `addr` and `port`, of the backend first. */
+struct tg_asked {
+	struct tg_sock_key key;
+	struct tg_addr addr;
+	__be16 port;
+	__u8 protocol;
+};
+
 /* What a run works on. Beside the program's stack, which is too small for it;
  * one a CPU is enough, because tc programs run with bottom halves off. */
 struct tg_scratch {
@@ -56,6 +65,7 @@ struct tg_scratch {
 	struct tg_nat nat_made;
 	struct tg_nat nat_found;
 	struct tg_nat nat_other;
+	struct tg_asked asked;
 };
 
 struct {

@@ -1,0 +1,196 @@
+"""From the kernel's rings to the history, the figures and the policy log. No serving here."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import structlog
+from tidegate_bpf import BpfError, Map, ObjectFile
+
+from tidegate_observer import rings
+from tidegate_observer.flow import Entry, Flow, Lost
+from tidegate_observer.history import History
+from tidegate_observer.metrics import Metrics
+from tidegate_observer.policylog import PolicyLog
+from tidegate_observer.records import Denials, Flows
+from tidegate_observer.rundir import RunDirSource
+from tidegate_observer.tracked import MAX_LIVE, Tracked
+
+POLL_SECONDS = 0.05
+"""Programs wake nobody: a flood of denials must not buy CPU time."""
+REFRESH_SECONDS = 1.0
+COUNT_SECONDS = 5.0
+RETRY_SECONDS = 1.0
+LOST_REASON = 254
+"""TG_REASON_EVENT_LOST: records that found a ring full, counted by the programs."""
+COUNTER = struct.Struct("=QQ")
+
+log = structlog.get_logger()
+
+
+class Reader:
+    """One node's rings, its counters of losses, and who is who on it."""
+
+    def __init__(self, spec: ObjectFile, node: str, pins: Path, source: RunDirSource) -> None:
+        self.node = node
+        self.source = source
+        flows = Flows(spec, node, MAX_LIVE)
+        self._sources = [
+            (records, rings.Ring(pins / "maps" / name, records.size))
+            for name, records in (("events_v1", Denials(spec, node)), ("flows_v1", flows))
+        ]
+        self.tracked = Tracked(spec, node, pins, flows.live)
+        self._metrics = pins / "maps" / "metrics_v1"
+        self._lost: int | None = None
+        self._looked = time.time_ns()
+        self._due = 0.0
+
+    def read(self, offset: int) -> list[Entry]:
+        """Everything that has come since; `offset` from the kernel's clock to the time of day, in
+        nanoseconds. BpfError."""
+        found: list[Entry] = []
+        if time.monotonic() >= self._due:
+            for _, ring in self._sources:
+                ring.reopen()
+            self.source.refresh()
+            lost = self._losses()
+            if lost is not None:
+                found.append(lost)
+            self._due = time.monotonic() + REFRESH_SECONDS
+        for records, ring in self._sources:
+            data = ring.read()
+            if data:
+                found += records.flows(data, offset, self.source.directory)
+        if self._sources[1][1].open:
+            found += self.tracked.sweep(offset)
+        return found
+
+    def counters(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """(reason, direction) → (packets, bytes) of the programs, without zeros. BpfError."""
+        found = {}
+        with Map.open_pinned(str(self._metrics)) as counters:
+            for key, value in counters.items():
+                rows = [COUNTER.unpack(row) for row in counters.split_per_cpu(value)]
+                packets = sum(row[0] for row in rows)
+                if packets:
+                    index = int.from_bytes(key, sys.byteorder)
+                    found[index >> 1, index & 1] = packets, sum(row[1] for row in rows)
+        return found
+
+    def _losses(self) -> Lost | None:
+        """What the programs could not send since this was asked last."""
+        try:
+            with Map.open_pinned(str(self._metrics)) as counters:
+                total = sum(
+                    COUNTER.unpack(row)[0]
+                    for index in (LOST_REASON * 2, LOST_REASON * 2 + 1)
+                    for row in counters.split_per_cpu(
+                        counters.lookup(index.to_bytes(4, sys.byteorder))
+                    )
+                )
+        except (BpfError, KeyError):
+            return None
+        before, self._lost = self._lost, total
+        first, self._looked = self._looked, time.time_ns()
+        if before is None or total <= before:
+            return None
+        log.warning("events lost", node=self.node, count=total - before)
+        return Lost(self.node, self._looked, total - before, first)
+
+    def close(self) -> None:
+        for _, ring in self._sources:
+            ring.close()
+
+
+class Collector:
+    """Every node's events into one history, in the order of time."""
+
+    def __init__(
+        self,
+        readers: Sequence[Reader],
+        kept: History,
+        figures: Metrics,
+        policy_log: PolicyLog | None = None,
+    ) -> None:
+        self._readers = readers
+        self._history = kept
+        self._figures = figures
+        self._policy_log = policy_log
+        self._due = 0.0
+
+    def step(self) -> float:
+        """Seconds to wait until the next one."""
+        offset = time.time_ns() - time.monotonic_ns()
+        found: list[Entry] = []
+        pause = POLL_SECONDS
+        for reader in self._readers:
+            try:
+                found += reader.read(offset)
+            except (BpfError, ValueError) as error:
+                log.warning("cannot read", node=reader.node, error=str(error))
+                pause = RETRY_SECONDS
+        if found:
+            found.sort(key=_time)
+            self._history.extend(found)
+            self._figures.add(found)
+            if self._policy_log is not None:
+                self._logged(found)
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + COUNT_SECONDS
+            self._count()
+            self._logged(())
+        return pause
+
+    def _logged(self, entries: Iterable[Entry]) -> None:
+        if self._policy_log is None:
+            return
+        try:
+            self._policy_log.add((e for e in entries if isinstance(e, Flow)), time.monotonic())
+            self._policy_log.flush(time.monotonic())
+        except OSError as error:
+            log.warning("cannot write the policy log", error=str(error))
+
+    def _count(self) -> None:
+        """What is asked of the kernel and not told by it."""
+        total: Counter[tuple[int, int, int]] = Counter()
+        for reader in self._readers:
+            try:
+                for (reason, direction), values in reader.counters().items():
+                    for at, value in enumerate(values):
+                        total[reason, direction, at] += value
+            except BpfError as error:
+                log.debug("cannot count", node=reader.node, error=str(error))
+        self._figures.programs = {
+            (reason, direction): (total[reason, direction, 0], total[reason, direction, 1])
+            for reason, direction, _ in total
+        }
+        tracked = [reader.tracked for reader in self._readers]
+        self._figures.tracked = (
+            sum(t.entries for t in tracked),
+            sum(t.size for t in tracked) or 1,
+            sum(t.seconds for t in tracked),
+        )
+        self._figures.sweeps = sum(t.sweeps for t in tracked)
+        self._figures.held = (self._history.held, self._history.size)
+
+    def namespaces(self) -> list[str]:
+        """Of every pod that is known."""
+        ends = [end for r in self._readers for end in list(r.source.directory.addresses.values())]
+        return sorted({end.namespace for end in ends if end.pod})
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+        if self._policy_log is not None:
+            with contextlib.suppress(OSError):
+                self._policy_log.flush(time.monotonic(), every=True)
+
+
+def _time(entry: Entry) -> int:
+    return entry.time

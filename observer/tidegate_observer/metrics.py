@@ -1,0 +1,256 @@
+"""Figures for Prometheus: the names that dashboards for Hubble and for Cilium's agents ask for, and
+our own where they have none. Every label has few values: what would be one more is "other".
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import generate_latest
+
+from tidegate_observer.api import flow_pb2
+from tidegate_observer.flow import ICMP, ICMPV6, MAPPED, SCTP, TCP, UDP, Entry, Flow, Kind, Lost
+from tidegate_observer.meaning import DROP, POLICY_VERDICT, drop_reason, event_type, verdict
+
+MAX_POLICIES = 500
+MAX_SERVICES = 500
+MAX_PORTS = 200
+OTHER = "other"
+WORLD = 2
+PROTOCOLS = {TCP: "TCP", UDP: "UDP", SCTP: "SCTP", ICMP: "ICMPv4", ICMPV6: "ICMPv6"}
+FLAGS = ((2, "SYN"), (1, "FIN"), (4, "RST"))
+DIRECTIONS = ("INGRESS", "EGRESS")
+BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 300.0)
+
+Labels = tuple[str, ...]
+
+
+class Metrics:
+    """Counts what one thread adds; `text` may be asked by any."""
+
+    def __init__(self) -> None:
+        self._processed: Counter[tuple[int, int, int]] = Counter()
+        self._drops: Counter[tuple[int, int]] = Counter()
+        self._world: Counter[tuple[int, int]] = Counter()
+        self._icmp: Counter[tuple[str, str]] = Counter()
+        self._ports: Counter[tuple[int, int]] = Counter()
+        self._flags: Counter[tuple[int, bool]] = Counter()
+        self._lost = 0
+        self._denied: Counter[Labels] = Counter()
+        self._services: dict[Labels, _Service] = {}
+        self._ends: Counter[str] = Counter()
+        self.programs: dict[tuple[int, int], tuple[int, int]] = {}
+        """(reason, direction) → (packets, bytes), as the programs count; set from outside."""
+        self.tracked = (0, 1, 0.0)
+        """Entries of the table of flows, its size, seconds that looking through it took."""
+        self.sweeps = 0
+        self.held = (0, 1)
+        """Flows held by the observer, and how many it can hold."""
+        self._started = time.time()
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            if isinstance(entry, Lost):
+                self._lost += entry.count
+            else:
+                self._add(entry)
+
+    def _add(self, flow: Flow) -> None:
+        kind, sub = event_type(flow)
+        judged = verdict(flow)
+        self._processed[kind, sub, judged] += 1
+        if flow.destination.identity == WORLD:
+            self._world[flow.protocol, judged] += 1
+        if flow.protocol == TCP:
+            four = flow.source_address[:12] == MAPPED
+            for bit, _ in FLAGS:
+                if flow.tcp_flags & bit:
+                    self._flags[bit, four] += 1
+        if flow.kind == Kind.START:
+            self._start(flow)
+        elif flow.kind == Kind.DENIED:
+            self._deny(flow)
+        elif flow.counts is not None:
+            self._ends[flow.counts.closed] += 1
+            if flow.service is not None:
+                self._service(flow).ended(flow.counts.nanoseconds / 1e9, flow.counts.closed)
+
+    def _start(self, flow: Flow) -> None:
+        if flow.protocol in (ICMP, ICMPV6):
+            self._icmp["IPv4" if flow.protocol == ICMP else "IPv6", "EchoRequest"] += 1
+            return
+        key = flow.protocol, flow.destination_port
+        if key not in self._ports and len(self._ports) >= MAX_PORTS:
+            key = flow.protocol, 0
+        self._ports[key] += 1
+        if flow.service is not None:
+            self._service(flow).started += 1
+
+    def _deny(self, flow: Flow) -> None:
+        self._drops[drop_reason(flow), flow.protocol] += 1
+        decision = flow.egress or flow.ingress
+        for policy in decision.policies if decision is not None else ():
+            direction = "egress" if flow.egress is not None else "ingress"
+            key = policy.kind, policy.namespace, policy.name, direction
+            if key not in self._denied and len(self._denied) >= MAX_POLICIES:
+                key = OTHER, OTHER, OTHER, direction
+            self._denied[key] += 1
+
+    def _service(self, flow: Flow) -> _Service:
+        assert flow.service is not None
+        key = flow.service.namespace, flow.service.name
+        if key not in self._services and len(self._services) >= MAX_SERVICES:
+            key = OTHER, OTHER
+        return self._services.setdefault(key, _Service())
+
+    # ---- what is shown ----------------------------------------------------------------------
+
+    def text(self) -> bytes:
+        """In Prometheus' text form."""
+        made: bytes = generate_latest(self)
+        return made
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._hubble()
+        yield from self._programs()
+        yield from self._own()
+
+    def _hubble(self) -> Iterator[Metric]:
+        rows = {
+            (TYPES.get(kind, str(kind)), _subtype(kind, sub), flow_pb2.Verdict.Name(judged)): count
+            for (kind, sub, judged), count in self._processed.items()
+        }
+        labels = ("type", "subtype", "verdict")
+        yield _counter("hubble_flows_processed", "flow events", labels, rows)
+        drops = {(_reason(r), _protocol(p)): n for (r, p), n in self._drops.items()}
+        yield _counter("hubble_drop", "denied packets", ("reason", "protocol"), drops)
+        world = {
+            (_protocol(p), flow_pb2.Verdict.Name(judged)): count
+            for (p, judged), count in self._world.items()
+        }
+        yield _counter("hubble_flows_to_world", "to the world", ("protocol", "verdict"), world)
+        yield _counter("hubble_icmp", "ICMP flows", ("family", "type"), dict(self._icmp))
+        ports = {
+            (_protocol(p), str(port) if port else OTHER): n for (p, port), n in self._ports.items()
+        }
+        yield _counter("hubble_port_distribution", "by port", ("protocol", "port"), ports)
+        names = dict(FLAGS)
+        flags = {(names[b], "IPv4" if v4 else "IPv6"): n for (b, v4), n in self._flags.items()}
+        yield _counter("hubble_tcp_flags", "TCP flags seen", ("flag", "family"), flags)
+        lost = {("PERF_EVENT_RING_BUFFER",): self._lost}
+        yield _counter("hubble_lost_events", "events that were not seen", ("source",), lost)
+
+    def _programs(self) -> Iterator[Metric]:
+        labels = ("reason", "direction")
+        drops = {k: v for k, v in self.programs.items() if 0 < k[0] < 250}
+        passed = {(DIRECTIONS[d],): v for (r, d), v in self.programs.items() if r == 0}
+        for at, word in enumerate(("count", "bytes")):
+            rows: dict[Labels, int] = Counter()
+            for (reason, direction), value in drops.items():
+                rows[_reason(reason), DIRECTIONS[direction]] += value[at]
+            yield _counter(f"cilium_drop_{word}", "dropped, by the programs", labels, rows)
+            forward = {key: value[at] for key, value in passed.items()}
+            yield _counter(f"cilium_forward_{word}", "forwarded", ("direction",), forward)
+        entries, size, seconds = self.tracked
+        yield _gauge("cilium_bpf_map_pressure", "filled", {("ct",): entries / size}, "map_name")
+        yield _gauge("cilium_bpf_map_capacity", "entries", {("ct",): size}, "map_name")
+        name = "cilium_datapath_conntrack_gc"
+        yield _gauge(f"{name}_entries", "tracked flows", {("alive",): entries}, "status")
+        yield _gauge(
+            f"{name}_duration_seconds", "the last look", {("completed",): seconds}, "status"
+        )
+        yield _counter(f"{name}_runs", "looks", ("status",), {("completed",): self.sweeps})
+
+    def _own(self) -> Iterator[Metric]:
+        labels = ("kind", "namespace", "policy", "direction")
+        yield _counter("tidegate_policy_denied", "denied, by policy", labels, self._denied)
+        ends = {(how,): count for how, count in self._ends.items()}
+        yield _counter("tidegate_flows_ended", "flows that ended", ("how",), ends)
+        held, size = self.held
+        yield _gauge(
+            "tidegate_observer_flows", "flows held", {("held",): held, ("room",): size}, "what"
+        )
+        started = {(): self._started}
+        yield _gauge("tidegate_observer_start_time_seconds", "since when it runs", started)
+        starts = CounterMetricFamily(
+            "tidegate_service_connections", "flows to a Service", labels=("namespace", "service")
+        )
+        resets = CounterMetricFamily(
+            "tidegate_service_resets", "of them reset", labels=("namespace", "service")
+        )
+        durations = HistogramMetricFamily(
+            "tidegate_service_duration_seconds",
+            "from a flow's first packet to its last",
+            labels=("namespace", "service"),
+        )
+        for key, service in sorted(self._services.items()):
+            starts.add_metric(key, service.started)
+            resets.add_metric(key, service.resets)
+            durations.add_metric(key, service.buckets(), service.seconds)
+        yield from (starts, resets, durations)
+
+
+class _Service:
+    def __init__(self) -> None:
+        self.started = 0
+        self.resets = 0
+        self.seconds = 0.0
+        self._counts = [0] * (len(BUCKETS) + 1)
+
+    def ended(self, seconds: float, how: str) -> None:
+        self.resets += how == "rst"
+        self.seconds += seconds
+        at = next((i for i, bound in enumerate(BUCKETS) if seconds <= bound), len(BUCKETS))
+        self._counts[at] += 1
+
+    def buckets(self) -> list[tuple[str, float]]:
+        total, found = 0, []
+        for bound, count in zip((*map(str, BUCKETS), "+Inf"), self._counts, strict=True):
+            total += count
+            found.append((bound, float(total)))
+        return found
+
+
+TYPES = {DROP: "Drop", 4: "Trace", POLICY_VERDICT: "PolicyVerdict"}
+
+
+def _subtype(kind: int, sub: int) -> str:
+    if kind == DROP:
+        return _reason(sub)
+    return {0: "to-endpoint", 3: "to-stack"}.get(sub, str(sub)) if kind == 4 else ""
+
+
+def _reason(number: int) -> str:
+    """As Hubble writes it; ours that it has no word for by number."""
+    if number in flow_pb2.DropReason.values():
+        return flow_pb2.DropReason.Name(number)
+    return f"REASON_{number}"
+
+
+def _protocol(number: int) -> str:
+    return PROTOCOLS.get(number, OTHER)
+
+
+def _counter(
+    name: str, text: str, labels: tuple[str, ...], rows: Mapping[Any, float]
+) -> CounterMetricFamily:
+    made = CounterMetricFamily(name, text, labels=labels)
+    for key, value in sorted(rows.items()):
+        made.add_metric(key, value)
+    return made
+
+
+def _gauge(name: str, text: str, rows: Mapping[Any, float], *labels: str) -> GaugeMetricFamily:
+    made = GaugeMetricFamily(name, text, labels=labels)
+    for key, value in rows.items():
+        made.add_metric(key, value)
+    return made
