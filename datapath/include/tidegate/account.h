@@ -113,14 +113,18 @@ static __noinline int tg_tell(struct tg_run *r, const struct tg_ct *ct, __u32 ki
 	return 0;
 }
 
-/* A packet of a known flow: with a stack of its own, of which the callers have
- * none to spare. */
-static __noinline int tg_settle(struct tg_run *r, struct tg_ct *ct, int reply, int ended)
+/* A packet of a known flow, whose other fields have been read: 0 if the entry
+ * has changed meanwhile. With a stack of its own: the callers have none to spare. */
+static __noinline int tg_settle(struct tg_run *r, struct tg_ct *ct, int reply)
 {
+	int ended = tg_touch(ct, &r->s->p, reply, r->s->now);
+
+	if (tg_read_word(ct) != tg_word(r->s->epoch, r->s->proof))
+		return 0;
 	tg_account(ct, r->skb, reply);
-	if (ended)
+	if (flow_events && ended)
 		tg_tell(r, ct, TG_FLOW_END, reply);
-	return 0;
+	return 1;
 }
 
 #endif

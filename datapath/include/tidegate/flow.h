@@ -273,7 +273,7 @@ tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
 	__u32 flags = ct->flags;
 	int reply = tg_is_reply(r, flags);
 	struct tg_target to = { .side = TG_SIDE_SRC };
-	int reason, ended = 0;
+	int reason;
 
 	if (word != tg_word(r->s->epoch, r->s->proof)) {
 		if ((word ^ r->s->proof) & TG_PROOF_MASK)
@@ -281,17 +281,12 @@ tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
 		reason = tg_rejudge(r, ct, word, r->from_pod, reply);
 		if (reason)
 			return reason;
-		word = tg_word(r->s->epoch, r->s->proof);
 	}
 	r->s->forward = reply ? ct->to_src : ct->to_dst;
 	to.addr = ct->nat_addr;
 	to.port = ct->nat_port;
-	if (!dry_run)
-		ended = tg_touch(ct, &r->s->p, reply, r->s->now);
-	if (!dry_run && tg_read_word(ct) != word)
+	if (!dry_run && !tg_settle(r, ct, reply))
 		return TG_LOST;
-	if (flow_events)
-		tg_settle(r, ct, reply, ended);
 	if (!reply || !(flags & TG_CT_NAT))
 		return TG_FOLLOWED;
 	if (flags & TG_CT_HAIRPIN) {
