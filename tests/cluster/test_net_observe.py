@@ -6,7 +6,9 @@ Faults it was seen to find: a rule set looked up under another's id; records rea
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support import ca_town
 from support.ca_town import Town, node, pod, policy, until
 from support.hubble import Hubble
@@ -44,6 +47,7 @@ SERVICE = {
 }
 SYN_OPTIONS = 8
 """A SYN's header is this much longer than what follows it: 40 bytes against 32."""
+ROOT = Path(__file__).parents[2]
 FIRST_PORT = 20000
 EACH = 5
 
@@ -94,9 +98,11 @@ def told(flow: dict[str, Any]) -> Told:
     return (*ends, ports["source_port"], ports["destination_port"], names[0], names[1])
 
 
-def denied(hubble: Hubble) -> Counter[Told]:
+def denied(hubble: Hubble, first: int = FIRST_PORT) -> Counter[Told]:
+    """From this source port on; each test has a thousand of its own."""
     wanted = [{"verdict": ["DROPPED"], "protocol": ["udp"], "destination_port": ["8081"]}]
-    return Counter(told(flow) for flow in hubble.flows(whitelist=wanted))
+    found = (told(flow) for flow in hubble.flows(whitelist=wanted))
+    return Counter(t for t in found if first <= t[2] < first + 1000)
 
 
 def deny_some(town: Town, first: int) -> Counter[Told]:
@@ -133,7 +139,7 @@ def test_a_policy_that_is_new_is_named_from_the_first_denial_on(town: Town, hubb
             send(town, "ally", "stranger", at, 4)
             at += 1
             assert at < first + 200
-            found = {t[5] for t in denied(hubble) if t[1] == "stranger" and t[2] >= first}
+            found = {t[5] for t in denied(hubble, first) if t[1] == "stranger"}
         assert found <= names - {()}
 
 
@@ -147,12 +153,12 @@ def test_a_killed_observer_misses_nothing(town: Town, hubble: Hubble) -> None:
 
         def complete() -> bool:
             try:
-                return sum(denied(client).values()) >= sum(expected.values())
+                return sum(denied(client, FIRST_PORT + 2000).values()) >= sum(expected.values())
             except Exception:
                 return False  # it does not serve yet
 
         until(complete, "all is told")
-        assert denied(client) == expected
+        assert denied(client, FIRST_PORT + 2000) == expected
 
 
 @dataclass
@@ -257,6 +263,51 @@ def test_a_refused_connection_ends_at_once(town: Town, hubble: Hubble) -> None:
     assert "extensions" not in start
     counts = counted(hubble, end)
     assert (counts["closed"], counts["packets"], counts["replyPackets"]) == ("rst", 1, 1)
+
+
+def test_every_query_of_dashboard_and_alerts_names_what_a_run_emits(
+    town: Town, hubble: Hubble
+) -> None:
+    send(town, "stranger", "server", FIRST_PORT + 6000, 4)
+    one = Made(FIRST_PORT + 6001, True, True, 66)
+    converse(town, "ally", 4, one, 1)
+    monitoring = ROOT / "manifests" / "monitoring"
+    dashboard = json.loads((monitoring / "flows.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    rules = yaml.safe_load((monitoring / "alerts.yaml").read_text())
+    queries += [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    asked = {
+        name for query in queries for name in re.findall(r"\b(?:hubble|cilium|tidegate)_\w+", query)
+    }
+    assert len(asked) >= 9
+    prom = town.run_dir.path / "observer.prom"
+
+    def missing() -> set[str]:
+        text = prom.read_text() if prom.exists() else ""
+        return asked - set(re.findall(r"^(\w+)(?:\{.*\})? ", text, re.M))
+
+    try:
+        until(lambda: not missing(), "everything is emitted")
+    finally:
+        assert missing() == set()
+
+
+def test_the_policy_log_has_the_denials(town: Town) -> None:
+    for _ in range(3):
+        send(town, "stranger", "server", FIRST_PORT + 7000, 4)
+    path = town.run_dir.logs / "policy_action.log"
+
+    def found() -> int:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return sum(
+            line["count"]
+            for line in lines
+            if line["src"].get("pod_name") == "stranger"
+            and line["connection"]["src_port"] == FIRST_PORT + 7000
+            and [p["name"] for p in line["policies"]] == ["lock", "server"]
+        )
+
+    until(lambda: path.exists() and found() == 3, "it is logged, counted")
 
 
 def observers(town: Town) -> list[int]:

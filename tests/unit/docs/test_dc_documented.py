@@ -13,6 +13,7 @@ import pytest
 from tidegate_bpf import ObjectFile
 from tidegate_cli import reasons
 from tidegate_cli.main import build_parser
+from tidegate_observer.metrics import Metrics as ObserverMetrics
 from tidegate_operator.cluster.metrics import Metrics
 
 ROOT = Path(__file__).parents[3]
@@ -84,6 +85,16 @@ def test_every_metric_of_the_operator_is_documented() -> None:
     }
     rows = re.findall(r"^\| `(tidegate_operator_\w+)`", (DOCS / "operator.md").read_text(), re.M)
     assert set(rows) == real
+
+
+def test_every_metric_of_the_observer_is_documented() -> None:
+    real = {
+        metric.name + ("_total" if metric.type == "counter" else "")
+        for metric in ObserverMetrics().collect()
+    }
+    text = (DOCS / "observe.md").read_text()
+    rows = re.findall(r"^\| (`(?:hubble|cilium|tidegate)_[^|]+) \|", text, re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == real
 
 
 GROUPS = ("identity", "endpoint", "policy", "lb", "ct", "ipcache", "metrics")

@@ -1,0 +1,98 @@
+"""Figures: what is counted, that labels stay few, and that the text is Prometheus'."""
+
+from __future__ import annotations
+
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tidegate_observer import metrics
+from tidegate_observer.exposition import Exposition
+from tidegate_observer.flow import Counts, Decision, Kind, Lost, Policy, Service
+from tidegate_observer.metrics import Metrics
+from unit.observer.flows import SECOND, SHOP_WEB, WORLD, flow, started
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def samples(made: Metrics) -> Samples:
+    return {
+        (s.name, tuple(sorted(s.labels.items()))): s.value
+        for family in text_string_to_metric_families(made.text().decode())
+        for s in family.samples
+    }
+
+
+def value(found: Samples, name: str, **labels: str) -> float | None:
+    return found.get((name, tuple(sorted(labels.items()))))
+
+
+def test_what_is_counted() -> None:
+    made = Metrics()
+    ended = Counts(1, 1, 1, 1, 20_000_000, "rst")
+    made.add(
+        [
+            flow(),
+            flow(destination=WORLD),
+            started(service=SHOP_WEB, destination_port=8080),
+            started(kind=Kind.END, service=SHOP_WEB, counts=ended),
+            Lost("node-1", 2 * SECOND, 9, SECOND),
+        ]
+    )
+    made.programs = {(133, 1): (5, 500), (133, 0): (2, 200), (0, 1): (9, 900), (254, 0): (7, 0)}
+    found = samples(made)
+    drop = {"type": "Drop", "subtype": "POLICY_DENIED", "verdict": "DROPPED"}
+    assert value(found, "hubble_flows_processed_total", **drop) == 2
+    assert value(found, "hubble_drop_total", reason="POLICY_DENIED", protocol="TCP") == 2
+    assert value(found, "hubble_flows_to_world_total", protocol="TCP", verdict="DROPPED") == 1
+    assert value(found, "hubble_port_distribution_total", protocol="TCP", port="8080") == 1
+    assert value(found, "hubble_tcp_flags_total", flag="SYN", family="IPv4") == 4
+    assert value(found, "hubble_lost_events_total", source="PERF_EVENT_RING_BUFFER") == 9
+    one = {"reason": "POLICY_DENIED", "direction": "EGRESS"}
+    assert value(found, "cilium_drop_count_total", **one) == 5
+    assert value(found, "cilium_drop_bytes_total", **one) == 500
+    assert value(found, "cilium_forward_count_total", direction="EGRESS") == 9
+    by = {"kind": "NetworkPolicy", "namespace": "data", "policy": "default-deny"}
+    assert value(found, "tidegate_policy_denied_total", **by, direction="ingress") == 2
+    web = {"namespace": "shop", "service": "web"}
+    assert value(found, "tidegate_service_connections_total", **web) == 1
+    assert value(found, "tidegate_service_resets_total", **web) == 1
+    name = "tidegate_service_duration_seconds_bucket"
+    assert value(found, name, **web, le="0.01") == 0
+    assert value(found, name, **web, le="0.05") == 1
+    assert value(found, "tidegate_flows_ended_total", how="rst") == 1
+    assert not [key for key in found if "254" in str(key)]
+
+
+@pytest.mark.parametrize("limit", ["MAX_POLICIES", "MAX_SERVICES", "MAX_PORTS"])
+def test_labels_are_bounded(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, limit, 5)
+    made = Metrics()
+    for number in range(100):
+        policy = Policy("NetworkPolicy", "data", f"p{number}")
+        made.add(
+            [
+                flow(ingress=Decision((policy,), -1)),
+                started(service=Service("s", f"svc{number}"), destination_port=1000 + number),
+            ]
+        )
+    name = {
+        "MAX_POLICIES": "tidegate_policy_denied_total",
+        "MAX_SERVICES": "tidegate_service_connections_total",
+        "MAX_PORTS": "hubble_port_distribution_total",
+    }[limit]
+    mine = {key: count for key, count in samples(made).items() if key[0] == name}
+    assert len(mine) == 6
+    assert sum(mine.values()) == 100
+    assert max(mine.values()) == 95
+
+
+def test_served_by_http() -> None:
+    made = Metrics()
+    made.add([flow()])
+    with Exposition(made, "127.0.0.1:0") as shown:
+        assert shown._server is not None
+        port = shown._server.server_address[1]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain")
+            assert b"hubble_drop_total" in answer.read()
