@@ -10,8 +10,13 @@
     messages    a Flow → the API's messages
     server      the Observer and Peer services over gRPC
     client      the other side of them, for `tidegate observe` and for a relay
+    relay       many observers as one
+    metrics, exposition    figures for Prometheus
+    policylog   what policies decided, as lines
+    tracked     flows whose end nobody tells
+    collector   all of it together, every 50 ms
     api/        the contract: .proto files, and what is generated of them
-    main        the process
+    main, relay_main       the processes
 
 Reads the kernel and files; decides no verdict, writes no map, and nothing depends on it: killed, it
 costs no packet. May not live here: forms for a terminal (`tidegate_cli.observe`), any import of the

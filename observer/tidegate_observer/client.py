@@ -33,6 +33,13 @@ class Client:
     def __exit__(self, *_exception: object) -> None:
         self._channel.close()
 
+    def wait_ready(self, seconds: float) -> None:
+        """Until it answers."""
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=seconds)
+        except grpc.FutureTimeoutError:
+            raise ObserverError(f"no answer from {self.address} in {seconds:.0f} s") from None
+
     def flows(
         self, request: observer_pb2.GetFlowsRequest
     ) -> Iterator[observer_pb2.GetFlowsResponse]:

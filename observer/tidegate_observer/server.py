@@ -343,8 +343,9 @@ def _split_uuids(
 class Server:
     """Serves on a Unix socket and, if asked to, a TCP address. A context manager."""
 
-    def __init__(self, service: ObserverService, addresses: list[str]) -> None:
-        """`addresses`: as gRPC writes them, "unix:PATH" or "HOST:PORT". OSError."""
+    def __init__(self, service: object, addresses: list[str]) -> None:
+        """`service`: what has the functions of `methods`. `addresses`: as gRPC writes them,
+        "unix:PATH" or "HOST:PORT". OSError."""
         self._pool = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="stream")
         self._server = grpc.server(
             self._pool,

@@ -25,6 +25,7 @@ MODULES = {
     "tidegate-loader": "tidegate_loader",
     "tidegate-node-setup": "tidegate_loader.setup",
     "tidegate-observer": "tidegate_observer",
+    "tidegate-relay": "tidegate_observer.relay_main",
     "tidegate-operator": "tidegate_operator",
 }
 """Programs that are no part of `tidegate` -> what runs them."""
