@@ -161,6 +161,10 @@ soak: install .cache/test-packages .cache/e2e-packages kube-binaries ## the long
 	@TIDEGATE_SOAK=1 $(PYTEST) -q tests/campaign tests/kernel/test_dp_fuzz.py tests/kube/test_ku_faults.py tests/operator/test_oa_faults.py tests/unit/operator/test_op_choice.py
 	@TIDEGATE_SOAK=1 $(PYTEST) -q e2e/test_e2e_faults.py e2e/test_e2e_stream.py e2e/test_e2e_versions.py
 
+.PHONY: stock-hubble
+stock-hubble: install ## Hubble's own command, built from its module (needs Go), against our observer
+	@$(BIN)/python tests/stock/hubble.py
+
 bench/build/bench.o: bench/bench.bpf.c $(HEADERS) | .cache/build-packages
 	@mkdir -p bench/build
 	@$(CLANG) $(BPF_CFLAGS) -c $< -o $@

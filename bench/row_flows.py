@@ -6,6 +6,7 @@ real packets between pods of `tidegate up`.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import socket
@@ -19,8 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from measure import Result, Unmeasurable, pinned
-from tidegate_bpf import Codec, ObjectFile
+from measure import Result, Unmeasurable, interleaved, pinned
+from tidegate_bpf import Codec, ObjectFile, RingBuffer
 from tidegate_observer.directory import Directory, pod_labels
 from tidegate_observer.flow import End, address_bytes
 from tidegate_observer.history import History
@@ -249,7 +250,48 @@ def follow() -> Iterator[Result]:
     )
 
 
+def overhead() -> Iterator[Result]:
+    """The same interfaces and packets, programs with flow events and without; the ring is emptied
+    after each round, so that every event is delivered."""
+    import row_packets as packets  # noqa: PLC0415
+    from lab import Lab  # noqa: PLC0415
+
+    rows = (
+        ("flow-overhead", "rr", 10_000, "TCP request/response of two pods on one node", 0.97),
+        ("flow-overhead-short", "connect", 3000, "TCP connections of two pods on one node", 0.93),
+    )
+    for id, mode, count, what, least in rows:
+        with (
+            pinned(),
+            packets.node(),
+            Lab(flow_events=0) as off,
+            Lab(flow_events=1) as on,
+            packets.server(),
+        ):
+            gates = {"base": packets.Gates(off), "ours": packets.Gates(on)}
+
+            def run(name: str, mode: str = mode, count: int = count) -> float:
+                with gates[name].attached():  # noqa: B023 - called in this turn
+                    took = packets.client(mode, packets.SERVER.ip4, packets.PORT, count)
+                with RingBuffer(on.maps["flows_v1"]) as ring:
+                    told.append(len(ring.read()))  # noqa: B023
+                return took
+
+            told: list[int] = []
+            figures = interleaved(
+                {"base": functools.partial(run, "base"), "ours": functools.partial(run, "ours")},
+                packets.ROUNDS,
+            )
+            if not sum(told):
+                raise AssertionError("nothing was told")
+            against = "programs without flow events"
+            # As times: throughput of at least `least` is a time of at most its inverse.
+            what = f"{what} with flow events, p50"
+            yield packets.outcome(id, what, against, round(1 / least, 3), figures)
+
+
 ROWS: dict[str, Callable[[], Iterator[Result]]] = {
+    "flow-overhead": overhead,
     "flow-decode": decode,
     "flow-query": query,
     "flow-rss": rss,

@@ -27,11 +27,12 @@ MACHINES = {
     "aarch64": ("arm64", "qemu-system-aarch64", ["-machine", "virt"], "ttyAMA0"),
 }
 MODULES = ("veth", "llc", "stp", "bridge", "sch_ingress", "cls_bpf")
-TREES = ("crds", "operator", "node-loader", "cli", "datapath/build", "examples", "tests/vm")
+TREES = ("crds", "operator", "node-loader", "observer", "cli", "datapath/build", "examples")
+TREES += ("tests/vm",)
 # Not needed to run the product; half of what is installed.
 SKIPPED = re.compile(
     r"^(mypy|mypyc|ruff|pip|pytest|_pytest|hypothesis|xdist|setuptools|importlinter|grimp|"
-    r"pygments|rich|lxml|.*\.dist-info)"
+    r"pygments|rich|lxml|grpc|grpc_tools|google|.*\.dist-info)"
 )
 SKIPPED_STDLIB = {
     "test",

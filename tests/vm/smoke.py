@@ -19,7 +19,7 @@ def tidegate(*arguments: str) -> int:
 def main() -> int:
     steps = (
         ("doctor",),
-        ("up", str(EXAMPLE), "--detach", "--wait", "300"),
+        ("up", str(EXAMPLE), "--detach", "--wait", "300", "--no-observer"),
         ("status",),
         ("matrix", "-6"),
         ("down",),

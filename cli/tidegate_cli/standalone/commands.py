@@ -45,6 +45,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="SECONDS",
         help="give up, and remove everything, if not all is realised by then (default: 60)",
     )
+    up.add_argument("--no-observer", action="store_true", help="without what shows flows")
     add_identities(up)
     up.set_defaults(run=_reported(_up))
 
@@ -111,6 +112,7 @@ def _up(arguments: argparse.Namespace) -> int:
             run_dir=Path(arguments.run_dir),
             nodes=arguments.nodes,
             detach=arguments.detach,
+            observer=not arguments.no_observer,
             wait=arguments.wait,
             identities=arguments.identities,
             excluded_labels=arguments.excluded_labels,

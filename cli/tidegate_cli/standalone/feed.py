@@ -164,7 +164,7 @@ def up(options: UpOptions) -> int:
         OperatorFeed(run_dir, folder, made_of),
         Loaders(run_dir),
         options.wait,
-        Observer(run_dir),
+        Observer(run_dir) if options.observer else None,
     )
     ending = f"\nready: following {folder}"
     if options.detach:

@@ -14,6 +14,8 @@ class UpOptions:
     nodes: int | None = None
     """None: as many as the folder has Node objects, or two."""
     detach: bool = False
+    observer: bool = True
+    """Whether what shows flows runs, too."""
     wait: float = 60.0
     """Seconds until everything must be realised."""
     identities: Literal["classes", "labels"] = "classes"
