@@ -63,6 +63,7 @@ def _next(folder: Path, denied: list[str]) -> str:
         "  tidegate matrix              try every connection again",
         "  tidegate status -v           what each node enforces, and its memory",
         "  tidegate policy get          the rules in the kernel, each with its policy",
+        "  tidegate observe -f          every flow, and the policy that decided",
         "  tidegate metrics list        what was dropped, and why",
     ]
     if denied:
