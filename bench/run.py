@@ -36,6 +36,7 @@ MODULES = (
     "row_cluster",
     "row_image",
     "row_operator",
+    "row_policy_cost",
     "row_kind",
     "row_flows",
 )

@@ -17,7 +17,7 @@ def changed(old: Mapping[_K, object], now: Mapping[_K, object]) -> list[_K]:
     value is None."""
     if now is old:
         return []
-    if _alike(old, now):
+    if alike(old, now):
         return list(compress(now, map(is_not, now.values(), old.values())))
     get = old.get
     return [key for key, item in now.items() if get(key) is not item]
@@ -25,11 +25,20 @@ def changed(old: Mapping[_K, object], now: Mapping[_K, object]) -> list[_K]:
 
 def gone(old: Mapping[_K, object], now: Mapping[_K, object]) -> list[_K]:
     """Keys of `old` that `now` has not, in the order of `old`."""
-    if now is old or _alike(old, now):
+    if now is old or alike(old, now):
         return []
     return [key for key in old if key not in now]
 
 
-def _alike(old: Mapping[_K, object], now: Mapping[_K, object]) -> bool:
+def both(old: Mapping[_K, object], now: Mapping[_K, object]) -> tuple[list[_K], list[_K]]:
+    """(`changed`, `gone`)"""
+    if now is old:
+        return [], []
+    if alike(old, now):
+        return list(compress(now, map(is_not, now.values(), old.values()))), []
+    return changed(old, now), gone(old, now)
+
+
+def alike(old: Mapping[_K, object], now: Mapping[_K, object]) -> bool:
     """The very same keys in the same order, as a copy has them."""
     return len(old) == len(now) and not any(map(is_not, old, now))

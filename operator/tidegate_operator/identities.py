@@ -8,12 +8,13 @@ that a late packet or a slow node never meets a number with a new meaning.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tidegate_api.state import FIRST_IDENTITY, IDENTITY_BITS
 
-from tidegate_operator.objects import IdentityKey, World
+from tidegate_operator import changes
+from tidegate_operator.objects import IdentityKey, ObjectName, Pod, UserIdentity, World
 
 MAX_RELEASED = 10_000
 """Numbers that rest; the longest-resting are forgotten beyond it."""
@@ -41,6 +42,50 @@ def wanted(world: World) -> dict[IdentityKey, None]:
     return keys
 
 
+class Allocator:
+    """`allocate` for a world that changes: same result, cost of the change."""
+
+    def __init__(self) -> None:
+        self._pods: Mapping[ObjectName, Pod] = {}
+        self._identities: Mapping[str, UserIdentity] = {}
+        self._counts: dict[IdentityKey, int] = {}
+        """Owners of each key."""
+        self._given: Ledger | None = None
+        """The ledger that has exactly these keys."""
+
+    def allocate(
+        self, world: World, ledger: Ledger, moment: int | None = None, rest: int | None = None
+    ) -> Ledger:
+        touched = self._follow(world)
+        given, self._given = self._given, None  # an error half-way makes the next a whole one
+        if ledger is given:
+            came = [key for key in touched if key in self._counts and key not in ledger.live]
+            went = [key for key in touched if key not in self._counts and key in ledger.live]
+            self._given = _allocate(ledger, came, went, moment, rest)
+        else:
+            self._given = allocate(world, ledger, moment, rest)
+        return self._given
+
+    def _follow(self, world: World) -> set[IdentityKey]:
+        """The keys that may have come or gone."""
+        old, now = self._pods, world.pods
+        new, lost = changes.both(old, now)
+        came = [now[name].identity for name in new if not now[name].host_network]
+        left = [old[name] for name in (*lost, *new) if name in old]
+        went = [pod.identity for pod in left if not pod.host_network]
+        if world.identities is not self._identities:
+            came += [identity.key for identity in world.identities.values()]
+            went += [identity.key for identity in self._identities.values()]
+        for key in came:
+            self._counts[key] = self._counts.get(key, 0) + 1
+        for key in went:
+            self._counts[key] -= 1
+            if not self._counts[key]:
+                del self._counts[key]
+        self._pods, self._identities = now, world.identities
+        return {*came, *went}
+
+
 def allocate(
     world: World, ledger: Ledger, moment: int | None = None, rest: int | None = None
 ) -> Ledger:
@@ -50,20 +95,29 @@ def allocate(
     `moment`: seconds, then the ledger counts by it, and a number that has rested for longer
     than `rest` is forgotten."""
     keys = wanted(world)
+    came = [key for key in keys if key not in ledger.live]
+    return _allocate(ledger, came, ledger.live.keys() - keys.keys(), moment, rest)
+
+
+def _allocate(
+    ledger: Ledger,
+    came: Iterable[IdentityKey],
+    went: Iterable[IdentityKey],
+    moment: int | None,
+    rest: int | None,
+) -> Ledger:
+    new, lost = sorted(came), sorted(went)
     since = None if moment is None or rest is None else moment - rest
-    oldest = next(iter(ledger.released.values()), None)
-    over = since is not None and oldest is not None and oldest[1] < since
-    if keys.keys() == ledger.live.keys() and not over:
+    if not new and not lost and not _rested(ledger, since):
         return ledger
-    live = {key: number for key, number in ledger.live.items() if key in keys}
+    live = dict(ledger.live)
     released, count = dict(ledger.released), max(ledger.count, moment or 0)
-    for key, number in sorted(ledger.live.items()):
-        if key not in keys:
-            count += moment is None
-            released[number] = (key, count)
+    for key in lost:
+        count += moment is None
+        released[live.pop(key)] = (key, count)
     resting = {key: number for number, (key, _) in released.items()}
     taken = set(live.values())
-    for key in sorted(keys.keys() - live.keys()):
+    for key in new:
         known = resting.get(key)
         number = known if known is not None else _free(key, taken, released)
         released.pop(number, None)
@@ -74,6 +128,12 @@ def allocate(
     if since is not None:
         released = {number: item for number, item in released.items() if item[1] >= since}
     return Ledger(live, released, count)
+
+
+def _rested(ledger: Ledger, since: int | None) -> bool:
+    """Has some number rested for its time?"""
+    oldest = next(iter(ledger.released.values()), None)
+    return since is not None and oldest is not None and oldest[1] < since
 
 
 def give_way(ledger: Ledger, number: int, key: IdentityKey) -> Ledger:

@@ -15,7 +15,14 @@ from tidegate_api.users import NetworkPolicy
 
 from tidegate_operator import cluster_policies, traffic_policies
 from tidegate_operator import policies as network_policies
-from tidegate_operator.objects import NAME_LABEL, IdentityKey, Policy, PolicyName, UserIdentity
+from tidegate_operator.objects import (
+    NAME_LABEL,
+    IdentityKey,
+    Policy,
+    PolicyName,
+    UserIdentity,
+    World,
+)
 from tidegate_operator.policies import RulePlace
 from tidegate_operator.relevance import Relevance
 
@@ -55,11 +62,13 @@ def named(written: Iterable[users.IdentitySpec]) -> Iterator[tuple[str, Mapping[
             yield spec.namespace, spec.labels
 
 
-def held(asked: Relevance, before: Relevance, hold: bool) -> Relevance:
-    """What a world tells apart that follows one with `before`. `hold`: whatever that told apart,
-    so that numbers split before a policy needs it, and are one again only when none does."""
-    found = asked.with_(before) if hold else asked
-    return before if found == before else found
+def held(asked: Relevance, before: World, hold: bool) -> Relevance:
+    """What a world tells apart that follows `before`. `hold`: whatever that told apart, so that
+    numbers split before a policy needs it, and are one again only when none does."""
+    if hold and asked is before.asked:
+        return before.relevance
+    found = asked.with_(before.relevance) if hold else asked
+    return before.relevance if found == before.relevance else found
 
 
 def _policy(name: PolicyName, written: WrittenPolicy, unread: Collection[RulePlace]) -> Policy:

@@ -246,6 +246,17 @@ class Policy:
         return tuple(dict.fromkeys(found))
 
     @functools.cached_property
+    def asks(self) -> tuple[tuple[str | None, str, tuple[str, ...]], ...]:
+        """What `selectors` ask of labels: (namespace, key, values; none: whether it is there). To
+        NotIn another value is as good as none."""
+        found = [
+            (namespace, part.key, part.values)
+            for namespace, selector in self.selectors
+            for part in selector.requirements
+        ]
+        return tuple(dict.fromkeys(found))
+
+    @functools.cached_property
     def port_names(self) -> tuple[tuple[str | None, Protocol, str], ...]:
         """Every named port that a rule asks for, and the namespace in whose pods; None: in
         those of any. At ingress it is the subject's own, at egress the peer's."""

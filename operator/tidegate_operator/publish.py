@@ -43,6 +43,7 @@ from tidegate_api.state import (
     slice_name,
 )
 
+from tidegate_operator.bridge import with_fresh, with_stay
 from tidegate_operator.changes import changed, gone
 from tidegate_operator.compile import Desired, NodeContent
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
@@ -539,15 +540,11 @@ class Publisher:
         for name, before in self._tables["peers"].content.items():
             now = peers.get(name)
             if now is None:
-                known = set(before.identities)
-                new = {number for number, olds in fresh.items() if olds <= known}
-                members = sorted(known | new)
-                peers[name] = msgspec.structs.replace(before, identities=members) if new else before
+                peers[name] = with_fresh(before, fresh)
             elif moving and now is not before:
                 stay = moving.intersection(before.identities).difference(now.identities)
                 if stay:
-                    members = sorted(stay.union(now.identities))
-                    peers[name] = msgspec.structs.replace(now, identities=members)
+                    peers[name] = with_stay(now, before, stay)
         return peers
 
     def _needed(self, desired: Desired) -> Mapping[str, PeerSet]:

@@ -22,7 +22,6 @@ from tidegate_operator.objects import (
     IdentityKey,
     Policy,
     Protocol,
-    Selector,
     World,
 )
 
@@ -228,34 +227,30 @@ def relevance(
 ) -> Relevance:
     """What selectors of `policies` look at. Of classes, those that users have `named` stay apart
     from others, too."""
-    labels: dict[str | None, dict[str, Use]] = {}
+    values: dict[str | None, dict[str, set[str]]] = {}
+    present: set[tuple[str | None, str]] = set()
     ports: dict[str | None, set[PortName]] = {}
     classes = settings.by == "classes"
-
-    def use(namespace: str | None, key: str, asked: Use) -> None:
-        if classes or settings.excludes(key):
-            held = labels.setdefault(namespace, {})
-            held[key] = held.get(key, NEVER).or_(asked if classes else PRESENT)
-
     for policy in policies:
-        for namespace, selector in policy.selectors:
-            for key, asked in _asks(selector):
-                use(namespace, key, asked)
+        for namespace, key, asked in policy.asks:
+            if classes or settings.excludes(key):
+                values.setdefault(namespace, {}).setdefault(key, set()).update(asked)
+                if not asked:  # Exists and DoesNotExist have none
+                    present.add((namespace, key))
         for namespace, protocol, name in policy.port_names:
             ports.setdefault(namespace, set()).add((protocol, name))
     for space, own in named if classes else ():
         for key, value in own.items():
-            use(space, key, Use(frozenset((value,)), False))
-    everywhere = Scope(labels.pop(None, {}), frozenset(ports.pop(None, ())))
-    namespaces = {
-        name: Scope(labels.get(name, {}), frozenset(ports.get(name, ()))).or_(everywhere)
-        for name in labels.keys() | ports.keys()
-        if name is not None
-    }
+            values.setdefault(space, {}).setdefault(key, set()).add(value)
+
+    def scope(namespace: str | None) -> Scope:
+        labels = {
+            key: Use(frozenset(found), (namespace, key) in present) if classes else PRESENT
+            for key, found in values.get(namespace, {}).items()
+        }
+        return Scope(labels, frozenset(ports.get(namespace, ())))
+
+    everywhere = scope(None)
+    names = (values.keys() | ports.keys()) - {None}
+    namespaces = {name: scope(name).or_(everywhere) for name in names if name is not None}
     return Relevance(settings, everywhere, namespaces)
-
-
-def _asks(selector: Selector) -> Iterable[tuple[str, Use]]:
-    for part in selector.requirements:
-        # Exists and DoesNotExist have no values; to NotIn another value is as good as none.
-        yield part.key, Use(frozenset(part.values), not part.values)

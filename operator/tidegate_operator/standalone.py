@@ -70,6 +70,7 @@ class Runner:
         self._folder = Folder(folder)
         self._publisher = publish.Publisher(FileStore(run_dir))
         self._compiler = Compiler()
+        self._allocator = identities.Allocator()
         self._options = options
         self._on_world = on_world
         self._hold = Hold()
@@ -92,7 +93,7 @@ class Runner:
         if self._on_world is not None and now != before:
             self._on_world(before, now)
         self.world = now
-        self.ledger = identities.allocate(now, self.ledger)
+        self.ledger = self._allocator.allocate(now, self.ledger)
         desired = self._compiler.compile(now, self.ledger)
         found = (*read.problems, *problems, *desired.problems)
         written = self._publisher.publish(desired, self.ledger, found)

@@ -174,7 +174,7 @@ class _Builder:
         items = [item.object for item in by_kind.get("Identity", [])]
         made = [item.spec for item in items if isinstance(item, users.Identity)]
         asked = relevance(found.values(), self.options.identities, meanings.named(made))
-        relevant = meanings.held(asked, self.previous.relevance, self.hold)
+        relevant = meanings.held(asked, self.previous, self.hold)
         wanted = self._expand(by_kind, sorted(nodes))
         pods, cursors = _Placement(self, nodes, relevant).place(wanted)
         served = allocation.Builder(

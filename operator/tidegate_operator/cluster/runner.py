@@ -99,6 +99,7 @@ class Runner:
         self._store: KubeStore | None = None
         self._publisher: publish.Publisher | None = None
         self._compiler = Compiler()
+        self._allocator = identities.Allocator()
         self._settings = settings
         self._hold = Hold()
         self._world = EMPTY_CLUSTER
@@ -285,7 +286,7 @@ class Runner:
         ledger = self._ledger
         for number, key in self._publisher.strangers().items():
             ledger = identities.give_way(ledger, number, key)
-        ledger = identities.allocate(now, ledger, int(time.time()), REST_SECONDS)
+        ledger = self._allocator.allocate(now, ledger, int(time.time()), REST_SECONDS)
         desired = self._compiler.compile(now, ledger)
         compiled = time.monotonic()
         self._ledger = ledger

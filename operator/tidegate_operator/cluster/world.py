@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from tidegate_api import users
 
 from tidegate_operator import endpoints, meanings, services
-from tidegate_operator.changes import changed, gone
+from tidegate_operator.changes import alike, both, changed, gone
 from tidegate_operator.cluster.kinds import (
     NamespaceFacts,
     NodeFacts,
@@ -92,7 +93,7 @@ def build(
     """Never raises for what the snapshot says. `hold`: see `meanings.held`."""
     before = previous or EMPTY_CLUSTER
     policies, asked = _policies(snapshot, before, settings)
-    relevant = meanings.held(asked, before.relevance, hold)
+    relevant = meanings.held(asked, before, hold)
     nodes = _nodes(snapshot, before, of_services)
     pod_cidrs = tuple(sorted({cidr for node in nodes.values() for cidr in node.pod_cidrs}))
     pods, claims = _pods(snapshot, relevant, before)
@@ -102,7 +103,7 @@ def build(
     served = _services(snapshot, before, of_services)
     world = ClusterWorld(
         nodes=nodes,
-        namespaces=_namespaces(snapshot, pods, found),
+        namespaces=_namespaces(snapshot, pods, found, before),
         pods=pods,
         services=served,
         endpoints=_endpoints(served, by_service, before),
@@ -206,13 +207,22 @@ def _nodes(
 
 
 def _namespaces(
-    snapshot: Snapshot, pods: Mapping[ObjectName, Pod], made: Mapping[str, UserIdentity]
+    snapshot: Snapshot,
+    pods: Mapping[ObjectName, Pod],
+    made: Mapping[str, UserIdentity],
+    before: ClusterWorld,
 ) -> dict[str, dict[str, str]]:
     """Also those that something lies in and that have not been read yet, or no more."""
+    if (
+        snapshot.namespaces is before.snapshot.namespaces
+        and made is before.identities
+        and alike(before.pods, pods)
+    ):
+        return before.namespaces
     labels: dict[str, Mapping[str, str]] = {
         item.name: item.labels for item in snapshot.namespaces.values()
     }
-    for name in {key.namespace for key in pods}:
+    for name in set(map(_space, pods)):
         labels.setdefault(name, {})
     for identity in made.values():
         if not identity.key.cidrs:
@@ -233,7 +243,7 @@ def _pods(
         return before.pods, before.claims
     old: Mapping[Key, PodFacts] = before.snapshot.pods if same else {}
     now = snapshot.pods
-    new, lost = changed(old, now), gone(old, now)
+    new, lost = both(old, now)
     claims = dict(before.claims) if same else {}
     contested: set[str] = set()
     for key in (*lost, *new):
@@ -247,6 +257,7 @@ def _pods(
                 _change(claims, text, [*claims.get(text, ()), item])
                 contested.add(text)
     found = dict(before.pods) if same else {}
+    ordered = same  # nothing comes in between
     for key in lost:
         found.pop(ObjectName(*key), None)
     rivals = {item.key for text in contested for item in claims.get(text, ())}
@@ -264,10 +275,15 @@ def _pods(
         held = before.pods.get(key)
         if not same or held is None or held.origin is not item or held.addresses != addresses:
             held = _pod(item, addresses, relevant)
+        ordered = ordered and key in found
         found[key] = held
-    if not same or found.keys() != before.pods.keys():
+    if not ordered:
         found = dict(sorted(found.items(), key=_first))
     return found, claims
+
+
+_space = itemgetter(0)
+"""Of an ObjectName: its namespace."""
 
 
 def _first(item: tuple[ObjectName, object]) -> ObjectName:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from msgspec import UNSET
 from tidegate_api.state import (
@@ -32,6 +33,7 @@ from tidegate_operator.compile.rules import (
     used_sets,
 )
 from tidegate_operator.compile.services import ServiceTable
+from tidegate_operator.compile.used import Subject, Used
 from tidegate_operator.identities import Ledger
 from tidegate_operator.objects import (
     Direction,
@@ -84,19 +86,6 @@ def compile(world: World, ledger: Ledger) -> Desired:
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
-    """What an identity is subject to: `candidates` are the policies that look at its namespace,
-    `selecting` those of them that select it."""
-
-    candidates: tuple[Policy, ...]
-    selecting: tuple[Policy, ...]
-    ingress: Compiled | None
-    egress: Compiled | None
-    parts: tuple[Compiled, ...]
-    """Those of the two that there are."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Facts:
     """What is said about one policy, whatever the world."""
 
@@ -105,7 +94,15 @@ class _Facts:
     sets: tuple[UsedSet, ...]
 
 
-_PodCache = tuple[Pod, int, _Subject, Endpoint, tuple[IPCacheEntry, ...]]
+class _Said(NamedTuple):
+    """What is wrong with one policy, and what that follows from."""
+
+    facts: _Facts
+    about: tuple[Source, tuple[UsedSet, ...], bool, tuple[str, ...]]
+    problems: tuple[Problem, ...]
+
+
+_PodCache = tuple[Pod, int, Subject, Endpoint, tuple[IPCacheEntry, ...]]
 _RuleSetKey = tuple[Direction, tuple[int, ...], tuple[tuple[tuple[Protocol, str], int], ...]]
 
 
@@ -116,10 +113,13 @@ class _Running:
 
     everybody: dict[IdentityKey, int]
     """Pods of each identity."""
-    subjects: dict[IdentityKey, int]
+    subjects: dict[IdentityKey, set[ObjectName]]
+    """Their pods; the host's network apart."""
     by_node: dict[str, dict[ObjectName, _PodCache]]
     entries: dict[str, IPCacheEntry]
     nodes: dict[str, NodeContent]
+    ported: dict[str, tuple[NodeContent, bool]]
+    """Whether a pod of the node has host ports."""
     on_host: set[ObjectName]
 
 
@@ -129,18 +129,17 @@ class _Pass:
 
     world: World
     ledger: Ledger
-    rule_sets: dict[str, RuleSet]
-    peers: tuple[str, ...]
     problems: tuple[Problem, ...]
-    versions: tuple[int, int]
-    """Of the peer sets, and of what services' conflicts say."""
+    versions: tuple[int, int, int]
+    """Of which peer sets are empty, of which policies select somebody, and of what services'
+    conflicts say."""
 
 
 class Compiler:
     """`compile` for a world that changes: same result, cost of the change.
 
-    Policies or numbers that changed make it look at every pod again; else it looks at those
-    pods that are other objects than before."""
+    It looks at those pods that are other objects than before, and at those for whose identity
+    the policies come to another rule set. Only numbers that changed make it look at all."""
 
     def __init__(self) -> None:
         self._peers = PeerSets()
@@ -148,52 +147,59 @@ class Compiler:
         self._candidates: dict[str, tuple[Policy, ...]] = {}
         self._across = False
         """Whether some policy has its subjects in the namespaces of a selector."""
-        self._subjects: dict[IdentityKey, _Subject] = {}
+        self._subjects: dict[IdentityKey, Subject] = {}
         self._rule_sets: dict[_RuleSetKey, Compiled] = {}
         self._pods: dict[ObjectName, _PodCache] = {}
         self._services = ServiceTable()
         self._facts: dict[PolicyName, _Facts] = {}
-        self._running = _Running({}, {}, {}, {}, {}, set())
+        self._said: dict[PolicyName, _Said] = {}
+        self._running = _Running({}, {}, {}, {}, {}, {}, set())
+        self._used = Used()
         self._last: _Pass | None = None
 
     def compile(self, world: World, ledger: Ledger) -> Desired:
         last, self._last = self._last, None  # an error half-way makes the next pass a whole one
         if last is not None and (
-            not _identical(last.world.policies, world.policies)
-            or _renumbered(last.ledger, ledger)
+            _renumbered(last.ledger, ledger)
             or (self._across and last.world.namespaces != world.namespaces)
         ):
             last = None
         old = last.world.pods if last is not None else {}
-        changed, gone = changes.changed(old, world.pods), changes.gone(old, world.pods)
+        changed, gone = changes.both(old, world.pods)
+        edited = last is not None and not _identical(last.world.policies, world.policies)
         if last is None:
             self._start(world)
-        before = frozenset(self._running.subjects) if last is not None else None
+        elif edited:
+            again = self._new_policies(world) - set(changed) - set(gone)
+            changed = [*changed, *again]
         touched, on_host = self._count(world, old, changed, gone)
         if last is not None:
-            self._new_subjects(world.pods[name].identity for name in changed)
+            self._new_subjects(world, old, changed, gone)
+        keys: Iterable[IdentityKey]
+        if last is None or edited:
+            keys = {**self._used.subjects, **self._running.subjects}
+        else:
+            keys = {old[name].identity for name in (*gone, *changed) if name in old}
+            keys |= {world.pods[name].identity for name in changed}
+        self._used.follow(keys, self._running.subjects, self._subjects)
         self._peers.update(
             self._used_peers, ledger.live, world.namespaces, world.identities, world.nodes
         )
         self._pods_of(world, ledger, changed, gone)
-        same_subjects = before == self._running.subjects.keys()
-        if last is None or not same_subjects:
-            rule_sets, peers = self._in_force()
-        else:
-            rule_sets, peers = last.rule_sets, last.peers
+        rule_sets, peers = self._used.in_force()
         services = self._update_services(world)
         if (
             last is None
-            or not same_subjects
+            or edited
             or on_host
-            or last.versions != (self._peers.version, services.version)
+            or last.versions != (self._peers.emptied, self._used.selected, services.version)
             or last.world.sources != world.sources
         ):
             problems = (*self._problems(world), *services.problems(world.sources))
         else:
             problems = last.problems
-        versions = (self._peers.version, services.version)
-        self._last = _Pass(world, ledger, rule_sets, peers, problems, versions)
+        versions = (self._peers.emptied, self._used.selected, services.version)
+        self._last = _Pass(world, ledger, problems, versions)
         return Desired(
             rule_sets=rule_sets,
             nodes=self._nodes(world, None if last is None else touched),
@@ -208,12 +214,36 @@ class Compiler:
         self._candidates = self._policies_by_namespace(world)
         self._subjects = self._all_subjects(world)
         self._drop_rule_sets()
+        self._take_facts(world)
+        self._running = _Running({}, {}, {}, {}, {}, {}, set())
+        self._pods = {name: held for name, held in self._pods.items() if name in world.pods}
+
+    def _new_policies(self, world: World) -> set[ObjectName]:
+        """Other policies than before. The pods that had a place before and whose rule sets are
+        others now."""
+        before = self._candidates
+        self._candidates = self._policies_by_namespace(world)
+        self._take_facts(world)
+        affected = {
+            name
+            for name in before.keys() | self._candidates.keys()
+            if before.get(name) is not self._candidates.get(name)
+        }
+        again: set[ObjectName] = set()
+        for key in [key for key in self._subjects if key.namespace in affected]:
+            held = self._subjects[key]
+            now = self._subject(key, self._candidates.get(key.namespace, ()), held)
+            self._subjects[key] = now
+            if now.ingress is not held.ingress or now.egress is not held.egress:
+                again |= self._running.subjects.get(key, set())
+        self._drop_rule_sets()
+        return again
+
+    def _take_facts(self, world: World) -> None:
         self._facts = self._all_facts(world)
         self._used_peers = {
             used.name: used.peer for facts in self._facts.values() for used in facts.sets
         }
-        self._running = _Running({}, {}, {}, {}, {}, set())
-        self._pods = {name: held for name, held in self._pods.items() if name in world.pods}
 
     def _count(
         self,
@@ -237,7 +267,10 @@ class Compiler:
                 running.on_host.discard(name)
                 on_host = True
                 continue
-            _less(running.subjects, pod.identity)
+            own = running.subjects[pod.identity]
+            own.remove(name)
+            if not own:
+                del running.subjects[pod.identity]
             touched.add(pod.node)
             held = running.by_node[pod.node].pop(name)
             for entry in held[4]:
@@ -249,20 +282,28 @@ class Compiler:
                 running.on_host.add(name)
                 on_host = True
             else:
-                _more(running.subjects, pod.identity)
+                running.subjects.setdefault(pod.identity, set()).add(name)
                 touched.add(pod.node)
         return touched, on_host
 
-    def _new_subjects(self, keys: Iterable[IdentityKey]) -> None:
+    def _new_subjects(
+        self,
+        world: World,
+        old: Mapping[ObjectName, Pod],
+        changed: Iterable[ObjectName],
+        gone: Iterable[ObjectName],
+    ) -> None:
         """Those that pods came with; and without those whose last pod went."""
-        for key in keys:
+        for name in changed:
+            key = world.pods[name].identity
             if key not in self._subjects:
                 candidates = self._candidates.get(key.namespace, ())
                 self._subjects[key] = self._subject(key, candidates, None)
-        gone = self._subjects.keys() - self._running.everybody.keys()
-        for key in gone:
+        lost = {old[name].identity for name in (*changed, *gone) if name in old}
+        lost = {key for key in lost if key not in self._running.everybody}
+        for key in lost:
             del self._subjects[key]
-        if gone:
+        if lost:
             self._drop_rule_sets()
 
     def _pods_of(
@@ -305,9 +346,9 @@ class Compiler:
             for name, now in found.items()
         }
 
-    def _all_subjects(self, world: World) -> dict[IdentityKey, _Subject]:
+    def _all_subjects(self, world: World) -> dict[IdentityKey, Subject]:
         """Host-network pods too: for them only `selecting` is of use, to say so."""
-        found: dict[IdentityKey, _Subject] = {}
+        found: dict[IdentityKey, Subject] = {}
         for pod in world.pods.values():
             key = pod.identity
             if key in found:
@@ -326,13 +367,13 @@ class Compiler:
             del self._rule_sets[name]
 
     def _subject(
-        self, key: IdentityKey, candidates: tuple[Policy, ...], before: _Subject | None
-    ) -> _Subject:
+        self, key: IdentityKey, candidates: tuple[Policy, ...], before: Subject | None
+    ) -> Subject:
         selecting = _selecting(key, candidates, before)
         ingress = self._rules("Ingress", selecting, key)
         egress = self._rules("Egress", selecting, key)
         parts = tuple(part for part in (ingress, egress) if part is not None)
-        return _Subject(candidates, selecting, ingress, egress, parts)
+        return Subject(candidates, selecting, ingress, egress, parts)
 
     def _rules(
         self, direction: Direction, selecting: tuple[Policy, ...], subject: IdentityKey
@@ -391,15 +432,6 @@ class Compiler:
         self._services = table
         return table
 
-    def _in_force(self) -> tuple[dict[str, RuleSet], tuple[str, ...]]:
-        """Rule sets, and the names of peer sets, that pods use."""
-        used = {
-            id(part): part for key in self._running.subjects for part in self._subjects[key].parts
-        }
-        rule_sets = {part.name: part.rule_set for part in used.values()}
-        names = {name for part in used.values() for name in part.peers}
-        return dict(sorted(rule_sets.items())), tuple(sorted(names))
-
     def _nodes(self, world: World, touched: set[str] | None) -> dict[str, NodeContent]:
         """Anew for `touched`, None: for all."""
         before = self._running.nodes
@@ -409,15 +441,20 @@ class Compiler:
             if held is None or touched is None or name in touched or held.uid != node.uid:
                 held = self._node(name, node.uid)
             zone = node.zone if self._services.asks_zones else ""
-            ported = self._services.asks_node_ports or any(
-                endpoint.host_ports is not UNSET for endpoint in held.endpoints
-            )
+            ported = self._services.asks_node_ports or self._has_host_ports(name, held)
             addresses = node.port_addresses if ported else ()
             if (held.zone, held.port_addresses) != (zone, addresses):
                 held = replace(held, zone=zone, port_addresses=addresses)
             found[name] = held
         self._running.nodes = found
         return found
+
+    def _has_host_ports(self, name: str, content: NodeContent) -> bool:
+        known = self._running.ported.get(name)
+        if known is None or known[0].endpoints is not content.endpoints:
+            asked = any(endpoint.host_ports is not UNSET for endpoint in content.endpoints)
+            known = self._running.ported[name] = (content, asked)
+        return known[1]
 
     def _node(self, name: str, uid: str) -> NodeContent:
         pods = [held for _, held in sorted(self._running.by_node.get(name, {}).items())]
@@ -447,7 +484,10 @@ class Compiler:
             cidr, number = _host(address), int(Reserved.KUBE_APISERVER)
             owner = found[cidr].node if cidr in found else UNSET
             found[cidr] = IPCacheEntry(cidr=cidr, identity=number, node=owner)
-        return {**found, **self._running.entries}
+        whole = self._running.entries.copy()  # many; the rest is few
+        for cidr, entry in found.items():
+            whole.setdefault(cidr, entry)
+        return whole
 
     # ---- what people should know ----
 
@@ -461,24 +501,21 @@ class Compiler:
         return found
 
     def _problems(self, world: World) -> list[Problem]:
-        subjects = [self._subjects[key] for key in self._running.subjects]
-        selecting = {policy.name for item in subjects for policy in item.selecting}
+        selecting = self._used.policies
         on_host: dict[PolicyName, list[str]] = {}
         for pod in sorted(self._running.on_host):
             for policy in self._subjects[world.pods[pod].identity].selecting:
                 on_host.setdefault(policy.name, []).append(str(pod))
-        problems = []
+        said, self._said = self._said, {}
         for name, facts in self._facts.items():
             source = world.sources.get((name.kind, name.namespace, name.name), Source())
-            problems += _say(facts, source, self._peers)
-            if name not in selecting:
-                problems.append(_warning(name, source, _subject_field(name), "selects no pod now"))
-            if name in on_host:
-                pods = on_host[name]
-                text = f"selects host-network pods, which no policy protects: {pods[0]}"
-                text += f" and {len(pods) - 1} more" if len(pods) > 1 else ""
-                problems.append(_warning(name, source, _subject_field(name), text))
-        return problems
+            empty = tuple(used for used in facts.sets if self._peers.is_empty(used.name))
+            about = (source, empty, name in selecting, tuple(on_host.get(name, ())))
+            held = said.get(name)
+            if held is None or held.facts is not facts or held.about != about:
+                held = _Said(facts, about, _say(facts, *about))
+            self._said[name] = held
+        return [problem for held in self._said.values() for problem in held.problems]
 
 
 def _subject_field(name: PolicyName) -> str:
@@ -497,7 +534,15 @@ def _warning(name: PolicyName, source: Source, field: str, message: str) -> Prob
     )
 
 
-def _say(facts: _Facts, source: Source, peers: PeerSets) -> list[Problem]:
+def _say(
+    facts: _Facts,
+    source: Source,
+    empty: tuple[UsedSet, ...],
+    selects: bool,
+    on_host: tuple[str, ...],
+) -> tuple[Problem, ...]:
+    """`empty`: peers that nobody is now; `on_host`: pods it selects that
+    are in the host's network."""
     name = facts.policy.name
     problems = [
         at(
@@ -510,12 +555,14 @@ def _say(facts: _Facts, source: Source, peers: PeerSets) -> list[Problem]:
         )
         for part in facts.inexpressible
     ]
-    problems += [
-        _warning(name, source, used.field, _nobody(used))
-        for used in facts.sets
-        if peers.is_empty(used.name)
-    ]
-    return problems
+    problems += [_warning(name, source, used.field, _nobody(used)) for used in empty]
+    if not selects:
+        problems.append(_warning(name, source, _subject_field(name), "selects no pod now"))
+    if on_host:
+        text = f"selects host-network pods, which no policy protects: {on_host[0]}"
+        text += f" and {len(on_host) - 1} more" if len(on_host) > 1 else ""
+        problems.append(_warning(name, source, _subject_field(name), text))
+    return tuple(problems)
 
 
 def _nobody(used: UsedSet) -> str:
@@ -532,7 +579,7 @@ def _ports_of(subject: IdentityKey, policies: Iterable[Policy]) -> dict[tuple[Pr
 
 
 def _selecting(
-    key: IdentityKey, candidates: tuple[Policy, ...], before: _Subject | None
+    key: IdentityKey, candidates: tuple[Policy, ...], before: Subject | None
 ) -> tuple[Policy, ...]:
     """Which candidates select the identity; those that were asked before are not again."""
     asked = {id(policy) for policy in before.candidates} if before is not None else set()

@@ -75,6 +75,8 @@ class PeerSets:
     def __init__(self) -> None:
         self.version = 0
         """Changes with the members of any set, and with which sets there are."""
+        self.emptied = 0
+        """Changes with which sets there are, and which of them are empty."""
         self._sets: dict[str, _Set] = {}
         self._live: Mapping[IdentityKey, int] = {}
         self._keys: dict[int, IdentityKey] = {}
@@ -94,8 +96,7 @@ class PeerSets:
     ) -> None:
         """Make the sets those of `used`; `live` are the identities that exist, `made` those of
         users by name."""
-        gone = self._live.items() - live.items() if live is not self._live else set()
-        new = live.items() - self._live.items() if live is not self._live else set()
+        gone, new = _differing(self._live, live)
         for key, number in gone:
             del self._by_namespace[key.namespace][key]
             del self._labels[key]
@@ -113,6 +114,7 @@ class PeerSets:
         for name in self._sets.keys() - used.keys():
             del self._sets[name]
             self.version += 1
+            self.emptied += 1
         if gone or moved:
             for held in self._sets.values():
                 self._change(held, gone, moved)
@@ -124,6 +126,7 @@ class PeerSets:
             if name not in self._sets:
                 self._sets[name] = _Set(peer, self._pick(peer))
                 self.version += 1
+                self.emptied += 1
                 self._address(self._sets[name], nodes)
         if nodes is not self._nodes and nodes != self._nodes:
             for held in self._sets.values():
@@ -136,6 +139,7 @@ class PeerSets:
         gone: set[tuple[IdentityKey, int]],
         moved: set[tuple[IdentityKey, int]],
     ) -> None:
+        was_empty = not held.members
         dropped = {number for _, number in gone} & held.members
         held.members -= dropped
         changed = bool(dropped)
@@ -146,6 +150,7 @@ class PeerSets:
         if changed:
             held.published = None
             self.version += 1
+            self.emptied += was_empty != (not held.members)
 
     def _address(self, held: _Set, nodes: Mapping[str, Node]) -> None:
         if not isinstance(held.peer, NodePeer):
@@ -155,6 +160,7 @@ class PeerSets:
         if addresses != held.addresses:
             held.addresses, held.published = addresses, None
             self.version += 1
+            self.emptied += 1
 
     def _pick(self, peer: Picked) -> set[int]:
         pods = peer.peer if isinstance(peer, NamedPortPeer) else peer
@@ -234,3 +240,16 @@ def _protocols(peer: NamedPortPeer) -> Iterable[Protocol]:
 
 def _host(address: str) -> str:
     return str(ipaddress.ip_network(address))
+
+
+_Items = set[tuple[IdentityKey, int]]
+
+
+def _differing(
+    before: Mapping[IdentityKey, int], now: Mapping[IdentityKey, int]
+) -> tuple[_Items, _Items]:
+    """(gone, new)"""
+    if before is now:
+        return set(), set()
+    gone = {(key, number) for key, number in before.items() if now.get(key) != number}
+    return gone, {(key, number) for key, number in now.items() if before.get(key) != number}
