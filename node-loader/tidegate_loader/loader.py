@@ -37,6 +37,7 @@ from tidegate_loader.rules import RuleSetError
 from tidegate_loader.source import Source, Stalled
 
 if TYPE_CHECKING:  # an import costs what TLS costs, and on one machine nobody needs it
+    from tidegate_loader import health
     from tidegate_loader.mirror import Mirror
 
 MAX_MESSAGE = 4096
@@ -76,6 +77,7 @@ class Loader:
         self._attached = True
         """Something of ours may be in the kernel; a loader before this one may have left it."""
         self._built_from: State | None = None
+        self._health: health.Server | None = None
         self._uplinks = uplinks.Found(frozenset(), Uplinks())
         self._asked: dict[str, LocalInterface] | None = None
         self._gated: dict[str, LocalInterface] = {}
@@ -211,6 +213,16 @@ class Loader:
             return []
         return self._attacher.uplinks(self._uplinks.interfaces)
 
+    def _answer_health(self, desired: DesiredMaps) -> list[str]:
+        if self._health is None:
+            if not desired.health:
+                return []
+            # What answers over HTTP costs memory: only where a Service asks for it.
+            from tidegate_loader import health  # noqa: PLC0415
+
+            self._health = health.Server()
+        return self._health.serve(desired.health)
+
     def _build(self, state: State) -> tuple[DesiredMaps, list[str]]:
         """What the maps should hold, and what of the machine is in the way."""
         desired = self._builder.build(state, self._gated, self._uplinks.uplinks)
@@ -260,6 +272,7 @@ class Loader:
             problems += self._apply(self._desired)
             if self._desired.outer and not self._programs.migrations:
                 problems += self._attach_uplinks()
+            problems += self._answer_health(self._desired)
             if self._programs.migrations and not self.dirty:
                 problems += self._try_to_move()
         in_force = self._desired is not None and not self.dirty

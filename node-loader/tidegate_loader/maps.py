@@ -30,6 +30,7 @@ from tidegate_loader.local import LocalInterface
 from tidegate_loader.rules import Expanded, RuleSetError
 from tidegate_loader.services import (
     BackendKey,
+    Health,
     Place,
     RangeKey,
     ServicePart,
@@ -95,6 +96,8 @@ class DesiredMaps(msgspec.Struct, frozen=True):
     """As whom the node sends on, IPv4 and IPv6; ZERO: not at all."""
     outer: bool
     """Some frontend is for clients outside the node."""
+    health: dict[int, Health]
+    """Health check port -> what it says."""
     service_names: dict[str, str]
     """Frontend text -> what a person calls the service port."""
     pending: tuple[str, ...]
@@ -185,6 +188,7 @@ class Builder:
             node_addresses=uplinks.addresses,
             node_source=_source(place, uplinks),
             outer=served.outer,
+            health=served.health,
             service_names=served.names,
             pending=pending,
             problems=(*problems, *served.problems),

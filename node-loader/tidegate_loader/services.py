@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import msgspec
 from msgspec import UNSET
-from tidegate_api.choice import Choice, choose
+from tidegate_api.choice import Choice, choose, healthy
 from tidegate_api.service import EVERY_NODE, Frontend
 from tidegate_api.state import Endpoint, NodeState, ServicePort, StateSlice
 
@@ -55,6 +55,15 @@ Wanted = tuple[BackendAddress, ...] | Special
 ServicePart = dict[FrontendKey, Wanted]
 
 
+class Health(msgspec.Struct, frozen=True):
+    """What a health check port says."""
+
+    service: str
+    """namespace/name."""
+    endpoints: int
+    """Ready ones on this node."""
+
+
 class SharedPart(msgspec.Struct, frozen=True):
     """One shard of the table, as this node serves it."""
 
@@ -69,6 +78,8 @@ class SharedPart(msgspec.Struct, frozen=True):
     problems: tuple[str, ...]
     made: dict[Frontend, Made]
     """By the first frontend of each service port."""
+    health: dict[int, Health]
+    """By health check port."""
 
 
 class Services(msgspec.Struct, frozen=True):
@@ -82,6 +93,7 @@ class Services(msgspec.Struct, frozen=True):
     outer: bool
     """Some frontend is for clients outside the node."""
     problems: tuple[str, ...]
+    health: dict[int, Health]
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -149,7 +161,11 @@ def shard(item: StateSlice, place: Place, before: SharedPart | None = None) -> S
     names: dict[str, str] = {}
     made: dict[Frontend, Made] = {}
     problems: list[str] = []
+    asked: dict[tuple[int, str], list[ServicePort]] = {}
     for port in item.spec.services or ():
+        if port.health_check_port is not UNSET:
+            name = f"{port.namespace}/{port.name}"
+            asked.setdefault((port.health_check_port, name), []).append(port)
         if not port.frontends:
             continue
         first = port.frontends[0]
@@ -173,6 +189,10 @@ def shard(item: StateSlice, place: Place, before: SharedPart | None = None) -> S
         frozenset(key for found in made.values() for key in found.draining),
         tuple(problems),
         made,
+        {
+            number: Health(name, len(healthy(ports, place.node)))
+            for (number, name), ports in asked.items()
+        },
     )
 
 
@@ -282,6 +302,7 @@ def host_ports(endpoints: Iterable[Endpoint], place: Place) -> SharedPart:
         frozenset(),
         tuple(problems),
         {},
+        {},
     )
 
 
@@ -309,4 +330,5 @@ def merge(shards: tuple[SharedPart, ...]) -> Services:
         tuple(s.draining for s in shards),
         any(s.outer for s in shards),
         tuple(problems),
+        {port: health for s in shards for port, health in s.health.items()},
     )

@@ -96,6 +96,13 @@ FOLDER = "---".join(
         service("local", 30090, "externalTrafficPolicy: Local", app="far"),
         service("sticky", 30100, "sessionAffinity: ClientIP"),
         service("empty", 30110, app="nobody"),
+        service(
+            "checked",
+            30140,
+            "externalTrafficPolicy: Local\n  healthCheckNodePort: 30150",
+            app="far",
+            status="status: {loadBalancer: {ingress: [{ip: 198.51.100.10}]}}",
+        ),
         service("ringed", 30130, notes="tidegate.dev/algorithm: Maglev"),
         service("balanced", 30120, "loadBalancerSourceRanges: [172.18.0.200/32]", status=BALANCER),
     ]
@@ -201,6 +208,16 @@ def test_traffic_policy_local(cluster: Cluster) -> None:
     assert cluster.ask("", NODES["node-1"][4], 30090) == [("timeout", "")], "not forwarded"
     (answer,) = cluster.ask("default/one", NODES["node-1"][4], 30090)
     assert answer[0] == "far", "a pod means every backend"
+
+
+def test_health_check_port(cluster: Cluster) -> None:
+    """As a load balancer asks from outside: which nodes have an endpoint of their own."""
+    code = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=3).status)"
+    for node, status in (("node-1", "503"), ("node-2", "200")):
+        url = f"http://{NODES[node][4]}:30150/"
+        argv = ["ip", "netns", "exec", cluster.client, sys.executable, "-c", code, url]
+        found = subprocess.run(argv, capture_output=True, text=True)
+        assert status in found.stdout + found.stderr, node
 
 
 def test_load_balancer_and_its_source_ranges(cluster: Cluster) -> None:

@@ -126,7 +126,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__type(key, __u32);
 	__type(value, __u32); /* backend id */
-	__uint(max_entries, 1048576);
+	__uint(max_entries, 524288);
 } slots_v1 SEC(".maps");
 
 struct {
@@ -148,7 +148,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__type(key, struct tg_affinity_key);
 	__type(value, __u64); /* enum tg_affinity_word */
-	__uint(max_entries, 65536);
+	__uint(max_entries, 16384);
 } affinity_v1 SEC(".maps");
 
 /* As whom a node sends on what is not for its own pods: IPv4, IPv6. */
@@ -172,7 +172,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__type(key, struct tg_nat_key);
 	__type(value, struct tg_nat);
-	__uint(max_entries, 131072);
+	__uint(max_entries, 65536);
 } nat_v1 SEC(".maps");
 
 struct {
