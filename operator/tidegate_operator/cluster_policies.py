@@ -52,6 +52,12 @@ def policy(
         origin=written,
         tier=spec.tier,
         priority=spec.priority,
+        unserved=tuple(
+            f"spec.egress[{index}].to[{place}].domainNames"
+            for index, rule in enumerate(spec.egress)
+            for place, peer in enumerate(rule.to)
+            if peer.domain_names is not None
+        ),
     )
 
 

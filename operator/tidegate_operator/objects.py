@@ -224,6 +224,8 @@ class Policy:
     """Within the tier, lower first."""
     audit: bool = False
     """Nothing is enforced; what would be denied is reported."""
+    unserved: tuple[str, ...] = ()
+    """Paths of fields that are understood and match nothing yet."""
 
     def rules(self, direction: Direction) -> tuple[PolicyRule, ...]:
         return self.ingress if direction == "Ingress" else self.egress

@@ -9,9 +9,13 @@ from pathlib import Path
 
 from support import clusters_tiers
 from support.ca_soak import SOAK, Figures, campaign, scaled
+from support.clusters import RandomSource
 from support.mutants import MUTANTS, Mutant, seeded
 from support.oracle_tiers import Judgement
-from support.tiers_case import Case
+from support.tiers_case import Case, documents
+from tidegate_operator import identities, world
+from tidegate_operator.compile import Compiler, Desired, compile
+from tidegate_operator.identities import EMPTY_LEDGER
 
 QUESTIONS = 60
 SEEDS = 400
@@ -30,6 +34,35 @@ def test_compiled_rule_sets_say_what_the_prose_says() -> None:
     # Every way to decide was met often enough to mean something.
     few = {what: met[what] for what in WAYS if met[what] < wanted // 2_000}
     assert few == {}
+
+
+def test_incremental_is_from_scratch() -> None:
+    """One compiler through clusters each of which differs from the last in one thing."""
+    with campaign("tiers-incremental", "steps") as figures:
+        for chain in range(scaled(40, 2_000)):
+            _chain(chain, figures)
+
+
+PARTS = ["namespaces", "pods", "policies", "node_objects", "identities", "cluster_policies"]
+PARTS += ["traffic_policies"]
+
+
+def _chain(chain: int, figures: Figures) -> None:
+    choice = RandomSource(chain)
+    cluster = clusters_tiers.random_cluster(chain)
+    living, before, ledger = Compiler(), world.EMPTY_WORLD, EMPTY_LEDGER
+    for step in range(8):
+        before = world.build(documents(clusters_tiers.documents(cluster)), previous=before)[0]
+        ledger = identities.allocate(before, ledger)
+        found, fresh = living.compile(before, ledger), compile(before, ledger)
+        for name in Desired.__dataclass_fields__:
+            if getattr(found, name) != getattr(fresh, name):
+                figures.failures.append(f"chain {chain}, step {step}: {name} differs")
+                return
+        figures.count += 1
+        part = choice.pick(PARTS)
+        other = clusters_tiers.random_cluster(choice.number(0, 1 << 20))
+        cluster = {**cluster, part: other[part] if choice.number(0, 3) else cluster[part][1:]}
 
 
 WAYS = [

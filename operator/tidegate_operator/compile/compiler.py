@@ -24,6 +24,7 @@ from tidegate_api.state import (
 from tidegate_operator import changes
 from tidegate_operator.compile.peers import PeerSets
 from tidegate_operator.compile.rules import (
+    MAX_RULE_SET_BYTES,
     Compiled,
     Inexpressible,
     UsedSet,
@@ -98,7 +99,7 @@ class _Said(NamedTuple):
     """What is wrong with one policy, and what that follows from."""
 
     facts: _Facts
-    about: tuple[Source, tuple[UsedSet, ...], bool, tuple[str, ...]]
+    about: tuple[Source, tuple[UsedSet, ...], bool, tuple[str, ...], int]
     problems: tuple[Problem, ...]
 
 
@@ -192,13 +193,13 @@ class Compiler:
             last is None
             or edited
             or on_host
-            or last.versions != (self._peers.emptied, self._used.selected, services.version)
+            or last.versions != (self._peers.emptied, self._used.said, services.version)
             or last.world.sources != world.sources
         ):
             problems = (*self._problems(world), *services.problems(world.sources))
         else:
             problems = last.problems
-        versions = (self._peers.emptied, self._used.selected, services.version)
+        versions = (self._peers.emptied, self._used.said, services.version)
         self._last = _Pass(world, ledger, problems, versions)
         return Desired(
             rule_sets=rule_sets,
@@ -501,7 +502,7 @@ class Compiler:
         return found
 
     def _problems(self, world: World) -> list[Problem]:
-        selecting = self._used.policies
+        selecting, refused = self._used.policies, self._used.refused()
         on_host: dict[PolicyName, list[str]] = {}
         for pod in sorted(self._running.on_host):
             for policy in self._subjects[world.pods[pod].identity].selecting:
@@ -510,7 +511,8 @@ class Compiler:
         for name, facts in self._facts.items():
             source = world.sources.get((name.kind, name.namespace, name.name), Source())
             empty = tuple(used for used in facts.sets if self._peers.is_empty(used.name))
-            about = (source, empty, name in selecting, tuple(on_host.get(name, ())))
+            pods = tuple(on_host.get(name, ()))
+            about = (source, empty, name in selecting, pods, refused.get(name, 0))
             held = said.get(name)
             if held is None or held.facts is not facts or held.about != about:
                 held = _Said(facts, about, _say(facts, *about))
@@ -540,9 +542,10 @@ def _say(
     empty: tuple[UsedSet, ...],
     selects: bool,
     on_host: tuple[str, ...],
+    size: int,
 ) -> tuple[Problem, ...]:
     """`empty`: peers that nobody is now; `on_host`: pods it selects that
-    are in the host's network."""
+    are in the host's network; `size`: of a rule set that is refused, or 0."""
     name = facts.policy.name
     problems = [
         at(
@@ -555,6 +558,8 @@ def _say(
         )
         for part in facts.inexpressible
     ]
+    if size:
+        problems.append(_too_large(name, source, size))
     problems += [_warning(name, source, used.field, _nobody(used)) for used in empty]
     if not selects:
         problems.append(_warning(name, source, _subject_field(name), "selects no pod now"))
@@ -563,6 +568,18 @@ def _say(
         text += f" and {len(on_host) - 1} more" if len(on_host) > 1 else ""
         problems.append(_warning(name, source, _subject_field(name), text))
     return tuple(problems)
+
+
+def _too_large(name: PolicyName, source: Source, size: int) -> Problem:
+    return at(
+        source,
+        "error",
+        f"the rules for one of its pods take {size} bytes, more than the {MAX_RULE_SET_BYTES} of a "
+        "rule set: the pod is denied everything",
+        object=str(name),
+        field="spec",
+        remedy="join ports to ranges and networks to larger ones, or select pods by fewer policies",
+    )
 
 
 def _nobody(used: UsedSet) -> str:

@@ -21,12 +21,13 @@ from tidegate_api.state import (
     RuleSetSpec,
     SetPeer,
     Term,
+    encode,
     format_of_rules,
     rule_set,
 )
 
 from tidegate_operator.compile.peers import set_name
-from tidegate_operator.compile.precedence import in_force, isolating, precedences
+from tidegate_operator.compile.precedence import HIGHEST, in_force, isolating, precedences
 from tidegate_operator.objects import (
     PROTOCOLS,
     Action,
@@ -77,6 +78,9 @@ class Compiled:
     rule_set: RuleSet
     peers: tuple[str, ...]
     policies: tuple[Policy, ...]
+    refused: int = 0
+    """Bytes that it would have, where that is more than MAX_RULE_SET_BYTES: it then denies
+    everything."""
 
     @property
     def name(self) -> str:
@@ -85,6 +89,9 @@ class Compiled:
 
 Ports = Mapping[tuple[Protocol, str], int]
 """The subject's own named ports: (protocol, name) -> number."""
+MAX_RULE_SET_BYTES = 1_500_000
+"""Of one rule set's spec: what an API server can store, less what surrounds it. 10,000 terms and
+more, depending on what they say."""
 NO_PORTS: Ports = MappingProxyType({})
 
 
@@ -137,8 +144,18 @@ def compile_rules(
         terms=terms,
     )
     spec = replace(spec, format=format_of_rules(spec))
+    size = len(encode(spec))
+    if size > MAX_RULE_SET_BYTES:
+        return Compiled(rule_set(_closed(spec)), (), policies, size)
     named = {term.peer.name for term in terms if isinstance(term.peer, SetPeer)}
     return Compiled(rule_set(spec), tuple(sorted(named)), policies)
+
+
+def _closed(spec: RuleSetSpec) -> RuleSetSpec:
+    """Instead of one that is too large to be published: nothing is allowed, and the rest of the
+    cluster goes on."""
+    deny = Term(peer=AnyPeer(), action="Deny", precedence=HIGHEST, rule=0)
+    return replace(spec, rules=spec.rules[:1], terms=[deny])
 
 
 def _matches(direction: Direction, rule: PolicyRule, ports: Ports) -> Iterator[_Match]:
@@ -226,8 +243,12 @@ def asks_for_ports(policies: Iterable[Policy]) -> frozenset[tuple[Protocol, str]
 
 
 def inexpressible(policy: Policy) -> tuple[Inexpressible, ...]:
-    """The named ports of peers that have none (DESIGN invariant 13)."""
+    """Fields that are not served, and the named ports of peers that have none (DESIGN
+    invariant 13)."""
     return tuple(
+        Inexpressible(field, "is not served yet: it matches nothing", "name networks instead")
+        for field in policy.unserved
+    ) + tuple(
         Inexpressible(
             _port_field(policy, "Egress", index, place),
             f"the port name {port.port!r} matches nothing at peers that are no pods",

@@ -30,8 +30,8 @@ class Used:
 
     def __init__(self) -> None:
         self.policies: dict[PolicyName, int] = {}
-        self.selected = 0
-        """Changes with which policies select somebody."""
+        self.said = 0
+        """Changes with which policies select somebody, and with which rule sets are refused."""
         self.subjects: dict[IdentityKey, Subject] = {}
         self._parts: dict[str, tuple[Compiled, int]] = {}
         self._in_force: tuple[dict[str, RuleSet], tuple[str, ...]] | None = None
@@ -54,15 +54,24 @@ class Used:
         for key in new:
             held[key] = subjects[key]
 
+    def refused(self) -> dict[PolicyName, int]:
+        """Policies of rule sets that are too large, and how large the largest would be."""
+        found: dict[PolicyName, int] = {}
+        for part, _ in self._parts.values():
+            for policy in part.policies if part.refused else ():
+                found[policy.name] = max(part.refused, found.get(policy.name, 0))
+        return found
+
     def _more(self, subject: Subject) -> None:
         for part in subject.parts:
             known, count = self._parts.get(part.name, (part, 0))
             if not count:
                 self._in_force = None
+                self.said += bool(part.refused)
             self._parts[part.name] = (known, count + 1)
         for policy in subject.selecting:
             count = self.policies.get(policy.name, 0)
-            self.selected += not count
+            self.said += not count
             self.policies[policy.name] = count + 1
 
     def _less(self, subject: Subject) -> None:
@@ -72,12 +81,13 @@ class Used:
                 self._parts[part.name] = (known, count - 1)
             else:
                 self._in_force = None
+                self.said += bool(known.refused)
         for policy in subject.selecting:
             count = self.policies.pop(policy.name) - 1
             if count:
                 self.policies[policy.name] = count
             else:
-                self.selected += 1
+                self.said += 1
 
     def in_force(self) -> tuple[dict[str, RuleSet], tuple[str, ...]]:
         """Rule sets, and the names of peer sets, that pods use; sorted."""

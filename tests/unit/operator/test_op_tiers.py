@@ -246,6 +246,14 @@ def test_priority_then_name() -> None:
     assert [item.rpartition(" ")[2] for item in found] == ["z[0]", "a[0]", "b[0]", "c[0]"]
 
 
+def test_names_of_domains_are_reported() -> None:
+    text = admin("egress: [{action: Accept, to: [{namespaces: {}}, {domainNames: [a.b]}]}]")
+    _, _, desired = compiled(NODES + PODS + text)
+    (problem,) = [item for item in desired.problems if item.severity == "error"]
+    assert problem.object == "ClusterNetworkPolicy c"
+    assert problem.field == "spec.egress[0].to[1].domainNames"
+
+
 def _problems(text: str) -> list[Problem]:
     return [problem for problem in read(a__yaml=text).problems if problem.severity == "error"]
 
