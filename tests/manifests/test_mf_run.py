@@ -251,7 +251,8 @@ def _race(story: Story, own: Installed) -> None:
     for turn in range(40):
         if looked("nodestates"):
             return
-        apply(story.admin, pod("c", "n1", "10.244.0.7", app=f"c{turn}"))
+        # The policy tells these two apart, so that the node's state changes each time.
+        apply(story.admin, pod("c", "n1", "10.244.0.7", app="az"[turn % 2]))
         for stroke in range(60):
             patch = {"metadata": {"labels": {"touched": f"{turn}-{stroke}"}}}
             story.admin.patch(resources.NODE_STATES, "n1", msgspec.json.encode(patch))
