@@ -234,6 +234,31 @@ tg_inline __u32 tg_rank(const struct tg_half_open *way, const struct tg_ct_key *
 	return ((__u32)age << 2 | (now_tie & 3)) + 1;
 }
 
+/* The way that is given up most gladly, plus TG_HALF_OPEN_WAYS if it is the flow's
+ * own; `word`: as it was read, busy if they all are. Apart, so that the verifier
+ * walks through it once and not at each try. */
+tg_global int tg_pick_way(const struct tg_half_open_set *set, const struct tg_ct_key *key,
+			  __u64 proof, __u32 now, __u64 *word)
+{
+	__u32 rank, highest = 0, best = 0;
+	__u64 seen;
+	int i;
+
+	if (!set || !key || !word)
+		return 0;
+	*word = TG_CT_BUSY;
+	for (i = 0; i < TG_HALF_OPEN_WAYS; i++) {
+		rank = tg_rank(&set->way[i], key, proof, (__u64)now << 2 | ((proof + i) & 3),
+			       &seen);
+		if (rank > highest) {
+			highest = rank;
+			best = i;
+			*word = seen;
+		}
+	}
+	return highest == TG_RANK_OWN ? best + TG_HALF_OPEN_WAYS : best;
+}
+
 #define TG_CLAIMS 4
 
 /* Makes a way the caller's to write: the flow's own, else the one given up most
@@ -242,26 +267,15 @@ tg_inline __u32 tg_rank(const struct tg_half_open *way, const struct tg_ct_key *
 tg_global int tg_claim_way(struct tg_half_open_set *set, const struct tg_ct_key *key, __u64 proof,
 			   __u32 now)
 {
-	int try, i;
+	__u64 word;
+	int try, at;
 
 	if (!set || !key)
 		return -1;
 	for (try = 0; try < TG_CLAIMS; try++) {
-		__u64 word, taken = TG_CT_BUSY;
-		__u32 rank, highest = 0, best = 0;
-
-		for (i = 0; i < TG_HALF_OPEN_WAYS; i++) {
-			rank = tg_rank(&set->way[i], key, proof,
-				       (__u64)now << 2 | ((proof + i) & 3), &word);
-			if (rank > highest) {
-				highest = rank;
-				best = i;
-				taken = word;
-			}
-		}
-		if (taken != TG_CT_BUSY &&
-		    tg_swap_word(&tg_way(set, best)->ct, taken, TG_CT_BUSY))
-			return highest == TG_RANK_OWN ? best + TG_HALF_OPEN_WAYS : best;
+		at = tg_pick_way(set, key, proof, now, &word);
+		if (word != TG_CT_BUSY && tg_swap_word(&tg_way(set, at)->ct, word, TG_CT_BUSY))
+			return at & (2 * TG_HALF_OPEN_WAYS - 1);
 	}
 	return -1;
 }
