@@ -242,3 +242,24 @@ def test_api_server_killed_and_back(town: Town, server: ApiServer) -> None:
     town.settled()
     assert "10.244.0.7/32" in town.ipcache()
     assert town.runner.faults() == []
+
+
+def test_a_fault_in_what_is_kept_is_found_and_repaired(town: Town) -> None:
+    town.verify_every = 0.05
+    town.restart()
+    populate(town)
+    town.settled()
+    compiler = town.runner._compiler
+    held = compiler._running.by_node["n1"]
+    for name, item in held.items():
+        wrong = msgspec.structs.replace(item[3], identity=77777)
+        held[name] = (*item[:3], wrong, item[4])
+    apply(town.client, pod("c", "n1", "10.244.0.6", app="a"))
+
+    def repaired() -> bool:
+        checks = town.metrics.self_checks.labels("different")._value.get()
+        found = {one.identity for one in town.nodes()["n1"].spec.endpoints}
+        return checks == 1 and len(found) == 1 and 77777 not in found
+
+    until(repaired, "repaired", SECONDS)
+    assert town.runner._compiler is not compiler

@@ -57,6 +57,7 @@ class Town:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.lead = Leading()
+        self.verify_every = 0.0
         self._make()
 
     def _make(self) -> None:
@@ -64,7 +65,14 @@ class Town:
         self.watches = Watches(self.client)
         lead: Lead = self.lead
         self.statuses = Statuses(self.client, self.watches, lead, self.metrics, taint=False)
-        self.runner = Runner(self.client, self.watches, lead, self.metrics, self.statuses.published)
+        self.runner = Runner(
+            self.client,
+            self.watches,
+            lead,
+            self.metrics,
+            self.statuses.published,
+            verify_every=self.verify_every,
+        )
         self.watches.changed = lambda: (self.runner.poke(), self.statuses.poke())  # type: ignore[func-returns-value]
 
     def start(self) -> None:

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import ipaddress
 import logging
+import math
 import os
 import socket
 import sys
@@ -29,6 +30,7 @@ from tidegate_operator import relevance, services
 from tidegate_operator.cluster.lead import Alone, Lead
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.runner import Runner
+from tidegate_operator.cluster.selfcheck import VERIFY_SECONDS
 from tidegate_operator.cluster.shell import kopf
 from tidegate_operator.cluster.statuses import Statuses
 from tidegate_operator.cluster.watches import Watches
@@ -59,6 +61,7 @@ class Options:
     log_level: str
     services: services.Settings
     identities: relevance.Settings
+    verify_every: float
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -136,6 +139,14 @@ def parse(arguments: list[str] | None = None) -> Options:
         "unless a policy mentions them (default: those that common tools put on pods)",
     )
     parser.add_argument(
+        "--verify-every",
+        type=_seconds,
+        default=VERIFY_SECONDS,
+        metavar="SECONDS",
+        help="compare what is published with what a compile from nothing comes to so often, beside "
+        "the publishing; 0: never (default: %(default).0f)",
+    )
+    parser.add_argument(
         "--log-level", choices=("debug", "info", "warning"), default="info", help="of JSON lines"
     )
     found = parser.parse_args(arguments)
@@ -155,6 +166,7 @@ def parse(arguments: list[str] | None = None) -> Options:
             maglev=found.service_algorithm == "maglev",
         ),
         identities=relevance.Settings(found.identities, found.excluded_labels),
+        verify_every=found.verify_every,
     )
 
 
@@ -164,6 +176,16 @@ def cidrs(text: str) -> tuple[str, ...]:
         return tuple(str(ipaddress.ip_network(part.strip())) for part in text.split(",") if part)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -203,6 +225,7 @@ class Operator:
             self.statuses.published,
             options.services,
             options.identities,
+            options.verify_every,
         )
         self.watches.changed = self._changed
         self.metrics.watch(self.runner)

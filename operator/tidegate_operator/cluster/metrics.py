@@ -52,6 +52,20 @@ class Metrics:
             "Publishes that did not come to their end, and will be tried again",
             registry=self.registry,
         )
+        self.self_checks = Counter(
+            "tidegate_operator_self_checks",
+            "Comparisons of what is published with what a compile from nothing comes to",
+            ["result"],
+            registry=self.registry,
+        )
+        for result in ("equal", "different"):
+            self.self_checks.labels(result)
+        self.self_check_seconds = Histogram(
+            "tidegate_operator_self_check_seconds",
+            "Time of one such comparison, beside the publishing",
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
         self.identities = Gauge(
             "tidegate_operator_identities",
             "Numbers of the ledger, in use or resting; and those that classes save over labels",

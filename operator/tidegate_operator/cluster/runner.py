@@ -24,6 +24,7 @@ from tidegate_operator.cluster import world
 from tidegate_operator.cluster.kinds import Held
 from tidegate_operator.cluster.lead import Lead, term_of
 from tidegate_operator.cluster.metrics import Metrics
+from tidegate_operator.cluster.selfcheck import VERIFY_SECONDS, SelfCheck
 from tidegate_operator.cluster.store import KubeStore, NumberTaken
 from tidegate_operator.cluster.watches import Watches
 from tidegate_operator.cluster.world import EMPTY_CLUSTER, ClusterWorld, Snapshot
@@ -80,6 +81,7 @@ class Runner:
         on_published: Callable[[Published], None] | None = None,
         of_services: services.Settings = services.DEFAULTS,
         settings: Settings = DEFAULTS,
+        verify_every: float = VERIFY_SECONDS,
     ) -> None:
         self.watches = watches
         watches.changed = self.poke
@@ -99,6 +101,7 @@ class Runner:
         self._store: KubeStore | None = None
         self._publisher: publish.Publisher | None = None
         self._compiler = Compiler()
+        self._self_check = SelfCheck(verify_every, metrics, self.poke)
         self._allocator = identities.Allocator()
         self._settings = settings
         self._hold = Hold()
@@ -229,13 +232,24 @@ class Runner:
             self._begin(term)
         arrived, self._arrived = self._arrived or time.monotonic(), None
         snapshot = self.watches.snapshot()
+        if self._self_check.take():
+            self._compiler, self._done = Compiler(), None
         if self._idle(snapshot):
+            self._offer()
             return
         try:
             self._step(snapshot, arrived)
         except BaseException:
             self._arrived = arrived if self._arrived is None else min(arrived, self._arrived)
             raise
+        if not self._wake.is_set():
+            self._offer()
+
+    def _offer(self) -> None:
+        """To be checked, while nothing waits to be published."""
+        last = self.published
+        if last is not None:
+            self._self_check.offer(last.world, last.ledger, last.desired)
 
     def _begin(self, term: int) -> None:
         """Lead, from what is there: another replica may have written since we looked."""
