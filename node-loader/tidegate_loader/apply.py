@@ -61,7 +61,7 @@ from tidegate_loader.plan import (
     WriteNode,
     WriteSlots,
 )
-from tidegate_loader.rules import LANES, MAX_SHAPES, content_of, copy_of, identities_of
+from tidegate_loader.rules import DENY, LANES, MAX_SHAPES, content_of, copy_of, identities_of
 from tidegate_loader.services import RING, FrontendKey, RangeKey, Special, places
 
 POLL_SECONDS = 0.0002
@@ -252,8 +252,12 @@ class Writer:
         pins = self._kernel.pin_dir
         with Map.open_pinned(str(pins / "rule_sets" / str(source))) as there:
             keys, values = there.dump()
+        rule = self._layouts.rule
         rows = copy_of(
-            self._layouts.rule_key.unpack_all(keys), _cut(values, self._layouts.rule.size), numbers
+            self._layouts.rule_key.unpack_all(keys),
+            _cut(values, rule.size),
+            numbers,
+            lambda value: rule.unpack(value).action == DENY,
         )
         with self._rules_map(len(rows)) as inner:
             inner.update_batch(self._layouts.rule_key.pack_all(rows), b"".join(rows.values()))

@@ -7,7 +7,8 @@ kernel, clock or I/O.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
 from msgspec import UNSET
@@ -74,6 +75,7 @@ RuleKeyRow = tuple[int, ...]
 """A key as its struct has it; the peer word comes first."""
 RuleValue = tuple[int, int, int, int]
 """(precedence, rule, action, flags)."""
+V = TypeVar("V")
 PortKey = tuple[int, int, int]
 """(protocol, port, prefix bits)."""
 
@@ -117,24 +119,32 @@ def identities_of(entries: Iterable[RuleKey]) -> frozenset[int]:
 
 
 def copy_of(
-    keys: Iterable[RuleKeyRow], values: Iterable[bytes], numbers: Mapping[int, Sequence[int]]
-) -> dict[RuleKeyRow, bytes]:
+    keys: Iterable[RuleKeyRow],
+    values: Iterable[V],
+    numbers: Mapping[int, Sequence[int]],
+    denies: Callable[[V], bool],
+) -> dict[RuleKeyRow, V]:
     """Entries of a rule set with those of `numbers` made anew: new number -> the numbers that it
-    is to be judged as; where these differ, only what they have in common is kept. A key begins
+    is to be judged as. Where these differ, an entry is kept that one of them denies by, of all
+    others only what they have in common: what is not known to be allowed is not. A key begins
     with its peer."""
     known = {old for olds in numbers.values() for old in olds}
-    of_old: dict[int, dict[tuple[int, ...], bytes]] = {old: {} for old in known}
-    found: dict[RuleKeyRow, bytes] = {}
+    of_old: dict[int, dict[tuple[int, ...], V]] = {old: {} for old in known}
+    found: dict[RuleKeyRow, V] = {}
     for key, value in zip(keys, values, strict=True):
         if key[0] in known:
             of_old[key[0]][tuple(key[1:])] = value
         if key[0] not in numbers:
             found[tuple(key)] = value
     for new, olds in numbers.items():
-        first, *others = (of_old[old] for old in olds)
-        for rest, value in first.items():
-            if all(other.get(rest) == value for other in others):
-                found[new, *rest] = value
+        entries = [of_old[old] for old in olds]
+        for rest in {rest: None for part in entries for rest in part}:
+            held = [part[rest] for part in entries if rest in part]
+            alike = len(held) == len(entries) and all(value == held[0] for value in held)
+            for value in held:
+                if alike or denies(value):
+                    found[new, *rest] = value
+                    break
     return found
 
 

@@ -21,7 +21,7 @@ import yaml
 from tidegate_api.state import TABLES, NodeState, RuleSet, StateObject, StateSlice, slice_name
 from tidegate_loader import addresses, maps, plan
 from tidegate_loader.local import LocalInterface
-from tidegate_loader.rules import WORD_ANY, copy_of, identities_of
+from tidegate_loader.rules import DENY, WORD_ANY, copy_of, identities_of
 from tidegate_operator import identities, publish
 from tidegate_operator.compile import Compiler
 from tidegate_operator.identities import EMPTY_LEDGER
@@ -118,7 +118,9 @@ class Reader:
             case plan.CopyRuleSets(items=items, numbers=numbers):
                 for source, number, _, _ in items:
                     of = self._entries[source]
-                    self._entries[number] = copy_of(of.keys(), of.values(), numbers)
+                    self._entries[number] = copy_of(
+                        of.keys(), of.values(), numbers, lambda value: value[2] == DENY
+                    )
                     a.rule_sets[number] = plan.RuleSetInForce("", "", None)
             case plan.PutRuleSets(items=items):
                 for number, slot, _ in items:
