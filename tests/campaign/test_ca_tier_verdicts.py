@@ -132,17 +132,22 @@ class Case:
         frame = _frame(src.address, dst.address, packet)
         if src.node:
             maps = self.maps[src.node].from_pod(src.ifindex, dst.address, port, protocol)
-            yield self._run("from_pod", src, frame, maps, False)
+            yield self._run("from_pod", src, frame, maps, False, True)
         if dst.node:
             maps = self.maps[dst.node].to_pod(dst.ifindex, src.address, port, protocol, host=host)
-            yield self._run("to_pod", dst, frame, maps, host)
+            # ICMP that is no echo has no port of its own: what the node may send would open
+            # the way for a later question from the same address, from elsewhere.
+            own = packet.icmp is None or packet.icmp[0] in (0, 8, 128, 129)
+            yield self._run("to_pod", dst, frame, maps, host, own or not host)
 
     def _run(
-        self, program: str, at: End, frame: bytes, maps: Answer, host: bool
+        self, program: str, at: End, frame: bytes, maps: Answer, host: bool, force: bool
     ) -> tuple[str, End, Answer, Answer, bool]:
+        """`force`: run the program in force, too."""
         node = self.nodes[at.node]
         dry, _ = node.judge(program, frame, at.ifindex, host=host)
-        return program, at, maps, dry, node.passes(program, frame, at.ifindex, host=host)
+        real = node.passes(program, frame, at.ifindex, host=host) if force else dry.allowed
+        return program, at, maps, dry, real
 
     def _side(
         self,

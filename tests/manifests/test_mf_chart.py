@@ -111,6 +111,7 @@ OTHER = {
     "operator.nodeSelector": "operator.nodeSelector.other=x",
     "loader.logLevel": "loader.logLevel=debug",
     "loader.maxUnavailable": "loader.maxUnavailable=3",
+    "loader.seccompProfile": "loader.seccompProfile=Unconfined",
 }
 
 

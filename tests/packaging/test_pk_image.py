@@ -228,7 +228,7 @@ def test_modules_come_compiled(rootfs: Path) -> None:
 def test_the_objects_are_the_ones_listed(rootfs: Path) -> None:
     objects = rootfs / "usr/lib/tidegate/objects"
     assert (objects / SUMS).is_file()
-    assert set(checked(objects)) == {"pod.o", "sock.o"}
+    assert set(checked(objects)) == {"net.o", "pod.o", "sock.o"}
     code = "from tidegate_cli.live import objects_dir; print(objects_dir())"
     assert inside(rootfs, "python3", "-I", "-c", code) == "/usr/lib/tidegate/objects\n"
 

@@ -56,7 +56,7 @@ def test_the_objects_are_found_and_are_the_ones_listed(installed: Path) -> None:
         "print(objects_dir(), (objects_dir() / SUMS).is_file(), *checked(objects_dir()))\n"
     )
     found = run(installed / "bin/python", "-I", "-c", code).split()
-    assert found == [str(installed / "lib/tidegate/objects"), "True", "pod.o", "sock.o"]
+    assert found == [str(installed / "lib/tidegate/objects"), "True", "pod.o", "sock.o", "net.o"]
     built, copied = ROOT / "datapath/build", Path(found[0])
-    for name in ("pod.o", "sock.o"):
+    for name in ("net.o", "pod.o", "sock.o"):
         assert (built / name).read_bytes() == (copied / name).read_bytes()

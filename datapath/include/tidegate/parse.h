@@ -176,12 +176,16 @@ tg_inline int tg_echo(struct tg_tuple *t, __u8 type, __be16 id)
 
 /* What is no echo has type and code, as on the wire, for its source port, and
  * one for the other that no echo has beside it: each type is a flow of its own
- * either way, because nothing says which of them answers which. */
+ * either way, because nothing says which of them answers which. The other port
+ * of type 255 code 255 is an echo's type: no flow has that for its source port,
+ * so none is taken for the answer. */
 tg_inline void tg_icmp_ports(struct tg_tuple *t, __u8 type, __be16 type_code, __be16 id)
 {
+	__u8 echo = t->protocol == IPPROTO_ICMP ? TG_ICMP_ECHO : ICMPV6_ECHO_REQUEST;
+
 	if (!tg_echo(t, type, id)) {
 		t->sport = type_code;
-		t->dport = type_code == 0xffff ? 0xfefe : 0xffff;
+		t->dport = type_code == 0xffff ? bpf_htons(echo << 8) : 0xffff;
 	}
 }
 
