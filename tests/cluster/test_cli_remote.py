@@ -175,12 +175,14 @@ def test_a_cluster_says_what_its_nodes_say(
     (code, out), (far_code, far_out) = both(remote, capsys, "-o", form, *argv)
     assert code < 2
     assert out
-    if argv[0] == "status":  # the cluster's has its operator too
+    if argv[0] == "status":  # the cluster's has its operator and identities too
         far_out = far_out.removeprefix("operator: 0 of 0 ready, no leader\n")
+        far_out = far_out.removeprefix("identities: 0 for 0 sets of labels\n")
         out = out.partition("\n\n1 problems with the input")[0]
         if form == "json":
             far, near = json.loads(far_out), json.loads(out)
             assert far.pop("operator") == {"replicas": 0, "ready": 0, "leader": ""}
+            assert far.pop("identities") == {"numbers": 0, "saved": 0}
             assert [len(report.pop("problems")) for report in (far, near)] == [0, 1]
             assert (far_code, far) == (code, near)
             return

@@ -208,7 +208,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__type(key, struct tg_sock_key);
 	__type(value, struct tg_sock);
-	__uint(max_entries, 65536);
+	__uint(max_entries, 16384);
 } socks_v1 SEC(".maps");
 
 /* A socket that connects pays for a place in it: an update of an LRU_HASH costs
