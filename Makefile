@@ -148,7 +148,7 @@ check: lint ## the inner loop: lint, types, import contracts, fast tests
 
 test: lint .cache/test-packages kube-binaries ## every test, on the real kernel with real packets
 	$(say) "all tests (eBPF programs, network namespaces, real packets)"
-	@$(PYTEST) -q -m 'not cluster' -n 2
+	@$(PYTEST) -q -m 'not cluster' -n 3 --dist worksteal
 	@$(PYTEST) -q -m cluster
 	@$(MAKE) e2e
 
