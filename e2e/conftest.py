@@ -72,7 +72,8 @@ def traffic_under_way(askers: asking.Askers, place: town.Town) -> Iterator[None]
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """A failure leaves a dump of the cluster in .cache/e2e/<test>."""
     report = yield
-    if report.failed and cluster.is_up():
+    # The last test's fixtures take the cluster down, and Docker with it.
+    if report.failed and cluster.daemon.answers() and cluster.is_up():
         directory = DUMPS / item.name
         sysdump.collect(directory)
         report.sections.append(("sysdump", str(directory)))

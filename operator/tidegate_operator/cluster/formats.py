@@ -1,7 +1,8 @@
 """Nodes whose loader is too old for what is published for them. Pure.
 
 Such a node keeps what it had in force and says `Stalled`; this is what to say of it elsewhere. A
-loader that has said nothing yet, or that has in force what is wanted, is not too old."""
+loader that has said nothing yet, or that has in force what is wanted, is not too old; unless it
+says so: what is in force may be the work of a newer one before it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from msgspec import UNSET
-from tidegate_api.state import DIGEST_ANNOTATION, NodeState, RuleSet, StateSlice
+from tidegate_api.state import DIGEST_ANNOTATION, NodeState, NodeStateStatus, RuleSet, StateSlice
 
 from tidegate_operator.cluster.kinds import Broken, Held
 
@@ -31,7 +32,9 @@ def unread(
     for (_, name), item in _held(states):
         spec, status = item.item.spec, item.item.status
         wanted = (item.item.metadata.annotations or {}).get(DIGEST_ANNOTATION)
-        if status is UNSET or not status.formats or status.realised == wanted:
+        if status is UNSET or not status.formats:
+            continue
+        if status.realised == wanted and not _says_so(status):
             continue
         reads = set(status.formats)
         if everything | {spec.format} <= reads:
@@ -48,6 +51,13 @@ def unread(
 
 def _held(items: Mapping[Key, Any]) -> list[tuple[Key, Held[Any]]]:
     return [(key, item) for key, item in items.items() if isinstance(item, Held)]
+
+
+def _says_so(status: NodeStateStatus) -> bool:
+    return any(
+        condition.type == "Stalled" and condition.reason == "UnknownFormat"
+        for condition in status.conditions
+    )
 
 
 def _words(formats: set[int]) -> str:
