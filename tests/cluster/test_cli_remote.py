@@ -19,6 +19,7 @@ import msgspec
 import pytest
 from cluster.test_cli_cluster import cluster
 from support import apiserver as server
+from support.waiting import until
 from tidegate_api.state import NodeState
 from tidegate_cli.cluster.api import Api, Ran
 from tidegate_cli.cluster.state import KINDS
@@ -259,8 +260,17 @@ def test_an_object_of_another_version_is_a_problem_and_no_more(
     loosen = {"op": "add", "path": f"/{path}/x-kubernetes-preserve-unknown-fields", "value": True}
     remote.client.patch(resources.CRDS, crd, msgspec.json.encode([loosen]), kind="json")
     try:
-        made = {**body, "spec": {**spec, "later": 1}}
-        remote.client.create(resources.RULE_SETS, msgspec.json.encode(made))
+        made = msgspec.json.encode({**body, "spec": {**spec, "later": 1}})
+
+        def stored() -> bool:
+            """A server that has not taken up the schema yet leaves the field out."""
+            remote.client.create(resources.RULE_SETS, made)
+            if "later" in json.loads(remote.client.get(resources.RULE_SETS, name))["spec"]:
+                return True
+            remote.client.delete(resources.RULE_SETS, name)
+            return False
+
+        until(stored, "an object with the field", 30)
         assert main(["--kubeconfig", str(remote.kubeconfig), "identity", "list"]) == 0
         said = capsys.readouterr()
         assert "app=closed" in said.out or "app=web" in said.out
