@@ -126,8 +126,9 @@ class Node:
 
     def loader(self) -> Loader:
         options = argparse.Namespace(
-            node=world.NODE, pin_dir=self.pin_dir, objects=OBJECTS, force_clsact=False, cgroup=None
-        )
+            node=world.NODE, pin_dir=self.pin_dir, objects=OBJECTS, force_clsact=False, cgroup=None,
+            flow_events=True,
+        )  # fmt: skip
         return Loader(self.paths, options, log.logger(world.NODE, "warning"))
 
 
