@@ -15,6 +15,7 @@ from tidegate_api.users import (
     ObjectMeta,
     Own,
     Subdomain,
+    check_excepts,
     check_label_key,
     check_label_value,
     external_network,
@@ -220,15 +221,7 @@ class Block(Strict):
 
     @model_validator(mode="after")
     def _excepts_lie_inside(self) -> Self:
-        whole = external_network(self.cidr)
-        for text in self.except_:
-            part = external_network(text)
-            inside = part.version == whole.version and part.subnet_of(whole)  # type: ignore[arg-type]
-            if not inside or part == whole:
-                raise invalid(
-                    f"except {text} does not lie strictly inside {self.cidr}",
-                    f"list only smaller networks within {self.cidr}",
-                )
+        check_excepts(self.cidr, self.except_)
         return self
 
 

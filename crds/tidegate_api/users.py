@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -162,6 +163,20 @@ def network(text: str) -> IPNetwork:
     if ipaddress.ip_address(address) != whole.network_address:
         raise invalid(f"{text!r} has bits set to the right of its mask", f"write {whole}")
     return whole
+
+
+def check_excepts(cidr: str, excepts: Sequence[str]) -> None:
+    """Each of `excepts` is a smaller network within `cidr`; all of them are known to be networks.
+    Raises `invalid`."""
+    whole = ipaddress.ip_network(cidr)
+    for text in excepts:
+        part = ipaddress.ip_network(text)
+        inside = part.version == whole.version and part.subnet_of(whole)  # type: ignore[arg-type]
+        if not inside or part == whole:
+            raise invalid(
+                f"except {text} does not lie strictly inside {cidr}",
+                f"list only smaller networks within {cidr}",
+            )
 
 
 def _cidr(value: str) -> str:
@@ -572,15 +587,7 @@ class IPBlock(Upstream):
 
     @model_validator(mode="after")
     def _excepts_lie_inside(self) -> Self:
-        whole = network(self.cidr)
-        for text in self.except_:
-            part = network(text)
-            inside = part.version == whole.version and part.subnet_of(whole)  # type: ignore[arg-type]
-            if not inside or part == whole:
-                raise invalid(
-                    f"except {text} does not lie strictly inside {self.cidr}",
-                    f"list only smaller networks within {self.cidr}",
-                )
+        check_excepts(self.cidr, self.except_)
         return self
 
 
