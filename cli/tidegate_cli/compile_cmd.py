@@ -12,6 +12,7 @@ from pathlib import Path
 from tidegate_operator import publish, standalone, world
 from tidegate_operator.relevance import EXCLUDED, Settings
 
+from tidegate_cli import render
 from tidegate_cli.errors import CliError
 
 ERROR_EXIT = 2
@@ -23,9 +24,10 @@ def compile_folder(args: argparse.Namespace) -> int:
         raise CliError(f"{folder} is no folder", "give the folder that holds the manifests")
     settings = Settings(args.identities, args.excluded_labels or EXCLUDED)
     options = world.Options(nodes=args.nodes, identities=settings)
-    desired, ledger, problems, sizes = standalone.compile_folder(folder, options)
+    desired, ledger, problems, sizes, sets = standalone.compile_folder(folder, options)
     if desired is not None:
         publish.write_stream(desired, ledger, sys.stdout, args.output, sizes)
+        print(render.numbers(len(sets), sum(sets.values())), file=sys.stderr)
     for problem in problems:
         print(problem, file=sys.stderr)
     wrong = desired is None or any(problem.severity == "error" for problem in problems)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from msgspec import UNSET
@@ -28,7 +28,7 @@ from tidegate_cli.errors import CliError
 from tidegate_cli.judgement import audited_of, policy_text, rule_ref, tier_of
 from tidegate_cli.live import BEGAN_A, Flow, NodeView
 from tidegate_cli.model import Model
-from tidegate_cli.objects import RunObjects
+from tidegate_cli.objects import OwnPod, RunObjects
 from tidegate_cli.target import Place, choose
 
 PROTOCOL_NAMES = {number: name for name, number in lookup.PROTOCOLS.items()}
@@ -76,12 +76,27 @@ def _words(item: Identity) -> list[str]:
     if spec.cidrs is not UNSET:
         return [f"cidr:{cidr}" for cidr in spec.cidrs]
     words = [f"{NAMESPACE_LABEL}={spec.namespace}"] if spec.namespace else []
-    labels = identity_labels(spec).items()
-    return words + [f"k8s:{k}={v}" if v else f"k8s:{k}" for k, v in labels]
+    return words + _k8s(identity_labels(spec))
+
+
+def own_words(pods: Iterable[OwnPod]) -> dict[str, list[str]]:
+    """Address → the labels of the pod that has it, as `identity_words` has them: its own, whatever
+    of them its identity has."""
+    return {
+        address: [f"{NAMESPACE_LABEL}={pod.namespace}", *_k8s(pod.labels)]
+        for pod in pods
+        if not pod.host_network
+        for address in pod.addresses
+    }
+
+
+def _k8s(labels: Mapping[str, str]) -> list[str]:
+    return [f"k8s:{key}={value}" if value else f"k8s:{key}" for key, value in labels.items()]
 
 
 def identity_list(args: argparse.Namespace) -> int:
-    objects = choose(args).all()
+    place = choose(args)
+    objects, sets = place.all(), place.label_sets()
     states = [item for item in objects if isinstance(item, NodeState)]
     if args.node is not None:
         states = [item for item in states if item.metadata.name == args.node]
@@ -98,6 +113,7 @@ def identity_list(args: argparse.Namespace) -> int:
                 "labels": identity_labels(item.spec),
                 "cidrs": item.spec.cidrs or [],
                 "endpoints": used[number],
+                "labelSets": sets.get(number, 0),
                 "released": RELEASED_LABEL in (item.metadata.labels or {}),
             }
         )
@@ -105,18 +121,21 @@ def identity_list(args: argparse.Namespace) -> int:
     if args.output != "table":
         render.structured(rows, args.output)
         return 0
-    header = ("ID", "NAMESPACE", "LABELS", "ENDPOINTS", "STATE")
+    header = ("ID", "NAMESPACE", "LABELS", "ENDPOINTS", "LABEL SETS", "STATE")
     cells = [
         (
             row["id"],
             row["namespace"] or "-",
             ",".join(row["cidrs"]) or render.labels(row["labels"]) or "-",
             row["endpoints"],
+            row["labelSets"] or "-",
             "released" if row["released"] else "live",
         )
         for row in rows
     ]
     sys.stdout.write(render.table(header, cells))
+    if sets:
+        print(f"\n{render.numbers(len(sets), sum(sets.values()))}")
     return 0
 
 
@@ -172,6 +191,7 @@ def endpoint_list(args: argparse.Namespace) -> int:
             {
                 "id": e.row.id,
                 "pod": view.pod_name(e.row.id),
+                "labels": {},
                 "identity": e.row.identity,
                 "ingressEnforcement": bool(e.row.ingress.flags & lookup.ISOLATED),
                 "egressEnforcement": bool(e.row.egress.flags & lookup.ISOLATED),
@@ -193,6 +213,7 @@ def endpoint_list(args: argparse.Namespace) -> int:
         "IPV4",
         "IPV6",
         "MAC",
+        "LABELS",
     )
 
     def cells(rows: Any) -> Iterable[Sequence[object]]:
@@ -203,16 +224,21 @@ def endpoint_list(args: argparse.Namespace) -> int:
                 "Enabled" if row[f"{d}Enforcement"] else "Disabled" for d in ("ingress", "egress")
             ]
             identity, pod = row["identity"], row["pod"] or "-"
-            yield row["id"], pod, identity, *enforced, row["ifindex"], four, six, row["mac"]
+            labels = render.labels(row["labels"]) or "-"
+            yield row["id"], pod, identity, *enforced, row["ifindex"], four, six, row["mac"], labels
 
-    found, code = gather(choose(args), args, read)
+    place = choose(args)
+    found, code = gather(place, args, read)
+    own = {pod.key: dict(sorted(pod.labels.items())) for pod in place.pods()}
+    for row in (row for rows in found.values() for row in rows):
+        row["labels"] = own.get(row["pod"], {})
     by_node(args, found, header, cells)
     return code
 
 
 def ipcache_list(args: argparse.Namespace) -> int:
     place = choose(args)
-    words = identity_words(place.all())
+    words, own = identity_words(place.all()), own_words(place.pods())
 
     def read(view: NodeView) -> list[dict[str, Any]]:
         return [
@@ -234,7 +260,8 @@ def ipcache_list(args: argparse.Namespace) -> int:
 
     found, code = gather(place, args, read)
     for row in (row for rows in found.values() for row in rows):
-        row["labels"] = words.get(row["identity"], [])
+        address = row["cidr"].removesuffix("/32").removesuffix("/128")
+        row["labels"] = own.get(address) or words.get(row["identity"], [])
     by_node(args, found, ("IP PREFIX/ADDRESS", "IDENTITY", "FLAGS", "LABELS"), cells)
     return code
 

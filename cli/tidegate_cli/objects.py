@@ -29,9 +29,26 @@ class NodePlace(msgspec.Struct, frozen=True):
     addresses: list[str] = []
 
 
-class _Supervisor(msgspec.Struct, frozen=True):
+class OwnPod(msgspec.Struct, frozen=True, rename="camel"):
+    """A pod as people know it: with its own labels, of which an identity has only those that
+    some selector asks for. Other members pass."""
+
+    namespace: str
+    name: str
+    labels: dict[str, str] = {}
+    addresses: list[str] = []
+    host_network: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+class _Supervisor(msgspec.Struct, frozen=True, rename="camel"):
     folder: str = ""
     nodes: list[NodePlace] = []
+    pods: list[OwnPod] = []
+    excluded_labels: list[str] | None = None
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -94,8 +111,35 @@ class RunObjects:
         return next((p for p in self.places() if p.name == node), NodePlace(node))
 
     def places(self) -> list[NodePlace]:
+        return self._supervisor().nodes
+
+    def pods(self) -> list[OwnPod]:
+        """None on a cluster's node: only the API knows their labels."""
+        return self._supervisor().pods
+
+    def label_sets(self) -> dict[int, int]:
+        """Number → how many numbers its pods would have by labels. Empty where `pods` is."""
+        known = self._supervisor()
+        if not known.pods:
+            return {}
+        # What it imports takes longer than all else here.
+        from tidegate_operator.relevance import EXCLUDED, Settings, count_sets  # noqa: PLC0415
+
+        states = [item for item in self.all() if isinstance(item, NodeState)]
+        numbers = {
+            f"{endpoint.namespace}/{endpoint.name}": endpoint.identity
+            for state in states
+            for endpoint in state.spec.endpoints
+        }
+        excluded = EXCLUDED if known.excluded_labels is None else tuple(known.excluded_labels)
+        return count_sets(
+            ((numbers[pod.key], pod.labels) for pod in known.pods if pod.key in numbers),
+            Settings("labels", excluded),
+        )
+
+    def _supervisor(self) -> _Supervisor:
         found = _read(self.run_dir / "supervisor.json", _Supervisor)
-        return found.nodes if found is not None else []
+        return found if found is not None else _Supervisor()
 
     def pin_dir(self, node: str) -> Path:
         return self._pin_dir or self.run_dir / "bpf" / node

@@ -46,3 +46,8 @@ def host_port(address: str, port: int) -> str:
 
 def labels(pairs: dict[str, str]) -> str:
     return ",".join(f"{key}={value}" if value else key for key, value in sorted(pairs.items()))
+
+
+def numbers(used: int, sets: int) -> str:
+    """What identities as classes save, in a line."""
+    return f"identities: {used} for {sets} sets of labels, {sets - used} saved"

@@ -11,8 +11,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from msgspec import UNSET
-from tidegate_api.state import Condition, Identity, NodeState, NodeStateStatus, digest
+from tidegate_api.state import Condition, NodeState, NodeStateStatus, digest
 from tidegate_bpf import clsact, netns
 
 from tidegate_cli import live, render
@@ -34,7 +33,7 @@ def status(args: argparse.Namespace) -> int:
         report: dict[str, Any] = {"nodes": _of_run(place, args.node)}
     else:
         report = {"operator": place.operator(), "nodes": _of_cluster(place, args.node)}
-        report["identities"] = _identities(place)
+    report["identities"] = _identities(place)
     problems = place.problems()
     report["problems"] = [_problem(p) for p in problems]
     if args.output == "table":
@@ -67,13 +66,10 @@ def _of_cluster(place: ClusterState, only: str | None) -> list[dict[str, Any]]:
     return found
 
 
-def _identities(place: ClusterState) -> dict[str, int]:
+def _identities(place: RunObjects | ClusterState) -> dict[str, int]:
     """Numbers that pods have, and how many more it would take by labels."""
-    found = [item for item in place.all() if isinstance(item, Identity)]
-    counts = [item.status.label_sets or 0 for item in found
-              if item.status is not UNSET and item.metadata.name.isdigit()]  # fmt: skip
-    used = [count for count in counts if count]
-    return {"numbers": len(used), "saved": sum(used) - len(used)}
+    sets = place.label_sets()
+    return {"numbers": len(sets), "saved": sum(sets.values()) - len(sets)}
 
 
 def _problem(problem: Any) -> dict[str, Any]:
@@ -153,9 +149,9 @@ _HEADER = ["NODE", "MODE", "DESIRED", "REALISED", "ENDPOINTS", "DRIFT", "READY",
 def _text(report: dict[str, Any], problems: list[str], verbose: bool) -> str:
     nodes = report["nodes"]
     parts = [f"{_operator(report['operator'])}\n"] if "operator" in report else []
-    if "identities" in report:
-        numbers, saved = report["identities"]["numbers"], report["identities"]["saved"]
-        parts.append(f"identities: {numbers} for {numbers + saved} sets of labels\n")
+    found = report["identities"]
+    if found["numbers"]:
+        parts.append(f"{render.numbers(found['numbers'], found['numbers'] + found['saved'])}\n")
     parts.append(render.table(_HEADER, map(_cells, nodes)))
     for node in nodes:
         for line in (node["message"] if node["ready"] != "True" else "", node.get("kernel", "")):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from tidegate_api import users
 from tidegate_api.state import ANY_OTHER, PORT_LABEL
@@ -45,6 +45,8 @@ EXCLUDED = (
 )
 
 By = Literal["classes", "labels"]
+
+_K = TypeVar("_K")
 
 
 @dataclass(frozen=True)
@@ -190,12 +192,17 @@ class Relevance:
 
 def label_sets(world: World) -> dict[IdentityKey, int]:
     """How many numbers the pods of each identity would have by labels."""
-    by_labels = replace(world.relevance.settings, by="labels")
-    sets: dict[IdentityKey, set[frozenset[tuple[str, str]]]] = {}
-    for pod in world.pods.values():
-        if not pod.host_network:
-            own = frozenset(item for item in pod.labels.items() if not by_labels.excludes(item[0]))
-            sets.setdefault(pod.identity, set()).add(own)
+    pods = ((pod.identity, pod.labels) for pod in world.pods.values() if not pod.host_network)
+    return count_sets(pods, world.relevance.settings)
+
+
+def count_sets(pods: Iterable[tuple[_K, Mapping[str, str]]], settings: Settings) -> dict[_K, int]:
+    """(identity, labels) of pods → identity → their different sets of labels, without those that
+    make no number by labels either."""
+    sets: dict[_K, set[frozenset[tuple[str, str]]]] = {}
+    for identity, labels in pods:
+        own = frozenset(item for item in labels.items() if not settings.excludes(item[0]))
+        sets.setdefault(identity, set()).add(own)
     return {key: len(found) for key, found in sets.items()}
 
 

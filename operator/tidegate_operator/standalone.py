@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import watchfiles
 
-from tidegate_operator import identities, publish, world
+from tidegate_operator import identities, meanings, publish, world
 from tidegate_operator.cluster import dump
 from tidegate_operator.cluster import world as cluster_world
 from tidegate_operator.compile import Compiler, Desired
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.manifests import Folder, Input
-from tidegate_operator.objects import World
+from tidegate_operator.objects import IdentityKey, World
 from tidegate_operator.problems import Problem
-from tidegate_operator.relevance import Hold
+from tidegate_operator.relevance import Hold, label_sets
 from tidegate_operator.store import FileStore
 from tidegate_operator.world import EMPTY_WORLD, MadeWorld
 
@@ -161,7 +161,7 @@ class Runner:
 
 
 def _policies(read: Input) -> list[object]:
-    return [item.object for item in read.documents if item.key.kind == "NetworkPolicy"]
+    return [item.object for item in read.documents if item.key.kind in meanings.POLICY_KINDS]
 
 
 def _ignore(_: StepResult) -> None:
@@ -183,6 +183,8 @@ class Compiled(NamedTuple):
     ledger: Ledger
     problems: tuple[Problem, ...]
     sizes: publish.Sizes = publish.FOLDER_SIZES
+    sets: Mapping[IdentityKey, int] = {}
+    """See `relevance.label_sets`."""
 
 
 def compile_folder(folder: Path, options: world.Options = world.DEFAULTS) -> Compiled:
@@ -201,4 +203,5 @@ def compile_folder(folder: Path, options: world.Options = world.DEFAULTS) -> Com
         sizes = publish.FOLDER_SIZES
     ledger = identities.allocate(now, EMPTY_LEDGER)
     desired = Compiler().compile(now, ledger)
-    return Compiled(desired, ledger, (*read.problems, *problems, *desired.problems), sizes)
+    found = (*read.problems, *problems, *desired.problems)
+    return Compiled(desired, ledger, found, sizes, label_sets(now))

@@ -44,7 +44,7 @@ POD = """\
 ---
 apiVersion: v1
 kind: Pod
-metadata: {{name: {name}, namespace: {namespace}, labels: {{app: {app}}}}}
+metadata: {{name: {name}, namespace: {namespace}, labels: {{app: {app}, release: {name}}}}}
 spec:
   nodeName: {node}
   containers: [{{name: c, ports: [{{containerPort: 8080, name: http}}]}}]
@@ -207,6 +207,9 @@ def test_the_lists_show_the_kernel(cluster: Path, capsys: pytest.CaptureFixture[
     assert isinstance(endpoints, dict)
     pods = {(node, e["pod"]) for node, rows in endpoints.items() for e in rows}
     assert pods == {(node, f"{namespace}/{name}") for namespace, name, _, node in PODS}
+    # Their own labels, also those that no selector asks for.
+    own = {f"{space}/{name}": {"app": app, "release": name} for space, name, app, _ in PODS}
+    assert {e["pod"]: e["labels"] for rows in endpoints.values() for e in rows} == own
     services = answer(capsys, cluster, "lb", "list", "--node", "node-1")
     assert isinstance(services, dict)
     texts = sorted(text for texts in services.values() for text in texts)
@@ -227,7 +230,22 @@ def test_the_lists_show_the_kernel(cluster: Path, capsys: pytest.CaptureFixture[
     found = answer(capsys, cluster, "ipcache", "list", "--node", "node-1")
     assert isinstance(found, list)
     assert {entry["proof"] for entry in found} == {"ok"}
-    answer(capsys, cluster, "identity", "list")
+    words = {entry["cidr"]: entry["labels"] for entry in found}
+    for rows in endpoints.values():
+        for e in rows:
+            for text in e["addresses"]:
+                found = words[f"{text}/{128 if ':' in text else 32}"]
+                assert f"k8s:release={own[e['pod']]['release']}" in found
+    ledger = answer(capsys, cluster, "identity", "list")
+    assert isinstance(ledger, list)
+    used = [row for row in ledger if row["endpoints"]]
+    assert not any("release" in row["labels"] for row in ledger)
+    assert sum(row["labelSets"] for row in used) == len(PODS)
+    report = answer(capsys, cluster, "status")
+    assert isinstance(report, dict)
+    saved = len(PODS) - len(used)
+    assert saved > 0
+    assert report["identities"] == {"numbers": len(used), "saved": saved}
     answer(capsys, cluster, "ct", "list")
     answer(capsys, cluster, "metrics", "list")
 

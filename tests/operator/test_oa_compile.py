@@ -68,7 +68,7 @@ def test_same_objects(town: Town, tmp_path: Path) -> None:
     apply(town.client, endpoints)
     town.settled()
     write_out(town.client, tmp_path)
-    desired, ledger, problems, sizes = compile_folder(tmp_path)
+    desired, ledger, problems, sizes, _ = compile_folder(tmp_path)
     assert desired is not None
     assert [item for item in problems if item.severity == "error"] == []
     want = {(item.kind, item.metadata.name): _spec(item) for item in render(desired, ledger, sizes)}

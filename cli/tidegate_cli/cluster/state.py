@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import UNSET
 from tidegate_api.state import Identity, NodeState, PolicyStatus, RuleSet, StateObject, StateSlice
 from tidegate_kube import resources
 from tidegate_kube.resources import Resource
@@ -18,6 +19,7 @@ from tidegate_kube.resources import Resource
 from tidegate_cli.answer import Answers, Question, Told
 from tidegate_cli.cluster.api import Api
 from tidegate_cli.errors import CliError
+from tidegate_cli.objects import OwnPod
 
 LOADER_SELECTOR = "app.kubernetes.io/name=tidegate-loader"
 OPERATOR_SELECTOR = "app.kubernetes.io/name=tidegate-operator"
@@ -102,6 +104,21 @@ class ClusterState:
         if only not in found:
             raise CliError(f"no node {only!r}", f"--node takes one of: {', '.join(found) or '-'}")
         return [only]
+
+    def pods(self) -> list[OwnPod]:
+        """With the labels that they have in the API."""
+        return [_own_pod(item) for item in self.items(resources.PODS)]
+
+    def label_sets(self) -> dict[int, int]:
+        """Number → how many numbers its pods would have by labels, as the operator says it."""
+        return {
+            int(item.metadata.name): item.status.label_sets
+            for item in self.all()
+            if isinstance(item, Identity)
+            and item.metadata.name.isdigit()
+            and item.status is not UNSET
+            and item.status.label_sets
+        }
 
     def problems(self) -> list[Stalled]:
         """Policies that are not in force as written."""
@@ -227,6 +244,17 @@ class Asker:
     def digests(self) -> dict[str, str]:
         """Of each node asked so far: the state that it has in force."""
         return self._digests
+
+
+def _own_pod(item: Any) -> OwnPod:
+    meta, status = item["metadata"], item.get("status") or {}
+    return OwnPod(
+        namespace=meta["namespace"],
+        name=meta["name"],
+        labels=meta.get("labels") or {},
+        addresses=[one["ip"] for one in status.get("podIPs") or ()],
+        host_network=bool(item["spec"].get("hostNetwork")),
+    )
 
 
 def _loader_pod(item: Any) -> LoaderPod:

@@ -165,6 +165,7 @@ def up(options: UpOptions) -> int:
         Loaders(run_dir),
         options.wait,
         Observer(run_dir) if options.observer else None,
+        options.excluded_labels,
     )
     ending = f"\nready: following {folder}"
     if options.detach:

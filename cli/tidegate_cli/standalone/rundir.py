@@ -78,6 +78,8 @@ class Supervisor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     ready: bool
     nodes: list[Node]
     pods: list[Pod]
+    excluded_labels: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """Label keys that make no identity by labels; absent: those of `relevance.EXCLUDED`."""
 
 
 _decoder = msgspec.json.Decoder(Supervisor)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 import structlog
+from msgspec import UNSET
 from tidegate_api.state import encode
 
 from tidegate_cli.standalone import cgroups
@@ -102,6 +103,8 @@ class Parts:
     wait: float = READY_SECONDS
     """Seconds until everything must be realised, or `serve` gives up."""
     companion: Companion | None = None
+    excluded_labels: tuple[str, ...] | None = None
+    """For who counts identities; None: the default."""
 
 
 class _Stopped(Exception):
@@ -246,7 +249,7 @@ class _Main:
             log.warning("problem", message=problem)
 
     def _write_state(self) -> None:
-        pid = os.getpid()
+        pid, excluded = os.getpid(), self._parts.excluded_labels
         state = Supervisor(
             pid=pid,
             start_time=start_time(pid) or 0,
@@ -256,6 +259,7 @@ class _Main:
             ready=self._ready,
             nodes=self._cluster.nodes,
             pods=self._cluster.pods,
+            excluded_labels=UNSET if excluded is None else list(excluded),
         )
         write_atomic(self._parts.run_dir.state, encode(state))
 

@@ -90,10 +90,11 @@ def compiled(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tu
 
 
 def test_compile_prints_every_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.yaml").write_text(POD)
+    other = POD.replace("name: a", "name: b, labels: {app: b}")
+    (tmp_path / "a.yaml").write_text(f"{POD}---\n{other}")
     code, out, err = compiled(tmp_path, capsys, "--nodes", "3")
     kinds = [document["kind"] for document in yaml.safe_load_all(out)]
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "identities: 1 for 2 sets of labels, 1 saved\n")
     assert kinds.count("NodeState") == 3
     assert {"Identity", "StateSlice"} <= set(kinds)
     _, out, _ = compiled(tmp_path, capsys, "--nodes", "3", "-o", "json")

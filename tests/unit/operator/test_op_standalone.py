@@ -55,6 +55,49 @@ def test_failed_hook_is_tried_again(tmp_path: Path) -> None:
     assert calls == [1, 1]
 
 
+TRAFFIC_POLICY = """\
+---
+apiVersion: tidegate.dev/v1alpha1
+kind: TrafficPolicy
+metadata: {name: t}
+spec:
+  subject: {podSelector: {matchLabels: {app: one}}}
+  isolates: [Ingress]
+  mode: Enforce
+"""
+ADMIN_POLICY = """\
+---
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {name: c}
+spec:
+  tier: Admin
+  priority: 1
+  subject: {pods: {podSelector: {matchLabels: {app: one}}}}
+  ingress: [{action: Deny, from: [{namespaces: {}}]}]
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [policy("n", "{podSelector: {matchLabels: {app: one}}}"), TRAFFIC_POLICY, ADMIN_POLICY],
+    ids=["NetworkPolicy", "TrafficPolicy", "ClusterNetworkPolicy"],
+)
+def test_numbers_never_merge_in_the_step_in_which_a_policy_goes(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Runner(tmp_path / "f", tmp_path / "run")
+    put(tmp_path / "f/pods.yaml", pod("a", "{app: one}") + pod("b"))
+    put(tmp_path / "f/policy.yaml", text)
+    first = runner.step()
+    assert not [problem for problem in first.problems if problem.severity == "error"]
+    monkeypatch.setattr(runner._hold, "due", lambda _now: True)  # of another, before
+    (tmp_path / "f/policy.yaml").unlink()
+    counts = [len({p.identity for p in step.world.pods.values()}) for step in
+              (first, runner.step(), runner.step())]  # fmt: skip
+    assert counts == [2, 2, 1]
+
+
 Wait = Callable[[Callable[[StepResult], bool]], StepResult]
 
 
@@ -129,7 +172,7 @@ def test_folder_that_comes_late(tmp_path: Path, follow: Wait) -> None:
 
 def test_compile_folder(tmp_path: Path) -> None:
     put(tmp_path / "a.yaml", pod("a"))
-    desired, ledger, problems, _ = compile_folder(tmp_path)
+    desired, ledger, problems, *_ = compile_folder(tmp_path)
     assert desired is not None
     assert (len(desired.nodes), len(ledger.live), problems) == (2, 1, ())
     assert compile_folder(tmp_path / "absent")[0] is None
