@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import operator
 import os
 import struct
 import time
@@ -587,14 +588,16 @@ def _same_entries(keys: bytes, values: list[int], likely: dict[bytes, int]) -> b
     """Whether these, in whatever order, are just the entries of `likely`. The kernel names
     no key twice.
 
-    As many, and of the same sum of hashes: 64 bits each, keyed anew in every process, so that
-    nobody can choose entries that meet. Asking the dict for each key would walk through its
-    memory at random and cost twice as much."""
-    if len(values) != len(likely):
+    As many, and of the same sum of hash times value: hashes have 64 bits and are keyed anew in
+    every process, so that nobody can choose entries that meet. (The sum of the pairs' hashes
+    would not do: two values that have changed places leave it as it is, one time in some.)
+    Asking the dict for each key would walk through its memory at random and cost twice as much."""
+    if len(values) != len(likely) or 0 in values:  # a key without an identity would not count
         return False
-    found = sum(map(hash, zip(_ADDRESS.iter_unpack(keys), values, strict=True)))
-    # As pairs of the same form: ((key,), value).
-    return found == sum(map(hash, zip(zip(likely), likely.values(), strict=True)))
+    found: int = sum(map(operator.mul, map(hash, _ADDRESS.iter_unpack(keys)), values))
+    # Of keys of the same form: (key,).
+    wanted: int = sum(map(operator.mul, map(hash, zip(likely)), likely.values()))
+    return found == wanted
 
 
 def now() -> int:

@@ -103,6 +103,15 @@ def test_likely_entries_are_taken_only_when_they_are_there(
     assert node.kernel.read_ipcache(likely) == {_ONE: 300, _TWO: kernel.WRONG}
 
 
+def test_identities_that_changed_places_are_never_taken_for_the_same() -> None:
+    """Whatever the addresses' hashes are."""
+    for number in range(500):
+        one, two = (addresses.pack(f"10.{n}.{number >> 8}.{number & 255}") for n in (1, 2))
+        swapped = {one: 301, two: 300}
+        assert not kernel._same_entries(one + two, [300, 301], swapped)
+        assert kernel._same_entries(two + one, [300, 301], swapped)
+
+
 def test_what_the_datapath_would_read(objects: Path, pin_dir: Path) -> None:
     node = Node(objects, pin_dir)
     node.apply(world.example(), 1, 2)
