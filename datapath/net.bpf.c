@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-#include <tidegate/uplink.h>
+#include <tidegate/masquerade.h>
 
 SEC("tc")
 int from_net(struct __sk_buff *skb)

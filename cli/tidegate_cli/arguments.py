@@ -106,3 +106,30 @@ def add_identities(parser: argparse.ArgumentParser) -> None:
         help="with --identities=labels: label keys, or prefixes that end in /, that make no number "
         "unless a policy mentions them (default: those that common tools put on pods)",
     )
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    import ipaddress  # noqa: PLC0415  (as above)
+
+    try:
+        return tuple(
+            sorted({str(ipaddress.ip_network(part.strip())) for part in text.split(",") if part})
+        )
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_masquerade(parser: argparse.ArgumentParser) -> None:
+    """With whose address pods' packets leave."""
+    parser.add_argument(
+        "--masquerade",
+        action="store_true",
+        help="what pods send outside the cluster leaves with their node's address",
+    )
+    parser.add_argument(
+        "--non-masquerade-cidrs",
+        type=_networks,
+        default=(),
+        metavar="CIDR,...",
+        help="with --masquerade: networks outside to which pods keep their own addresses",
+    )

@@ -33,6 +33,7 @@ TEXT: dict[int, str] = {
     228: "Forged ARP or neighbour sender",
     229: "No free port to send on with the node's address",
     230: "Answer whose translation was forgotten",
+    231: "Masqueraded",
     253: "Policy denied in audit mode",
     254: "Events lost",
 }

@@ -396,6 +396,13 @@ class TableRef(Model, frozen=True):
     """A revision that has to be seen before this state may be applied."""
 
 
+class Masquerade(Model, frozen=True):
+    """What pods of the node send outside the cluster leaves with the node's address."""
+
+    excludes: list[Network]
+    """Networks outside the cluster to which pods keep their own addresses, sorted."""
+
+
 class NodeStateSpec(Model, frozen=True):
     """What one node enforces."""
 
@@ -419,6 +426,8 @@ class NodeStateSpec(Model, frozen=True):
     node_port_addresses: list[Address] | UnsetType = UNSET
     """Addresses of the node that answer for NodePorts and host ports, IPv4 first; absent: there
     is no such port."""
+    masquerade: Masquerade | UnsetType = UNSET
+    """Absent: what pods send outside leaves as they send it."""
 
 
 class NodeStateStatus(Model, frozen=True):

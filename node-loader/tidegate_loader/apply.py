@@ -39,6 +39,7 @@ from tidegate_loader.plan import (
     CreateRuleSet,
     DeleteFrontends,
     DeleteIpcache,
+    DeleteMasquerade,
     DeleteNetworks,
     DeleteRanges,
     FreeBackends,
@@ -55,6 +56,7 @@ from tidegate_loader.plan import (
     SwitchNodeTable,
     UpsertFrontends,
     UpsertIpcache,
+    UpsertMasquerade,
     UpsertNetworks,
     UpsertRanges,
     WriteBackends,
@@ -106,6 +108,8 @@ def _group(step: AnyStep) -> Group:
             | UpsertFrontends()
             | FreeBackends()
             | WriteNode()
+            | UpsertMasquerade()
+            | DeleteMasquerade()
             | UpsertRanges()
             | DeleteRanges()
         ):
@@ -163,6 +167,17 @@ class Writer:
                 self._actual.networks = self._kernel.read_networks()
             case WriteNode(addresses=own, source=source):
                 self._write_node(own, source)
+            case UpsertMasquerade(entries=networks):
+                opened = self._kernel.map("masquerade_v1")
+                for (bits, address), value in networks.items():
+                    key = self._layouts.prefix.pack_row((bits, address))
+                    opened.update(key, INDEX.pack(value))
+                self._actual.masquerade = self._kernel.decode_prefixes(opened)
+            case DeleteMasquerade(keys=networks):
+                opened = self._kernel.map("masquerade_v1")
+                for bits, address in networks:
+                    opened.discard(self._layouts.prefix.pack_row((bits, address)))
+                self._actual.masquerade = self._kernel.decode_prefixes(opened)
             case UpsertRanges(keys=ranges):
                 self._kernel.map("source_ranges_v1").update_batch(
                     self._pack_ranges(ranges), _u32([1] * len(ranges))

@@ -234,6 +234,7 @@ class Kernel:
             ranges=self.read_ranges(),
             node_addresses=self.read_node_addresses(),
             node_source=self.read_node_source(),
+            masquerade=self.decode_prefixes(self.map("masquerade_v1")),
         )
         if realised is not None:
             found.uids = {u: e.id for u, e in realised.endpoints.items() if e.id < next_id}
@@ -255,6 +256,7 @@ class Kernel:
             rule_sets=size["rule_sets_v2"],
             half_open=size["half_open_v2"],
             ranges=size["source_ranges_v1"],
+            masquerade=size["masquerade_v1"],
         )
 
     def read_control(self) -> tuple[int, int]:

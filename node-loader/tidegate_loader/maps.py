@@ -94,8 +94,12 @@ class DesiredMaps(msgspec.Struct, frozen=True):
     """Every address of the node itself."""
     node_source: tuple[bytes, bytes]
     """As whom the node sends on, IPv4 and IPv6; ZERO: not at all."""
+    masquerade: dict[Prefix, int]
+    """Where to pods' packets go with the node's address (1) or their own (0); empty: all go with
+    their own."""
     outer: bool
-    """Some frontend is for clients outside the node."""
+    """Some frontend is for clients outside the node, or pods' packets are masqueraded: the node
+    needs its uplinks."""
     health: dict[int, Health]
     """Health check port -> what it says."""
     service_names: dict[str, str]
@@ -177,6 +181,8 @@ class Builder:
             for address in (endpoint.ip4, endpoint.ip6):
                 if address != ZERO:
                     flags[address] = flags.get(address, 0) | LOCAL
+        source = _source(place, uplinks)
+        masquerade = _masquerade(state.node, source)
         return DesiredMaps(
             endpoints=endpoints,
             rule_sets=self._rule_sets(state, endpoints),
@@ -186,8 +192,9 @@ class Builder:
             draining=served.draining,
             ranges=served.ranges,
             node_addresses=uplinks.addresses,
-            node_source=_source(place, uplinks),
-            outer=served.outer,
+            node_source=source,
+            masquerade=masquerade,
+            outer=served.outer or bool(masquerade),
             health=served.health,
             service_names=served.names,
             pending=pending,
@@ -432,6 +439,26 @@ def _source(place: Place, uplinks: Uplinks) -> tuple[bytes, bytes]:
         if address in uplinks.addresses:
             found[0 if addresses.is_v4(address) else 1] = address
     return found[0], found[1]
+
+
+NEVER_MASQUERADED = ("169.254.0.0/16", "224.0.0.0/4", "fe80::/10", "ff00::/8")
+"""Link-local and multicast: no router carries them past the link."""
+
+
+def _masquerade(node: NodeState, source: tuple[bytes, bytes]) -> dict[Prefix, int]:
+    """Pods and nodes are left out by who they are, not by this. A family of which the node has
+    no address is left alone. MapsError."""
+    asked = node.spec.masquerade
+    if asked is UNSET:
+        return {}
+    found = {(MAPPED_BITS, MAPPED + bytes(4)): source[0], (0, ZERO): source[1]}
+    prefixes = {prefix: int(address != ZERO) for prefix, address in found.items()}
+    try:
+        for text in (*NEVER_MASQUERADED, *asked.excludes):
+            prefixes[addresses.parse_prefix(text)] = 0
+    except ValueError as error:
+        raise MapsError(f"masquerade: {error}") from error
+    return prefixes
 
 
 __all__ = [

@@ -124,6 +124,7 @@ class Limits(msgspec.Struct, frozen=True):
     rule_sets: int
     half_open: int
     ranges: int = 65536
+    masquerade: int = 4096
 
 
 class Actual(msgspec.Struct):
@@ -155,6 +156,7 @@ class Actual(msgspec.Struct):
     ranges: frozenset[RangeKey] = frozenset()
     node_addresses: frozenset[bytes] = frozenset()
     node_source: NodeSource = (ZERO, ZERO)
+    masquerade: dict[Prefix, int] = {}
 
     def wake(self, now: int) -> None:
         """Time has passed: some slots have rested."""
@@ -264,6 +266,18 @@ class WriteNode(Step, frozen=True):
     source: NodeSource
 
 
+class UpsertMasquerade(Step, frozen=True):
+    """In this order: what is left out first."""
+
+    entries: dict[Prefix, int]
+
+
+class DeleteMasquerade(Step, frozen=True):
+    """In this order: what is left out last."""
+
+    keys: tuple[Prefix, ...]
+
+
 class UpsertRanges(Step, frozen=True):
     keys: tuple[RangeKey, ...]
 
@@ -312,6 +326,8 @@ AnyStep = (
     | DeleteNetworks
     | UpsertNetworks
     | WriteNode
+    | UpsertMasquerade
+    | DeleteMasquerade
     | UpsertRanges
     | DeleteRanges
     | DeleteFrontends
@@ -369,9 +385,11 @@ class _FactsPlan(msgspec.Struct):
 
 
 class _OutsidePlan(msgspec.Struct):
-    """What frontends for clients outside rely on."""
+    """What frontends for clients outside, and packets to there, rely on."""
 
     node: WriteNode | None
+    masquerade: dict[Prefix, int]
+    unmasquerade: tuple[Prefix, ...]
     upsert: tuple[RangeKey, ...]
     delete: tuple[RangeKey, ...]
 
@@ -393,8 +411,9 @@ def _in_order(
     5. One pointer swap puts the new policy in force; it returns when nobody reads the old one.
     6. Then addresses come: the rule sets in force know them.
     7. Then the epoch: flows are re-evaluated against what is now there, all of it.
-    8. Services: frontends go before what they name, come after it. Who may use one is known
-       before it asks, and until it asks no more.
+    8. The node has its addresses before pods' packets leave with them. Services: frontends go
+       before what they name, come after it. Who may use one is known before it asks, and until
+       it asks no more.
     9. What only the old node tables named goes last.
     """
     if policy.next_id != actual.next_id:
@@ -426,6 +445,10 @@ def _in_order(
         yield BumpEpoch(actual.epoch + 1)
     if outside.node is not None:
         yield outside.node
+    if outside.masquerade:
+        yield UpsertMasquerade(outside.masquerade)
+    if outside.unmasquerade:
+        yield DeleteMasquerade(outside.unmasquerade)
     if outside.upsert:
         yield UpsertRanges(outside.upsert)
     if services.delete:
@@ -708,13 +731,23 @@ def _plan_outside(desired: DesiredMaps, actual: Actual, problems: list[str]) -> 
     node = None
     if (desired.node_addresses, desired.node_source) != (actual.node_addresses, actual.node_source):
         node = WriteNode(desired.node_addresses, desired.node_source)
+    masquerade = {p: v for p, v in desired.masquerade.items() if actual.masquerade.get(p) != v}
+    lost = [p for p in actual.masquerade if p not in desired.masquerade]
+    fresh = [p for p in masquerade if p not in actual.masquerade]
+    room = actual.limits.masquerade - len(actual.masquerade)
+    for prefix in _fit("masquerade", fresh, room, problems) if len(fresh) > room else ():
+        del masquerade[prefix]
+    # The roots are the shortest: they are what masquerades.
+    upserts = dict(sorted(masquerade.items(), reverse=True))
+    found = _OutsidePlan(node, upserts, tuple(sorted(lost)), (), ())
     if desired.ranges == actual.ranges:
-        return _OutsidePlan(node, (), ())
-    gone = actual.ranges - desired.ranges
+        return found
     new = desired.ranges - actual.ranges
     room = actual.limits.ranges - len(actual.ranges)
     left = _fit("source ranges", new, room, problems) if len(new) > room else set()
-    return _OutsidePlan(node, tuple(sorted(new - left)), tuple(sorted(gone)))
+    found.upsert = tuple(sorted(new - left))
+    found.delete = tuple(sorted(actual.ranges - desired.ranges))
+    return found
 
 
 # ---- drift ----------------------------------------------------------------------------------
@@ -733,6 +766,7 @@ def drift(expected: Actual, found: Actual) -> int:
         + len(expected.ranges ^ found.ranges)
         + len(expected.node_addresses ^ found.node_addresses)
         + (expected.node_source != found.node_source)
+        + _differing(expected.masquerade, found.masquerade)
         + (expected.epoch != found.epoch)
     )
 

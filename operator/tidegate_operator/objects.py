@@ -295,7 +295,8 @@ def gateways(pod_cidrs: Iterable[str]) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Node:
     """Addresses and CIDRs in canonical text. `uid` "": it is no API object. `zone` "": in none.
-    `port_addresses`: those that answer for NodePorts and host ports, IPv4 first."""
+    `port_addresses`: those that answer for NodePorts and host ports, IPv4 first. `masquerade`:
+    as `services.Settings` have it."""
 
     name: str
     addresses: tuple[str, ...]
@@ -304,6 +305,7 @@ class Node:
     zone: str = ""
     port_addresses: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    masquerade: tuple[str, ...] | None = None
 
     @functools.cached_property
     def gateways(self) -> tuple[str, ...]:

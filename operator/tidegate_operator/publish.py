@@ -14,7 +14,7 @@ from typing import Any, Literal, TextIO
 
 import msgspec
 import yaml
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from tidegate_api import API_VERSION
 from tidegate_api.service import format_of
 from tidegate_api.state import (
@@ -26,6 +26,7 @@ from tidegate_api.state import (
     Identity,
     IdentitySpec,
     IPCacheEntry,
+    Masquerade,
     Meta,
     NodeState,
     NodeStateSpec,
@@ -174,9 +175,14 @@ def _format_of(table: Table, entries: Sequence[Any]) -> int:
 
 
 def _node_format(content: NodeContent) -> int:
-    new = content.zone or content.port_addresses
+    new = content.zone or content.port_addresses or content.masquerade is not None
     ports = any(endpoint.host_ports is not UNSET for endpoint in content.endpoints)
     return NEWEST_FORMAT if new or ports else FORMAT
+
+
+def _masquerade(content: NodeContent) -> Masquerade | UnsetType:
+    excludes = content.masquerade
+    return UNSET if excludes is None else Masquerade(excludes=list(excludes))
 
 
 def node_object(
@@ -194,6 +200,7 @@ def node_object(
         term=UNSET if term is None else term,
         zone=content.zone or UNSET,
         node_port_addresses=list(content.port_addresses) or UNSET,
+        masquerade=_masquerade(content),
     )
     node = OwnerReference(api_version="v1", kind="Node", name=name, uid=content.uid)
     return NodeState(
@@ -706,6 +713,7 @@ def _says(spec: NodeStateSpec, content: NodeContent, tables: Mapping[str, TableR
         spec.format == _node_format(content)
         and (spec.zone or "") == content.zone
         and tuple(spec.node_port_addresses or ()) == content.port_addresses
+        and spec.masquerade == _masquerade(content)
         and spec.mode == "Enforcing"
         and spec.endpoints == content.endpoints
         and spec.rule_sets == content.rule_sets

@@ -41,7 +41,8 @@ NEAR: dict[str, Literal["PreferSameZone", "PreferSameNode"]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the owner of a cluster decides about its Services. CIDRs without host bits."""
+    """What the owner of a cluster decides about its Services, and about its pods' packets to
+    what is outside. CIDRs without host bits."""
 
     external_ips: tuple[str, ...] = ()
     """`spec.externalIPs` inside them are served; () = none is: whoever may write a Service could
@@ -50,6 +51,9 @@ class Settings:
     """Addresses of a node inside them answer for NodePorts; () = its primary ones."""
     maglev: bool = False
     """The algorithm of Services that name none."""
+    masquerade: tuple[str, ...] | None = None
+    """Pods' packets outside leave with the node's address, but for those to these networks; None:
+    none does."""
 
 
 DEFAULTS = Settings()

@@ -255,6 +255,7 @@ class _Builder:
             zone=labels.get(services.ZONE_LABEL, ""),
             labels={HOSTNAME_LABEL: name, **labels},
             port_addresses=services.port_addresses(addresses, self.options.services),
+            masquerade=self.options.services.masquerade,
         )
 
     def _namespaces(

@@ -64,9 +64,11 @@ def port_of(name: str, number: int, backends: list[tuple[str, str]], **more: Any
     )
 
 
-def state(ports: list[Any]) -> maps.State:
+def state(ports: list[Any], masquerade: list[str] | None = None) -> maps.State:
     found = world.World(services=ports).state()
     spec = structs.replace(found.node.spec, node_port_addresses=[NODE])
+    if masquerade is not None:
+        spec = structs.replace(spec, masquerade=api.Masquerade(excludes=masquerade))
     return structs.replace(found, node=structs.replace(found.node, spec=spec))
 
 
@@ -80,10 +82,12 @@ class Node:
         self.actual.reindex()
         self.builder = maps.Builder()
 
-    def bring(self, ports: list[Any], now: int | None = None) -> plan.Plan:
+    def bring(
+        self, ports: list[Any], now: int | None = None, masquerade: list[str] | None = None
+    ) -> plan.Plan:
         if now is not None:
             self.actual.wake(now)
-        self.desired = self.builder.build(state(ports), {}, UPLINKS)
+        self.desired = self.builder.build(state(ports, masquerade), {}, UPLINKS)
         made = plan.plan(self.desired, self.actual)
         assert apply.apply(made, self.kernel, self.actual) == []
         assert plan.plan(self.desired, self.actual).steps == ()
@@ -150,6 +154,45 @@ def test_every_kind_is_read_back_as_it_was_meant(objects: Path, pin_dir: Path) -
     node.bring([])
     assert node.kernel.read_frontends({}) == {}
     assert node.kernel.read_ranges() == frozenset()
+
+
+def test_masquerading_is_read_back_as_it_was_meant(objects: Path, pin_dir: Path) -> None:
+    """What is left out is so before anything is masqueraded, and after. Of IPv6 this node has no
+    address."""
+    node = Node(objects, pin_dir)
+
+    def held() -> dict[str, int]:
+        return {
+            addresses.prefix_text(p): v
+            for p, v in node.kernel.decode_prefixes(node.kernel.map("masquerade_v1")).items()
+        }
+
+    always = dict.fromkeys(maps.NEVER_MASQUERADED, 0)
+    made = node.bring([], masquerade=["192.0.2.0/24"])
+    assert node.desired.outer, "uplinks are looked for"
+    assert held() == {"0.0.0.0/0": 1, "::/0": 0, "192.0.2.0/24": 0, **always}
+    (step,) = (s for s in made.steps if isinstance(s, plan.UpsertMasquerade))
+    assert [v for v in step.entries.values() if v] == [1]
+    own = next(prefix for prefix, value in step.entries.items() if value)
+    inside = [p for p in step.entries if p[1].startswith(maps.MAPPED) and p != own]
+    order = list(step.entries)
+    assert max(map(order.index, inside)) < order.index(own)
+    made = node.bring([], masquerade=["198.51.100.0/24"])
+    assert [type(s).__name__ for s in made.steps] == ["UpsertMasquerade", "DeleteMasquerade"]
+    assert held() == {"0.0.0.0/0": 1, "::/0": 0, "198.51.100.0/24": 0, **always}
+    node.bring([], masquerade=["0.0.0.0/0"])
+    assert set(held().values()) == {0}
+    node.bring([], masquerade=[])
+    found = node.kernel.actual(None, {})
+    found.masquerade[0, addresses.ZERO] = 1
+    assert plan.drift(node.actual, found) == 1
+    (step,) = plan.plan(node.desired, found).steps
+    assert step == plan.UpsertMasquerade({(0, addresses.ZERO): 0})
+    made = node.bring([])
+    (off,) = (s for s in made.steps if isinstance(s, plan.DeleteMasquerade))
+    left = [p for p in off.keys if p[1].startswith(maps.MAPPED) and p != own]
+    assert min(map(off.keys.index, left)) > off.keys.index(own)
+    assert held() == {}
 
 
 def test_one_endpoint_costs_its_own_frontends(objects: Path, pin_dir: Path) -> None:

@@ -103,6 +103,9 @@ OTHER = {
     "services.externalIPs": "services.externalIPs[0]=192.0.2.0/24",
     "services.nodePortAddresses": "services.nodePortAddresses[0]=fd00::/8",
     "services.algorithm": "services.algorithm=maglev",
+    "masquerade.enabled": "masquerade.enabled=true",
+    "masquerade.nonMasqueradeCIDRs": "masquerade.enabled=true,masquerade.nonMasqueradeCIDRs[0]="
+    "192.0.2.0/24",
     "identities.by": "identities.by=labels",
     "identities.excludedLabels": "identities.excludedLabels[0]=team/",
     "operator.replicas": "operator.replicas=2",
@@ -135,6 +138,7 @@ def test_every_value_changes_something(value: str) -> None:
         ("operator.healthPort=65536", "healthPort"),
         ("services.externalIPs[0]=192.0.2.1", "externalIPs"),
         ("services.algorithm=fastest", "algorithm"),
+        ("masquerade.nonMasqueradeCIDRs[0]=192.0.2.1", "nonMasqueradeCIDRs"),
         ("cni.binaryDirectory=opt/cni/bin", "binaryDirectory"),
     ],
 )

@@ -23,6 +23,7 @@ UPLINK = 20
 NODE4, NODE6 = "172.18.0.1", "fd00:9::1"
 SNAT = range(10000, 30000)
 AFFINITY, RANGES, OUTSIDE, LOCAL, TWO, RING, HEADER = 1, 2, 4, 8, 32, 64, 128
+MASQUERADED = 231
 NAT_FULL, NAT_LOST, NO_ROUTE, TTL, SOURCE_RANGE = 229, 230, 169, 196, 177
 
 
@@ -59,7 +60,13 @@ class Edge:
     def open(self) -> None:
         """A fresh town, and a node with its addresses."""
         self.town.open()
-        for name in ("nat_v1", "affinity_v1", "source_ranges_v1", "node_addrs_v1"):
+        for name in (
+            "nat_v1",
+            "affinity_v1",
+            "source_ranges_v1",
+            "node_addrs_v1",
+            "masquerade_v1",
+        ):
             for key in list(self.maps[name].keys()):
                 self.maps[name].discard(key)
         for at, text in enumerate((NODE4, NODE6)):
@@ -108,6 +115,13 @@ class Edge:
         bits, raw = l.prefix(network)
         key = self.codecs["tg_range"].pack(bits=bits + 32, service=number, addr=raw)
         self.maps["source_ranges_v1"].update(key, U32.pack(1))
+
+    def masquerade(self, *leave: str) -> None:
+        """All that pods send outside, but for what is sent into the networks `leave`."""
+        for text, value in (("::/0", 1), ("0.0.0.0/0", 1), *((text, 0) for text in leave)):
+            bits, raw = l.prefix(text)
+            key = self.lab.codecs["tg_prefix"].pack(bits=bits, addr=raw)
+            self.maps["masquerade_v1"].update(key, U32.pack(value))
 
     def send(self, data: bytes, *, program: str = "from_net", host: bool = False) -> Out:
         before = self.lab.counters()

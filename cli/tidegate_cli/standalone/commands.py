@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tidegate_cli import standalone
-from tidegate_cli.arguments import add_identities, command
+from tidegate_cli.arguments import add_identities, add_masquerade, command
 from tidegate_cli.standalone.errors import StandaloneError
 from tidegate_cli.standalone.options import UpOptions
 
@@ -47,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
     )
     up.add_argument("--no-observer", action="store_true", help="without what shows flows")
     add_identities(up)
+    add_masquerade(up)
     up.set_defaults(run=_reported(_up))
 
     demo = command(
@@ -116,6 +117,7 @@ def _up(arguments: argparse.Namespace) -> int:
             wait=arguments.wait,
             identities=arguments.identities,
             excluded_labels=arguments.excluded_labels,
+            masquerade=arguments.non_masquerade_cidrs if arguments.masquerade else None,
         )
     )
 

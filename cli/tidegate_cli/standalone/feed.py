@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import structlog
-from tidegate_operator import world
+from tidegate_operator import services, world
 from tidegate_operator.problems import Problem
 from tidegate_operator.relevance import EXCLUDED, Settings
 from tidegate_operator.standalone import Runner, StepResult
@@ -157,6 +157,7 @@ def up(options: UpOptions) -> int:
     made_of = world.Options(
         nodes=options.nodes,
         identities=Settings(options.identities, options.excluded_labels or EXCLUDED),
+        services=services.Settings(masquerade=options.masquerade),
     )
     parts = supervisor.Parts(
         run_dir,

@@ -21,3 +21,5 @@ class UpOptions:
     identities: Literal["classes", "labels"] = "classes"
     excluded_labels: tuple[str, ...] | None = None
     """Label keys, or prefixes that end in "/". None: the usual ones."""
+    masquerade: tuple[str, ...] | None = None
+    """Networks outside to which pods keep their addresses; None: they always do."""

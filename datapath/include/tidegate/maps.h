@@ -175,6 +175,16 @@ struct {
 	__uint(max_entries, 65536);
 } nat_v1 SEC(".maps");
 
+/* Where to pods' packets go with an address of the node (1) or their own (0). Empty:
+ * nothing is masqueraded. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tg_prefix);
+	__type(value, __u32);
+	__uint(max_entries, 4096);
+} masquerade_v1 SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__type(key, struct tg_ct_key);

@@ -150,8 +150,10 @@ tg_global int tg_rewrite_quoted(struct __sk_buff *skb, struct tg_packet *p,
 		l4 = inner + sizeof(struct ipv6hdr);
 		diff = tg_csum_add(diff, tg_addr_diff(addr, &to->addr));
 	}
+	/* An echo's one port is its identifier. */
+	l4 += tg_is_icmp(p->t.protocol) ? offsetof(struct tg_icmp, id) : to->side ? 2 : 0;
 	if (bpf_l4_csum_replace(skb, p->l4 + offsetof(struct tg_icmp, checksum), 0, diff, 0) ||
-	    bpf_skb_store_bytes(skb, l4 + (to->side ? 2 : 0), &to->port, 2, 0))
+	    (*port != to->port && bpf_skb_store_bytes(skb, l4, &to->port, 2, 0)))
 		return TG_DROP_REWRITE;
 	*addr = to->addr;
 	*port = to->port;

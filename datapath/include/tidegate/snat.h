@@ -16,6 +16,13 @@
 const volatile __u16 snat_first = 10000;
 const volatile __u16 snat_last = 29999;
 
+/* Whose flows can be given another address and port. */
+tg_inline int tg_has_ports(__u8 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP ||
+	       tg_is_icmp(protocol);
+}
+
 #define TG_NAT_PROOF_MASK ((1ull << TG_NAT_PROOF_BITS) - 1)
 #define TG_NAT_TRIES 32
 #define TG_EEXIST 17
@@ -91,9 +98,8 @@ tg_inline int tg_nat_over(__u32 seen, __u32 flags, __u8 protocol, __u32 now)
 
 /* Whether the flow of this entry, of which `copy` is one, is over: what each
  * way has seen is in its own entry. */
-static __noinline int tg_nat_ended(struct tg_run *r, const struct tg_nat *copy, __u8 protocol)
+tg_inline int tg_nat_ends(struct tg_scratch *s, const struct tg_nat *copy, __u8 protocol)
 {
-	struct tg_scratch *s = r->s;
 	__u32 seen = copy->seen, flags = copy->flags;
 	struct tg_nat *twin;
 
@@ -107,15 +113,20 @@ static __noinline int tg_nat_ended(struct tg_run *r, const struct tg_nat *copy, 
 	return tg_nat_over(seen, flags, protocol, s->now);
 }
 
+static __noinline int tg_nat_ended(struct tg_run *r, const struct tg_nat *copy, __u8 protocol)
+{
+	return tg_nat_ends(r->s, copy, protocol);
+}
+
 /* Both entries go. Whoever takes the word away is alone in it. */
-tg_inline int tg_nat_remove(struct tg_run *r, struct tg_nat *nat, const struct tg_nat_key *key,
+tg_inline int tg_nat_remove(struct tg_scratch *s, struct tg_nat *nat, const struct tg_nat_key *key,
 			    const struct tg_nat *copy)
 {
 	if (__sync_val_compare_and_swap(&nat->word, copy->word, TG_CT_FREE) != copy->word)
 		return 0;
-	tg_nat_twin(&r->s->nat_twin, copy, key->protocol);
+	tg_nat_twin(&s->nat_twin, copy, key->protocol);
 	bpf_map_delete_elem(&nat_v1, key);
-	bpf_map_delete_elem(&nat_v1, &r->s->nat_twin);
+	bpf_map_delete_elem(&nat_v1, &s->nat_twin);
 	return 1;
 }
 
@@ -140,21 +151,31 @@ tg_inline void tg_nat_touch(struct tg_run *r, struct tg_nat *nat, const struct t
 		__sync_fetch_and_or(&twin->flags, add);
 }
 
-/* Takes the entry of the way back: s->nat_key is its key, s->nat_made its value.
- * 0, or -TG_EEXIST: a living flow has it; or why there is no room. */
-static __noinline int tg_nat_claim(struct tg_run *r)
+tg_inline struct tg_scratch *tg_this_scratch(void)
 {
-	struct tg_scratch *s = r->s;
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratch, &zero);
+}
+
+/* Takes the entry of the way back: s->nat_key is its key, s->nat_made its value.
+ * 0, or -TG_EEXIST: a living flow has it; or why there is no room. It and its
+ * caller find the run's scratch by themselves, and so are verified once. */
+tg_global int tg_nat_claim(void)
+{
+	struct tg_scratch *s = tg_this_scratch();
 	struct tg_nat *held;
 	long error;
 
+	if (!s)
+		return -1;
 	s->nat_made.word = tg_nat_word(&s->nat_key, s->now);
 	error = bpf_map_update_elem(&nat_v1, &s->nat_key, &s->nat_made, BPF_NOEXIST);
 	if (error != -TG_EEXIST)
 		return error;
 	held = tg_nat_find(&s->nat_key, &s->nat_found);
-	if (!held || !tg_nat_ended(r, &s->nat_found, s->nat_key.protocol) ||
-	    !tg_nat_remove(r, held, &s->nat_key, &s->nat_found))
+	if (!held || !tg_nat_ends(s, &s->nat_found, s->nat_key.protocol) ||
+	    !tg_nat_remove(s, held, &s->nat_key, &s->nat_found))
 		return -TG_EEXIST;
 	return bpf_map_update_elem(&nat_v1, &s->nat_key, &s->nat_made, BPF_NOEXIST);
 }
@@ -175,20 +196,24 @@ tg_inline int tg_node_source(__u8 family, struct tg_addr *addr)
 	return 1;
 }
 
-/* Makes both entries of a new flow from r->s->p.t, as it came in, to `choice`;
- * s->nat_made is then that of this way. An enum tg_reason. */
-static __noinline int tg_nat_make(struct tg_run *r, const struct tg_choice *choice, __u32 host)
+/* Makes both entries of a new flow from s->p.t, as it came in, to s->choice;
+ * s->nat_made is then that of this way. `kind`: TG_NAT_HOST, TG_NAT_MASQUERADE or
+ * neither. An enum tg_reason. */
+tg_global int tg_nat_make(__u32 kind)
 {
 	__u32 span = (__u32)snat_last - snat_first + 1, at = bpf_get_prandom_u32();
-	struct tg_scratch *s = r->s;
-	struct tg_tuple *t = &s->p.t;
+	struct tg_scratch *s = tg_this_scratch();
+	const struct tg_choice *choice;
+	struct tg_tuple *t;
 	int i, error = -1;
 
-	__builtin_memset(&s->nat_made, 0, sizeof(s->nat_made));
-	if (!choice || !span)
+	if (!s || !span)
 		return TG_DROP_NAT_FULL;
+	t = &s->p.t;
+	choice = &s->choice;
+	__builtin_memset(&s->nat_made, 0, sizeof(s->nat_made));
 	s->nat_made.seen = s->now;
-	s->nat_made.flags = TG_NAT_REPLY | host;
+	s->nat_made.flags = TG_NAT_REPLY | kind;
 	s->nat_made.src = t->dst;
 	s->nat_made.dst = t->src;
 	s->nat_made.sport = t->dport;
@@ -200,8 +225,8 @@ static __noinline int tg_nat_make(struct tg_run *r, const struct tg_choice *choi
 	s->nat_key.dport = t->sport;
 	s->nat_key.protocol = t->protocol;
 	s->nat_key.pad[0] = s->nat_key.pad[1] = s->nat_key.pad[2] = 0;
-	if (host) {
-		error = tg_nat_claim(r);
+	if (kind & TG_NAT_HOST) {
+		error = tg_nat_claim();
 	} else {
 		if (!tg_node_source(s->p.family, &s->nat_key.dst))
 			return TG_DROP_NO_ROUTE;
@@ -209,7 +234,7 @@ static __noinline int tg_nat_make(struct tg_run *r, const struct tg_choice *choi
 		for (i = 0; i < TG_NAT_TRIES; i++) {
 			if (t->protocol != IPPROTO_SCTP)
 				s->nat_key.dport = bpf_htons(snat_first + (at + i * 7919u) % span);
-			error = tg_nat_claim(r);
+			error = tg_nat_claim();
 			if (error != -TG_EEXIST || t->protocol == IPPROTO_SCTP)
 				break;
 		}
@@ -218,7 +243,7 @@ static __noinline int tg_nat_make(struct tg_run *r, const struct tg_choice *choi
 		return TG_DROP_NAT_FULL;
 	/* This way: to the backend, from the node or still from the client. */
 	s->nat_found = s->nat_made;
-	s->nat_made.flags = host;
+	s->nat_made.flags = kind;
 	s->nat_made.src = s->nat_key.dst;
 	s->nat_made.dst = choice->addr;
 	s->nat_made.sport = s->nat_key.dport;
@@ -232,6 +257,32 @@ static __noinline int tg_nat_make(struct tg_run *r, const struct tg_choice *choi
 	return tg_nat_find(&s->nat_twin, &s->nat_made) ? 0 : TG_DROP_NAT_FULL;
 }
 
+/* Gives an echo its other identifier, which is the request's source port and the
+ * reply's destination port. */
+tg_global int tg_rewrite_echo(struct __sk_buff *skb, struct tg_packet *p, const struct tg_nat *nat)
+{
+	struct tg_icmp *icmp;
+	__be16 id, *held;
+	__u32 l4;
+
+	if (!p || !nat || p->l4 > TG_MAX_L4)
+		return TG_DROP_REWRITE;
+	l4 = p->l4;
+	held = nat->flags & TG_NAT_REPLY ? &p->t.dport : &p->t.sport;
+	id = nat->flags & TG_NAT_REPLY ? nat->dport : nat->sport;
+	if (p->fragment != TG_LATER_FRAGMENT) {
+		if (bpf_l4_csum_replace(skb, l4 + offsetof(struct tg_icmp, checksum), 0,
+					tg_csum_diff(*held, id), 0))
+			return TG_DROP_REWRITE;
+		icmp = tg_at(skb, l4, sizeof(*icmp));
+		if (!icmp)
+			return TG_DROP_REWRITE;
+		icmp->id = id;
+	}
+	*held = id;
+	return 0;
+}
+
 /* The packet as `nat` says. */
 static __noinline int tg_nat_apply(struct tg_run *r, const struct tg_nat *nat)
 {
@@ -243,6 +294,11 @@ static __noinline int tg_nat_apply(struct tg_run *r, const struct tg_nat *nat)
 	to->addr = nat->dst;
 	to->port = nat->dport;
 	to->side = TG_SIDE_DST;
+	if (tg_is_icmp(r->s->p.t.protocol)) {
+		reason = tg_rewrite_echo(r->skb, &r->s->p, nat);
+		if (reason)
+			return reason;
+	}
 	if (!tg_addr_equal(&to->addr, &r->s->p.t.dst) || to->port != r->s->p.t.dport)
 		reason = tg_rewrite(r->skb, &r->s->p, to);
 	if (reason)

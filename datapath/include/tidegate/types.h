@@ -295,6 +295,7 @@ TG_SIZE(struct tg_nat, 56);
 enum tg_nat_flags {
 	TG_NAT_REPLY = 0x10000,  /* the entry is of the direction from the backend */
 	TG_NAT_HOST = 0x20000,   /* the backend is this node itself: its source is kept */
+	TG_NAT_MASQUERADE = 0x40000, /* a pod's flow that leaves with the node's address */
 };
 
 /* An address of this node. Its proof says that it is not torn. */
@@ -486,6 +487,7 @@ enum tg_reason {
 	TG_DROP_L2_SENDER = 228,
 	TG_DROP_NAT_FULL = 229,
 	TG_REASON_NAT_LOST = 230,  /* counted, not a drop */
+	TG_REASON_MASQUERADED = 231, /* counted, not a drop */
 	TG_REASON_AUDIT = 253,      /* counted, not a drop: a policy in audit mode denies it */
 	TG_REASON_EVENT_LOST = 254, /* counted, not a drop */
 	TG_REASON_MAX = 256,

@@ -7,7 +7,7 @@
  * another node goes on with this node's address (`snat.h`). What is for no
  * Service passes as it came, whatever it is.
  *
- * `to_net` translates the answers of backends that are the node itself.
+ * What goes out there: `masquerade.h`.
  */
 #ifndef TIDEGATE_UPLINK_H
 #define TIDEGATE_UPLINK_H
@@ -77,16 +77,20 @@ static __noinline int tg_net_local(struct tg_run *r, const struct tg_choice *cho
 /* s->nat_found is what becomes of this packet, and its flow lives. */
 static __noinline int tg_net_onward(struct tg_run *r, const struct tg_nat *nat)
 {
-	int reason, host;
+	int reason, stays;
 
 	if (!nat)
 		return TG_PASS;
-	host = nat->flags & TG_NAT_HOST;
+	stays = nat->flags & (TG_NAT_HOST | TG_NAT_MASQUERADE);
 	reason = tg_nat_apply(r, nat);
 	if (reason)
 		return tg_drop(r, reason);
-	if (!host)
+	if (!stays)
 		return tg_send(r);
+	if (nat->flags & TG_NAT_MASQUERADE) {
+		tg_count(r->skb, TG_REASON_MASQUERADED, r->from_pod);
+		return TG_PASS;
+	}
 	tg_count(r->skb, TG_FORWARDED, 0);
 	return TG_PASS;
 }
@@ -100,7 +104,7 @@ static __noinline int tg_net_remote(struct tg_run *r, const struct tg_choice *ch
 		return TG_PASS;
 	if (tg_is_node(&choice->addr))
 		host = TG_NAT_HOST;
-	reason = tg_nat_make(r, choice, host);
+	reason = tg_nat_make(host);
 	return reason ? tg_drop(r, reason) : tg_net_onward(r, &r->s->nat_made);
 }
 
@@ -116,6 +120,8 @@ static __noinline int tg_net_known(struct tg_run *r)
 	if (!nat)
 		return TG_NOT_OURS;
 	if (!(s->nat_found.flags & TG_NAT_REPLY)) {
+		if (s->nat_found.flags & TG_NAT_MASQUERADE)
+			return TG_NOT_OURS; /* a pod's address has come in from outside */
 		int over = tg_nat_ended(r, &s->nat_found, s->p.t.protocol) ||
 			   (tg_is_syn(&s->p) && tg_closed(s->nat_found.flags));
 
@@ -125,7 +131,7 @@ static __noinline int tg_net_known(struct tg_run *r)
 				       TG_SERVICE_FOUND ||
 			       !tg_addr_equal(&now->addr, &s->nat_found.dst);
 		if (over) {
-			tg_nat_remove(r, nat, &s->nat_key, &s->nat_found);
+			tg_nat_remove(s, nat, &s->nat_key, &s->nat_found);
 			return TG_NOT_OURS;
 		}
 	}
@@ -250,7 +256,7 @@ static __noinline int tg_net_error(struct tg_run *r, int egress)
 	if (done == TC_ACT_SHOT)
 		return done;
 	if (!done) {
-		if (egress || (r->s->nat_found.flags & TG_NAT_HOST))
+		if (egress || (r->s->nat_found.flags & (TG_NAT_HOST | TG_NAT_MASQUERADE)))
 			return TG_PASS;
 		/* The error's own way: to whoever sent what it quotes. */
 		r->s->p.t.dst = r->s->nat_found.dst;
@@ -291,36 +297,15 @@ tg_inline int tg_from_net(struct __sk_buff *skb)
 	if (r.s->p.kind == TG_KIND_ICMP_ERROR)
 		return tg_net_error(&r, 0);
 	protocol = r.s->p.t.protocol;
-	if (r.s->p.kind != TG_KIND_FLOW ||
-	    (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && protocol != IPPROTO_SCTP))
+	if (r.s->p.kind != TG_KIND_FLOW || !tg_has_ports(protocol))
 		return TG_PASS;
 	/* A pod's fragments are its own interface's business. */
 	if (r.s->p.fragment && (tg_local(r.node, &r.s->p.t.src) || tg_track_fragment(&r.s->p, 0)))
 		return TG_PASS;
 	done = tg_net_answer(&r);
-	if (done == TG_NOT_OURS)
+	if (done == TG_NOT_OURS && !tg_is_icmp(protocol))
 		done = tg_net_service(&r);
 	return done == TG_NOT_OURS ? TG_PASS : done;
-}
-
-tg_inline int tg_to_net(struct __sk_buff *skb)
-{
-	struct tg_run r = { .skb = skb };
-	int reason;
-
-	/* Of this node's own making only. */
-	if (skb->ingress_ifindex || tg_open(&r) || tg_parse(skb, &r.s->p))
-		return TG_PASS;
-	if (r.s->p.kind == TG_KIND_ICMP_ERROR)
-		return tg_net_error(&r, 1);
-	if (r.s->p.kind != TG_KIND_FLOW)
-		return TG_PASS;
-	tg_nat_key(&r.s->nat_key, &r.s->p.t);
-	if (!tg_nat_find(&r.s->nat_key, &r.s->nat_found) ||
-	    !(r.s->nat_found.flags & TG_NAT_HOST) || !(r.s->nat_found.flags & TG_NAT_REPLY))
-		return TG_PASS;
-	reason = tg_nat_apply(&r, &r.s->nat_found);
-	return reason ? tg_drop(&r, reason) : TG_PASS;
 }
 
 #endif

@@ -124,6 +124,20 @@ def parse(arguments: list[str] | None = None) -> Options:
         "annotation tidegate.dev/algorithm (default: %(default)s)",
     )
     parser.add_argument(
+        "--masquerade",
+        action="store_true",
+        help="what pods send outside the cluster leaves with their node's address (default: with "
+        "their own)",
+    )
+    parser.add_argument(
+        "--non-masquerade-cidrs",
+        type=cidrs,
+        default=(),
+        metavar="CIDR,...",
+        help="with --masquerade: networks outside to which pods keep their own addresses, beside "
+        "link-local and multicast ones (default: none)",
+    )
+    parser.add_argument(
         "--identities",
         choices=("classes", "labels"),
         default="classes",
@@ -164,6 +178,7 @@ def parse(arguments: list[str] | None = None) -> Options:
             external_ips=found.external_ips,
             node_ports=found.nodeport_addresses,
             maglev=found.service_algorithm == "maglev",
+            masquerade=tuple(sorted(set(found.non_masquerade_cidrs))) if found.masquerade else None,
         ),
         identities=relevance.Settings(found.identities, found.excluded_labels),
         verify_every=found.verify_every,

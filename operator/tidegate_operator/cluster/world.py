@@ -200,6 +200,7 @@ def _nodes(
             item.zone,
             services.port_addresses(item.addresses, of_services),
             item.labels,
+            of_services.masquerade,
         )
         held = before.nodes.get(item.name)
         found[item.name] = held if held is not None and held == made else made

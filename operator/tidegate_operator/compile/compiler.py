@@ -65,6 +65,8 @@ class NodeContent:
     """"" also where no Service asks for it."""
     port_addresses: tuple[str, ...] = ()
     """Those that answer for NodePorts and host ports; () also where there is no such port."""
+    masquerade: tuple[str, ...] | None = None
+    """Networks outside to which its pods keep their addresses; None: they always do."""
 
 
 @dataclass(frozen=True)
@@ -444,8 +446,11 @@ class Compiler:
             zone = node.zone if self._services.asks_zones else ""
             ported = self._services.asks_node_ports or self._has_host_ports(name, held)
             addresses = node.port_addresses if ported else ()
-            if (held.zone, held.port_addresses) != (zone, addresses):
-                held = replace(held, zone=zone, port_addresses=addresses)
+            own = (zone, addresses, node.masquerade)
+            if (held.zone, held.port_addresses, held.masquerade) != own:
+                held = replace(
+                    held, zone=zone, port_addresses=addresses, masquerade=node.masquerade
+                )
             found[name] = held
         self._running.nodes = found
         return found

@@ -4,6 +4,7 @@ address that two claim; and that a changed world costs no more and says no other
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -12,8 +13,9 @@ from hypothesis import given as given_
 from hypothesis import settings
 from hypothesis import strategies as st
 from msgspec import UNSET
-from tidegate_api.state import Frontend, ServicePort
+from tidegate_api.state import Frontend, Masquerade, ServicePort
 from tidegate_operator import identities, publish, services
+from tidegate_operator.cluster.main import parse
 from tidegate_operator.compile import Compiler, Desired, compile
 from tidegate_operator.compile.services import ServiceTable
 from tidegate_operator.identities import EMPTY_LEDGER
@@ -313,6 +315,30 @@ def test_host_ports_are_the_nodes() -> None:
     assert desired.nodes["n2"].port_addresses == ()
     item = publish.node_object("n1", desired.nodes["n1"], {})
     assert (item.spec.format, publish._says(item.spec, desired.nodes["n1"], {})) == (2, True)
+
+
+def test_masquerading_is_said_to_every_node_or_to_none() -> None:
+    """Off, the bytes are those of before."""
+    for excludes, form in ((None, 1), ((), 2), (("192.0.2.0/24",), 2)):
+        options = Options(services=services.Settings(masquerade=excludes))
+        desired, _ = made(PODS, options)
+        for name in ("n1", "n2"):
+            spec = publish.node_object(name, desired.nodes[name], {}).spec
+            assert spec.format == form
+            assert spec.masquerade == (
+                UNSET if excludes is None else Masquerade(excludes=list(excludes))
+            )
+            assert publish._says(spec, desired.nodes[name], {})
+            other = replace(desired.nodes[name], masquerade=("203.0.113.0/24",))
+            assert not publish._says(spec, other, {})
+
+
+def test_the_operator_is_told_by_flags() -> None:
+    assert parse([]).services.masquerade is None
+    assert parse(["--masquerade"]).services.masquerade == ()
+    given = ["--masquerade", "--non-masquerade-cidrs=192.0.2.0/24,10.0.0.0/8"]
+    assert parse(given).services.masquerade == ("10.0.0.0/8", "192.0.2.0/24")
+    assert parse(given[1:]).services.masquerade is None
 
 
 # ---- who has what two claim ----------------------------------------------------------
