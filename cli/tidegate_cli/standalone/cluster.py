@@ -87,10 +87,13 @@ class Cluster:
 
     def apply(self, pods: Iterable[Pod]) -> list[str]:
         """Removes and makes pods; says what could not be done. A pod that
-        changed is a new one."""
+        changed is a new one, unless only people are told otherwise of it."""
         wanted = {pod.uid: pod for pod in pods if pod.node in self._nodes}
         for uid, running in list(self._running.items()):
-            if wanted.get(uid) != running.pod:
+            now = wanted.get(uid)
+            if now is not None and now.is_made_as(running.pod):
+                running.pod = now
+            else:
                 self._remove(running)
                 del self._running[uid]
         added = [pod for uid, pod in wanted.items() if uid not in self._running]

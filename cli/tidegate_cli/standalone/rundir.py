@@ -64,6 +64,12 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     def key(self) -> str:
         return f"{self.namespace}/{self.name}"
 
+    def is_made_as(self, other: Pod) -> bool:
+        """Whether one can become the other and live on: labels and what made it are only told."""
+        told = {"labels": other.labels, "workload": other.workload}
+        told["workload_kind"] = other.workload_kind
+        return msgspec.structs.replace(self, **told) == other
+
 
 class Supervisor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """`supervisor.json`. Written first when the lock is taken, and again after
