@@ -17,7 +17,7 @@ field as its description. So a bound here is one that an API server enforces too
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Annotated, Literal
 
@@ -430,13 +430,18 @@ class NodeStateSpec(Model, frozen=True):
     """Absent: what pods send outside leaves as they send it."""
 
 
-class NodeStateStatus(Model, frozen=True):
+class NodeStateStatus(Model, forbid_unknown_fields=False, frozen=True):
     """What the node's loader found in the kernel."""
+
+    # A loader is upgraded first: what a newer one says more is no reason not to hear the rest.
 
     realised: Annotated[str, msgspec.Meta(max_length=64)] | UnsetType = UNSET
     """Digest of the NodeState spec in force, read back from the kernel."""
     endpoints: Count = 0
     """Endpoints in force."""
+    peer_sets: Annotated[str, msgspec.Meta(max_length=64)] | UnsetType = UNSET
+    """Digest of the peer sets in force that the NodeState names, with their members: these change
+    without a change of the spec."""
     drift: Count = 0
     """Entries found changed behind the loader's back and repaired, in all."""
     formats: list[Count] = msgspec.field(default_factory=list)
@@ -446,6 +451,8 @@ class NodeStateStatus(Model, frozen=True):
     `KubeProxy`: its rules are on the node too."""
     observed_generation: Count | UnsetType = UNSET
     """The newest `metadata.generation` that the loader has looked at."""
+    last_report_time: Time | UnsetType = UNSET
+    """When the loader wrote this; it does so at least every 90 seconds while it lives."""
 
 
 class NodeState(Model, frozen=True):
@@ -592,6 +599,31 @@ def digest(value: object) -> str:
     """The first 40 hex digits of SHA-256 over the canonical JSON; fits a
     Kubernetes name with room for a prefix."""
     return hashlib.sha256(encode(value)).hexdigest()[:40]
+
+
+class PeerDigests:
+    """Digests of sets of peer sets. Keeps those of single ones, by name, while they are the same
+    objects."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[PeerSet, bytes]] = {}
+
+    def of(self, names: Iterable[str], peers: Mapping[str, PeerSet]) -> str:
+        """Of those with `names`, of which `peers` has all that there are."""
+        found = hashlib.sha256()
+        for name in sorted(names):
+            item = peers.get(name)
+            if item is None:
+                continue
+            known = self._known.get(name)
+            if known is None or known[0] is not item:
+                known = self._known[name] = (item, hashlib.sha256(encode(item)).digest())
+            found.update(known[1])
+        return found.hexdigest()[:40]
+
+    def keep_only(self, peers: Mapping[str, PeerSet]) -> None:
+        for name in self._known.keys() - peers.keys():
+            del self._known[name]
 
 
 def shard_of(key: str, shards: int) -> int:

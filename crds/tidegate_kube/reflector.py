@@ -13,6 +13,7 @@ which of two lists is right.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -252,6 +253,10 @@ class Reflector(Generic[_T]):
             lists=self._lists,
             restarts=self._restarts,
         )
+
+    def relist(self) -> None:
+        """Read everything anew before watching again; a watch in progress goes on."""
+        self._listed_at = -math.inf
 
     # ---- the thread ----
 

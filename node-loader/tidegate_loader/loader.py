@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import UNSET, structs
-from tidegate_api.state import Condition, NodeStateStatus, encode
+from tidegate_api.state import Condition, NodeStateStatus, PeerDigests, encode
 from tidegate_bpf import BpfError, mounts
 
 from tidegate_loader import addresses, attach, cni, kernel, kubeproxy, plan, uplinks
@@ -69,6 +69,7 @@ class Loader:
         self._source = Source(paths, options.node)
         self._builder = Builder()
         self._realised = read_realised(paths.realised) or Realised(node=options.node, epoch=0)
+        self._peer_digests = PeerDigests()
         self._written = b""
         self._state: State | None = None
         self._kept: State | None = None
@@ -277,7 +278,13 @@ class Loader:
                 problems += self._try_to_move()
         in_force = self._desired is not None and not self.dirty
         if in_force and self._built_from is not None and not self._ungated:
-            self._realised = structs.replace(self._realised, digest=self._built_from.digest)
+            state = self._built_from
+            self._realised = structs.replace(
+                self._realised,
+                digest=state.digest,
+                peer_sets=self._peer_digests.of(state.node.spec.peer_sets, state.peers),
+            )
+            self._peer_digests.keep_only(state.peers)
         self.realised_now = in_force and stalled is None
         self._report(stalled, problems)
         if self.realised_now:
@@ -457,6 +464,7 @@ class Loader:
         table = {e.id: e for e in (entries or {}).values()}
         status = NodeStateStatus(
             realised=held.digest,
+            peer_sets=held.peer_sets,
             endpoints=len(table),
             drift=held.counters.drift,
             formats=list(READS_FORMATS),

@@ -88,6 +88,8 @@ class Realised(Model, frozen=True):
     counters: Counters = Counters()
     digest: str | UnsetType = UNSET
     """Digest of the NodeState spec in force; absent until one was equal."""
+    peer_sets: str | UnsetType = UNSET
+    """Digest of the peer sets in force beside it."""
     status: NodeStateStatus = NodeStateStatus()
 
 

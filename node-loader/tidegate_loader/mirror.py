@@ -8,6 +8,7 @@ judges them), the kernel.
 
 from __future__ import annotations
 
+import datetime
 import os
 import random
 import threading
@@ -30,12 +31,15 @@ RETRY_FIRST, RETRY_LAST = 1.0, 30.0
 STATUS_SECONDS = 1.0
 """Statuses are written no more often than this..."""
 REPEAT_SECONDS = 60.0
-"""...and this often though nothing changed, half as long again at random: somebody may have
-edited it."""
+"""...and this often though nothing changed, half as long again at random: the operator counts on
+nodes that it hears of, and somebody may have edited it."""
 END_SECONDS = 1.0
 """How long a request under way may hold up the end."""
 HEALTH_SECONDS = 2.0
 """How often it is looked at what the reflectors met."""
+RESYNC_SECONDS = 600.0
+"""After so long without one of the two kinds the operator may count this node as dead, and wait
+for it no longer: nothing moves until both are as they are now."""
 UNREACHED_SECONDS = 10.0
 """After so long without the API server, pods that wait are told of it."""
 
@@ -102,6 +106,8 @@ class Mirror:
         self._written: dict[str, bytes] = {}
         self._in_force: frozenset[str] | None = None
         self._collected: object = None
+        self._awaited: dict[str, int] = {}
+        """Kinds that have to be listed before anything moves: how often they were before."""
         self._backoff = Backoff(RETRY_FIRST, RETRY_LAST)
         self._told = ""
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
@@ -162,7 +168,7 @@ class Mirror:
             self._wake.clear()
             if self._ended:
                 return
-            if woken or (retry is not None and time.monotonic() >= retry):
+            if self._resync() or woken or (retry is not None and time.monotonic() >= retry):
                 wait = self._pass()
                 retry = time.monotonic() + wait if wait else None
             self._tell()
@@ -170,7 +176,7 @@ class Mirror:
     def _pass(self) -> float:
         """0, or the seconds until it should be done again."""
         try:
-            if self._nodes.synced and self._slices.synced:
+            if self._nodes.synced and self._slices.synced and not self._awaited:
                 self._write()
             self._collect()
         except KubeError as error:
@@ -181,6 +187,21 @@ class Mirror:
             return RETRY_LAST
         self._backoff.succeeded()
         return 0.0
+
+    def _resync(self) -> bool:
+        """Notes of which kind so little is known that it may not be put beside what is new of the
+        other, as a number may mean something else by now: it has to be listed first. True: all
+        that was awaited has come."""
+        now, awaited = time.monotonic(), bool(self._awaited)
+        for reflector in (self._nodes, self._slices):
+            health, plural = reflector.health(), reflector.resource.plural
+            since = health.failing_since
+            if plural in self._awaited and health.lists > self._awaited[plural]:
+                del self._awaited[plural]
+            elif since is not None and now - since > RESYNC_SECONDS:
+                reflector.relist()
+                self._awaited.setdefault(plural, health.lists)
+        return awaited and not self._awaited
 
     def _tell(self) -> None:
         """Log what goes wrong when it begins and when it ends."""
@@ -290,8 +311,13 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 class Reporter(threading.Thread):
-    """Writes the status: soon after it changed, and now and then though it did not."""
+    """Writes the status: soon after it changed, and now and then though it did not. Each time
+    says when it was, so that who does not hear of a node knows."""
 
     def __init__(self, client: Client, node: str, logger: Any) -> None:
         super().__init__(daemon=True, name="status")
@@ -347,7 +373,8 @@ class Reporter(threading.Thread):
     def _send(self, status: NodeStateStatus) -> float:
         """0, or the seconds until it may be tried again."""
         try:
-            self._client.patch(NODE_STATES, self._node, patch_of(status), subresource="status")
+            body = patch_of(msgspec.structs.replace(status, last_report_time=_now()))
+            self._client.patch(NODE_STATES, self._node, body, subresource="status")
         except KubeError as error:
             if type(error).__name__ != self._failed:
                 self._failed = type(error).__name__
@@ -363,6 +390,7 @@ def patch_of(status: NodeStateStatus) -> bytes:
     absent = {
         name: None
         for name, field in (("realised", status.realised),
+                            ("peerSets", status.peer_sets),
                             ("observedGeneration", status.observed_generation))
         if field is UNSET
     }  # fmt: skip

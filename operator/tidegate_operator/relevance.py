@@ -82,10 +82,7 @@ PortName = tuple[Protocol, str]
 
 
 HOLD_SECONDS = 5.0
-"""How long pods that no policy tells apart any more still have numbers of their own ..."""
-STALE_SECONDS = 600.0
-"""... and how long while a node does not yet have in force what was published; then it counts as
-dead, and has to catch up."""
+"""How long pods that no policy tells apart any more still have numbers of their own, at least."""
 
 
 class Hold:
@@ -97,10 +94,10 @@ class Hold:
         """None: nothing is held."""
 
     def due(self, now: float, lagging: Callable[[], bool] = lambda: False) -> bool:
-        """`lagging`: is there a node that does not yet have in force what was published?"""
+        """`lagging`: is there a living node that does not yet have in force what was published?"""
         if self._since is None or now - self._since < HOLD_SECONDS:
             return False
-        return now - self._since >= STALE_SECONDS or not lagging()
+        return not lagging()
 
     def built(self, before: World, world: World, now: float) -> None:
         """`world` was built of `before` at `now`, a monotonic clock."""

@@ -87,6 +87,9 @@ def test_what_is_published_is_realised_and_reported(client: Client, node: Node) 
     assert (ready["status"], ready["reason"]) == ("True", "Realised")
     assert found["formats"] == [api.FORMAT, api.NEWEST_FORMAT]
     assert [c["type"] for c in found["conditions"]] == ["Ready"]
+    peers = {item.name: item for item in wanted.peers}
+    assert found["peerSets"] == api.PeerDigests().of(peers, peers)
+    assert found["lastReportTime"]
     state = loader_api.read(client, resources.NODE_STATES, world.NODE)
     generation = state["metadata"]["generation"]
     assert found["observedGeneration"] == ready["observedGeneration"] == generation
@@ -296,6 +299,53 @@ def test_a_status_that_somebody_edited_is_written_again(client: Client, node: No
     node.add_interface(1)
     poll("the status", lambda: status(client).get("realised") == digest)
     assert condition(client, "Ready")["status"] == "True"
+
+
+def test_new_members_of_peer_sets_are_reported_though_the_state_is_as_it_was(
+    client: Client, node: Node
+) -> None:
+    wanted = world.example()
+    publish(client, wanted)
+    _start(node)
+    node.wait_for(wanted, 0)
+    poll("the status", lambda: status(client).get("realised") == wanted.state().digest)
+    before = status(client)
+    wanted.peers = [world.peer_set("web", 301, 302, 303)]
+    wanted.revision += 1
+    for item in world.slices("peers", wanted.peers, wanted.shards, wanted.revision):
+        spec = msgspec.to_builtins(item.spec)
+        edit(client, resources.STATE_SLICES, item.metadata.name, spec=spec)
+    now = api.PeerDigests().of(["web"], {"web": wanted.peers[0]})
+    poll("the report", lambda: status(client)["peerSets"] == now)
+    assert status(client)["realised"] == before["realised"]
+    assert before["peerSets"] != now
+
+
+def test_a_rule_set_past_its_limit_is_refused_by_name_and_moves_nothing(
+    client: Client, node: Node
+) -> None:
+    node.add_interface(1)
+    wanted = world.example()
+    publish(client, wanted)
+    _start(node)
+    node.wait_for(wanted, 1)
+    in_force = wanted.state().digest
+    protocols: tuple[api.Protocol, ...] = ("TCP", "UDP", "SCTP")
+    wide = [world.term(api.SetPeer(name="web"), 0, p, 1, end_port=50) for p in protocols]
+    added = world.rule_set(*wide)
+    wanted.peers = [world.peer_set("web", *range(300, 300 + 10_000))]
+    wanted.rule_sets = [added]
+    wanted.endpoints = [world.endpoint(1, 300, added.metadata.name)]
+    wanted.revision += 1
+    publish(client, wanted)
+    poll("the refusal", lambda: condition(client, "Stalled").get("reason") == "Refused")
+    assert "more than 200000 map entries" in condition(client, "Stalled")["message"]
+    assert status(client)["realised"] == in_force
+    wanted.peers = [world.peer_set("web", 301)]
+    wanted.revision += 1
+    publish(client, wanted)
+    poll("what fits", lambda: status(client).get("realised") == wanted.state().digest)
+    assert not condition(client, "Stalled")
 
 
 def test_detached_is_a_way_there_and_back(client: Client, node: Node) -> None:

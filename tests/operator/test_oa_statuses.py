@@ -6,75 +6,21 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import msgspec
 import pytest
 from support import town_api
 from support.kstatus import kstatus
 from support.operator_town import SECONDS, Town, policy, populate
-from support.town_api import apply, node
+from support.told import NAME, READY, REALISING, STALLED, conditions, events, held, identities, say
+from support.town_api import apply, node, objects
 from support.waiting import until
-from tidegate_api.state import NodeState
-from tidegate_kube import NotFound, resources
+from tidegate_api.state import NodeState, RuleSet
+from tidegate_kube import resources
+from tidegate_operator.compile import compiler, rules
 
 pytestmark = pytest.mark.apiserver
 
-NAME = "networkpolicy.p"
 TAINT = {"key": "tidegate.dev/agent-not-ready", "effect": "NoSchedule"}
 OTHER = {"key": "example.com/other", "effect": "NoSchedule"}
-
-
-def held(town: Town, name: str = NAME) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(
-            town.client.get(resources.POLICY_STATUSES, name, "default")
-        )
-    except NotFound:
-        return {}
-    return found
-
-
-def conditions(found: dict[str, Any]) -> dict[str, str]:
-    return {c["type"]: c["status"] for c in found.get("status", {}).get("conditions", [])}
-
-
-def counts(found: dict[str, Any]) -> tuple[int, int]:
-    nodes = found.get("status", {}).get("nodes", {})
-    return nodes.get("realised", -1), nodes.get("total", -1)
-
-
-def say(town: Town, want: dict[str, str], nodes: tuple[int, int]) -> dict[str, Any]:
-    """Wait until the status says so, of the object's own newest generation."""
-
-    def done() -> bool:
-        found = held(town)
-        return (conditions(found), counts(found)) == (want, nodes) and found["status"][
-            "observedGeneration"
-        ] == found["metadata"]["generation"]
-
-    until(done, f"{want} {nodes}", SECONDS)
-    found = held(town)
-    assert kstatus(found) == [READ_AS[tuple(want)]]
-    return found
-
-
-REALISING = {"Ready": "False", "Reconciling": "True"}
-READY = {"Ready": "True"}
-STALLED = {"Ready": "False", "Stalled": "True"}
-READ_AS = {
-    tuple(REALISING): "InProgress",
-    tuple(READY): "Current",
-    tuple(STALLED): "Failed",
-}
-"""By kstatus, and so by Flux and `flux wait`."""
-
-
-def events(town: Town) -> list[tuple[str, str, str]]:
-    found = [
-        msgspec.json.decode(raw)
-        for page in town.client.pages(resources.EVENTS)
-        for raw in page.items
-    ]
-    return sorted((e["regarding"]["name"], e["type"], e["reason"]) for e in found)
 
 
 def test_policy_is_ready_when_every_node_has_it(town: Town) -> None:
@@ -145,6 +91,56 @@ def test_a_loader_too_old_for_what_is_published_is_named(town: Town) -> None:
     assert len(events(town)) == 1
 
 
+def test_what_a_loader_refuses_is_in_the_policys_status(town: Town) -> None:
+    populate(town)
+    town.settled()
+    town.realise("n1")
+    limit = "rule set x: more than 200000 map entries"
+    said = {
+        "type": "Stalled",
+        "status": "True",
+        "reason": "Refused",
+        "message": limit,
+        "lastTransitionTime": "2026-01-01T00:00:00Z",
+    }
+    town.realise("n2", "before", conditions=[said])
+
+    def message() -> str:
+        listed = held(town).get("status", {}).get("conditions", [])
+        return next((c["message"] for c in listed if c["type"] == "Ready"), "")
+
+    told = f"in force on 1 of 2 nodes, not yet on n2; the loader of node n2 says: {limit}"
+    until(lambda: message() == told, "the policy's status says so", SECONDS)
+    say(town, REALISING, (1, 2))
+    town.realise("n2")
+    say(town, READY, (2, 2))
+
+
+def test_a_policy_past_a_limit_denies_and_names_it(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (rules, compiler):
+        monkeypatch.setattr(module, "MAX_RULE_SET_BYTES", 20_000)
+    populate(town)
+    blocks = [{"ipBlock": {"cidr": f"198.18.{n // 256}.{n % 256}/32"}} for n in range(500)]
+    apply(town.client, policy("p", {"podSelector": {}, "ingress": [{"from": blocks}]}))
+    town.settled()
+    found = say(town, STALLED, (0, 2))
+    message = next(c["message"] for c in found["status"]["conditions"] if c["type"] == "Stalled")
+    assert "20000" in message
+    for name in ("n1", "n2"):  # what is published instead
+        town.realise(name)
+    say(town, STALLED, (2, 2))
+    sets = objects(town.client, RuleSet).values()
+    assert {term.action for item in sets for term in item.spec.terms} == {"Deny"}
+    until(lambda: ("p", "Warning", "NotAsWritten") in events(town), "an event", SECONDS)
+    apply(town.client, policy("p", {"podSelector": {}, "ingress": [{"from": blocks[:5]}]}))
+    town.settled()
+    for name in ("n1", "n2"):
+        town.realise(name)
+    say(town, READY, (2, 2))
+
+
 def test_status_goes_with_its_policy_and_comes_back_if_deleted(town: Town) -> None:
     populate(town)
     town.settled()
@@ -183,15 +179,6 @@ def test_restart_writes_no_status(town: Town) -> None:
 
 def _versions(town: Town) -> dict[str, str]:
     return {name: item["metadata"]["resourceVersion"] for name, item in identities(town).items()}
-
-
-def identities(town: Town) -> dict[str, dict[str, Any]]:
-    found = [
-        msgspec.json.decode(raw)
-        for page in town.client.pages(resources.IDENTITIES)
-        for raw in page.items
-    ]
-    return {item["metadata"]["name"]: item for item in found}
 
 
 def _user_identity(name: str, spec: dict[str, Any]) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
+from msgspec import UNSET
 from support import apiserver as servers
 from support import town_api
 from support.apiserver import ApiServer
@@ -18,8 +21,10 @@ from support.town_api import apply, node, objects, pod
 from support.waiting import until
 from tidegate_api.state import NodeState, StateSlice
 from tidegate_kube import Client, NotFound, resources
+from tidegate_operator.cluster.kinds import Held
 from tidegate_operator.cluster.lead import Lead
 from tidegate_operator.cluster.metrics import Metrics
+from tidegate_operator.cluster.reports import Reports
 from tidegate_operator.cluster.runner import Runner
 from tidegate_operator.cluster.statuses import Statuses
 from tidegate_operator.cluster.watches import Watches
@@ -53,9 +58,23 @@ class Leading:
         return self.given
 
 
+class Clock:
+    """The operator's, for how long it has not heard of nodes; the test may put it forward."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+    def wall(self) -> float:
+        return time.time() + self.ahead
+
+
 class Town:
     def __init__(self, client: Client) -> None:
         self.client = client
+        self.clock = Clock()
         self.lead = Leading()
         self.verify_every = 0.0
         self._make()
@@ -64,7 +83,10 @@ class Town:
         self.metrics = Metrics()
         self.watches = Watches(self.client)
         lead: Lead = self.lead
-        self.statuses = Statuses(self.client, self.watches, lead, self.metrics, taint=False)
+        self.reports = reports = Reports(self.clock.monotonic, self.clock.wall)
+        self.statuses = Statuses(
+            self.client, self.watches, lead, self.metrics, taint=False, reports=reports
+        )
         self.runner = Runner(
             self.client,
             self.watches,
@@ -72,6 +94,7 @@ class Town:
             self.metrics,
             self.statuses.published,
             verify_every=self.verify_every,
+            reports=reports,
         )
         self.watches.changed = lambda: (self.runner.poke(), self.statuses.poke())  # type: ignore[func-returns-value]
 
@@ -126,15 +149,36 @@ class Town:
         return {key: count for key, count in found.items() if count}
 
     def realise(
-        self, name: str, digest: str | None = None, formats: tuple[int, ...] = (1,)
+        self,
+        name: str,
+        digest: str | None = None,
+        formats: tuple[int, ...] = (1,),
+        **more: Any,
     ) -> None:
         """As a loader does: the node says that its state, or another, is in force, and what
-        formats it reads."""
+        formats it reads. `more`: other fields of the status."""
         tree = json.loads(self.client.get(resources.NODE_STATES, name))
         said = digest or tree["metadata"]["annotations"]["tidegate.dev/digest"]
-        tree["status"] = {"realised": said, "endpoints": 0, "drift": 0, "formats": list(formats)}
+        status = {"realised": said, "endpoints": 0, "drift": 0, "formats": list(formats)}
+        tree["status"] = status | more
         body = msgspec.json.encode(tree)
         self.client.update(resources.NODE_STATES, name, body, subresource="status")
+
+    def report(self, name: str, digest: str | None = None) -> None:
+        """The same by the town's clock, as a loader does that says when it reports; until the
+        operator has taken it in, or moving the clock would move when it came."""
+        moment = datetime.datetime.fromtimestamp(self.clock.wall(), datetime.UTC).isoformat()
+        self.realise(name, digest, lastReportTime=moment)
+
+        def taken_in() -> bool:
+            states = self.watches.node_states.snapshot()
+            item = states.get(("", name))
+            if not isinstance(item, Held) or item.item.status is UNSET:
+                return False
+            self.reports.silent(states)
+            return item.item.status.last_report_time == moment
+
+        until(taken_in, f"the report of {name}", SECONDS)
 
     def nodes(self) -> dict[str, NodeState]:
         return objects(self.client, NodeState)

@@ -45,7 +45,7 @@ class Events:
         self._client = client
         self._instance = f"{socket.gethostname()}-{os.getpid()}"
         self._services: dict[tuple[str, str], frozenset[str]] | None = None
-        self._unread: Mapping[str, str] = {}
+        self._of_nodes: dict[str, Mapping[str, str]] = {}
 
     def policy(
         self,
@@ -75,19 +75,21 @@ class Events:
 
     def nodes(
         self,
-        unread: Mapping[str, str],
+        reason: str,
+        why: Mapping[str, str],
         there: Mapping[tuple[str, str], NodeFacts],
         check: Callable[[], float],
     ) -> None:
-        """`unread`: node → why its loader cannot read what is published for it."""
-        fresh = [name for name in sorted(unread) if unread[name] != self._unread.get(name)]
-        self._unread = unread
+        """`why`: node → what there is to say of it; once for each reason, while it is so."""
+        before = self._of_nodes.get(reason, {})
+        fresh = [name for name in sorted(why) if why[name] != before.get(name)]
+        self._of_nodes[reason] = why
         for name in fresh[:MAX_EVENTS_ONCE]:
             node = there.get(("", name))
             if node is not None:
                 regarding = {"apiVersion": "v1", "kind": "Node", "namespace": "", "name": name,
                              "uid": node.uid}  # fmt: skip
-                self._post(regarding, "Warning", "FormatNotRead", unread[name], check)
+                self._post(regarding, "Warning", reason, why[name], check)
 
     def services(
         self,

@@ -29,6 +29,7 @@ from tidegate_kube.kubeconfig import from_kubeconfig
 from tidegate_operator import relevance, services
 from tidegate_operator.cluster.lead import Alone, Lead
 from tidegate_operator.cluster.metrics import Metrics
+from tidegate_operator.cluster.reports import Reports
 from tidegate_operator.cluster.runner import Runner
 from tidegate_operator.cluster.selfcheck import VERIFY_SECONDS
 from tidegate_operator.cluster.shell import kopf
@@ -229,8 +230,9 @@ class Operator:
         self.client = Client(access, user_agent="tidegate-operator")
         self.watches = Watches(self.client)
         self.lead = self._lead(options)
+        reports = Reports()
         self.statuses = Statuses(
-            self.client, self.watches, self.lead, self.metrics, options.taint_nodes
+            self.client, self.watches, self.lead, self.metrics, options.taint_nodes, reports
         )
         self.runner = Runner(
             self.client,
@@ -241,6 +243,7 @@ class Operator:
             options.services,
             options.identities,
             options.verify_every,
+            reports,
         )
         self.watches.changed = self._changed
         self.metrics.watch(self.runner)

@@ -72,6 +72,14 @@ class Metrics:
             ["state"],
             registry=self.registry,
         )
+        self.nodes = Gauge(
+            "tidegate_operator_nodes",
+            "Nodes that count as dead, and living ones that lack what was published",
+            ["state"],
+            registry=self.registry,
+        )
+        for state in ("silent", "behind"):
+            self.nodes.labels(state)
         self.problems = Gauge(
             "tidegate_operator_problems",
             "What is wrong with objects of users, by severity",

@@ -14,16 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
-from msgspec import UNSET
 from tidegate_api.state import Identity
 from tidegate_kube import Client, KubeError
 from tidegate_kube.backoff import Backoff
 
 from tidegate_operator import identities, publish, services
 from tidegate_operator.cluster import world
-from tidegate_operator.cluster.kinds import Held
 from tidegate_operator.cluster.lead import Lead, term_of
 from tidegate_operator.cluster.metrics import Metrics
+from tidegate_operator.cluster.reports import Reports
 from tidegate_operator.cluster.selfcheck import VERIFY_SECONDS, SelfCheck
 from tidegate_operator.cluster.store import KubeStore, NumberTaken
 from tidegate_operator.cluster.watches import Watches
@@ -82,7 +81,9 @@ class Runner:
         of_services: services.Settings = services.DEFAULTS,
         settings: Settings = DEFAULTS,
         verify_every: float = VERIFY_SECONDS,
+        reports: Reports | None = None,
     ) -> None:
+        self._reports = reports or Reports()
         self.watches = watches
         watches.changed = self.poke
         self._client = client
@@ -275,13 +276,9 @@ class Runner:
         )
 
     def _lagging(self) -> bool:
-        """Is there a node that has reported once, and not what was published last?"""
-        for item in self.watches.node_states.snapshot().values():
-            if isinstance(item, Held) and item.item.status is not UNSET:
-                realised = item.item.status.realised
-                if realised is not UNSET and realised != publish.digest_of(item.item):
-                    return True
-        return False
+        """Is there a node, among the living, that does not have in force what was published?"""
+        nodes = self.watches.node_states
+        return bool(self._reports.lagging(nodes.snapshot(), nodes.health().failing_since is None))
 
     def _rested(self) -> bool:
         oldest = next(iter(self._ledger.released.values()), None)

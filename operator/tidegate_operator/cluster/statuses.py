@@ -7,7 +7,6 @@ repeats nothing. Only the leader writes.
 
 from __future__ import annotations
 
-import datetime
 import threading
 import time
 from collections import Counter
@@ -29,6 +28,7 @@ from tidegate_api.state import (
     Meta,
     NodeCount,
     OwnerReference,
+    PeerDigests,
     PolicyStatus,
     PolicyStatusStatus,
     PolicyTarget,
@@ -48,11 +48,20 @@ from tidegate_kube import (
 )
 
 from tidegate_operator.cluster import formats
+from tidegate_operator.cluster.conditions import (
+    Said,
+    conditions,
+    named,
+    now_text,
+    of_policy,
+    stalled_nodes,
+)
 from tidegate_operator.cluster.events import API_VERSIONS, Events
 from tidegate_operator.cluster.kinds import NOT_READY_TAINT, Held, PolicyFacts, UserIdentityFacts
 from tidegate_operator.cluster.lead import Lead, term_of
 from tidegate_operator.cluster.metrics import Metrics
-from tidegate_operator.cluster.progress import Count, PolicyKey, Progress
+from tidegate_operator.cluster.progress import PolicyKey, Progress, policies_on_nodes
+from tidegate_operator.cluster.reports import SILENT_SECONDS, Reports
 from tidegate_operator.cluster.runner import Published
 from tidegate_operator.cluster.watches import Watches
 from tidegate_operator.cluster.world import every_policy
@@ -70,81 +79,22 @@ IDENTITY_SECONDS = 5.0
 """The least time between two looks at identities: they count pods, and no pod is worth a
 write of its own."""
 RETRY_SECONDS = 2.0
-MAX_MESSAGE = 1024
+HELD_SECONDS = 10.0
+"""How long numbers are kept apart before it is said whose fault it is."""
+APART = (
+    "no policy tells its pods from others any more; it goes when {} has in force what is "
+    "published, or has not reported for {:.0f} minutes"
+)
+DELAYS = (
+    "the node does not have in force what is published; identities that no policy tells apart any "
+    "more are kept apart until it has"
+)
 STOP_SECONDS = 1.0
 
 CLUSTER_KINDS = ("ClusterNetworkPolicy",)
 """Policies of the cluster: what became of them is in a ClusterPolicyStatus."""
 
 log = structlog.get_logger()
-
-
-# ---- Conditions ------------------------------------------------------------------------------
-
-
-def now_text() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-@dataclass(frozen=True)
-class Said:
-    """A condition without its times."""
-
-    type: str
-    status: bool
-    reason: str
-    message: str
-
-
-def conditions(
-    said: Iterable[Said], before: Iterable[Condition], generation: int, now: str
-) -> list[Condition]:
-    """In the order of `said`; the time of the last transition stays while the status does."""
-    held = {item.type: item for item in before}
-    found = []
-    for item in said:
-        status = "True" if item.status else "False"
-        old = held.get(item.type)
-        since = old.last_transition_time if old is not None and old.status == status else now
-        found.append(
-            Condition(
-                type=item.type,
-                status=status,  # type: ignore[arg-type]
-                reason=item.reason,
-                message=item.message[:MAX_MESSAGE],
-                last_transition_time=since,
-                observed_generation=generation,
-            )
-        )
-    return found
-
-
-def of_policy(count: Count, problems: Iterable[Problem], why: str = "") -> list[Said]:
-    """`Reconciling` and `Stalled` only while true, as kstatus, Flux and Argo CD read them.
-    `why`: what keeps a node from putting it in force, if that is known."""
-    errors = [item for item in problems if item.severity == "error"]
-    warnings = "; ".join(_words(item) for item in problems if item.severity == "warning")
-    place = f"{count.realised} of {count.total} nodes"
-    if errors:
-        text = "; ".join(_words(item) for item in errors)
-        return [
-            Said("Ready", False, "NotAsWritten", f"{text}; in force on {place}"),
-            Said("Stalled", True, "NotAsWritten", text),
-        ]
-    if count.realised < count.total:
-        text = "; ".join(filter(None, (f"in force on {place}", why)))
-        return [
-            Said("Ready", False, "Realising", text),
-            Said("Reconciling", True, "Realising", text),
-        ]
-    reason = "Realised" if count.total else "SelectsNothing"
-    return [Said("Ready", True, reason, warnings or f"in force on {place}")]
-
-
-def _words(problem: Problem) -> str:
-    parts = [part for part in (problem.field, problem.message) if part]
-    text = ": ".join(parts)
-    return f"{text} ({problem.remedy})" if problem.remedy else text
 
 
 # ---- Twins ------------------------------------------------------------------------------------
@@ -178,9 +128,17 @@ class Statuses:
     """`published` and `poke` may be called from any thread."""
 
     def __init__(
-        self, client: Client, watches: Watches, lead: Lead, metrics: Metrics, taint: bool = False
+        self,
+        client: Client,
+        watches: Watches,
+        lead: Lead,
+        metrics: Metrics,
+        taint: bool = False,
+        reports: Reports | None = None,
     ) -> None:
-        """`taint`: also put the taint on nodes that never had a state in force."""
+        """`taint`: also put the taint on nodes that never had a state in force. `reports`: shared
+        with who waits for nodes."""
+        self._reports = reports or Reports()
         self._client = client
         self._watches = watches
         self._lead = lead
@@ -201,6 +159,17 @@ class Statuses:
         self._problems: dict[str, list[Problem]] = {}
         self._unread: dict[str, str] = {}
         """Node → why its loader cannot read what is published for it."""
+        self._why: dict[str, str] = {}
+        """Node → why it stays behind: the same, or what its loader says."""
+        self._silent: frozenset[str] = frozenset()
+        self._behind: list[str] = []
+        """Living nodes that lack what was published."""
+        self._digests = PeerDigests()
+        self._digests_of: Published | None = None
+        self._held_since: float | None = None
+        """Since when numbers are kept apart that no policy needs apart."""
+        self._apart: frozenset[IdentityKey] = frozenset()
+        """What would go if no node were behind; once that has lasted."""
         self._arrived: list[tuple[int, float]] = []
         self._written: dict[object, float] = {}
         self._looked = -IDENTITY_SECONDS
@@ -268,13 +237,18 @@ class Statuses:
         for problem in what.problems:
             self._problems.setdefault(problem.object, []).append(problem)
         watches = self._watches
+        states = watches.node_states.snapshot()
         self._unread = formats.unread(
-            watches.node_states.snapshot(),
+            states,
             watches.rule_sets.snapshot(),
             watches.state_slices.snapshot(),
         )
+        self._why = {**stalled_nodes(states), **self._unread}
         due = [self._nodes(), self._policy_statuses(what), self._identities(what)]
-        self._events.nodes(self._unread, self._watches.nodes.snapshot(), self._lead.check)
+        nodes = self._watches.nodes.snapshot()
+        self._events.nodes("FormatNotRead", self._unread, nodes, self._lead.check)
+        delays = dict.fromkeys(self._behind, DELAYS) if self._apart else {}
+        self._events.nodes("DelaysMerge", delays, nodes, self._lead.check)
         self._events.services(what.problems, what.world.snapshot.services, self._lead.check)
         self._written = {
             key: when
@@ -285,18 +259,48 @@ class Statuses:
 
     def _watch_nodes(self) -> None:
         """Take over what nodes report; measure what has come to be in force everywhere."""
+        nodes = self._watches.node_states
+        states, in_touch = nodes.snapshot(), nodes.health().failing_since is None
+        self._silent = self._reports.silent(states, in_touch)
+        self._behind = self._reports.lagging(states, in_touch)
+        self._metrics.nodes.labels("silent").set(len(self._silent))
+        self._metrics.nodes.labels("behind").set(len(self._behind))
         reported = {
-            name: item.item.status.realised or ""
-            for (_, name), item in self._watches.node_states.snapshot().items()
+            name: item.item.status
+            for (_, name), item in states.items()
             if isinstance(item, Held) and item.item.status is not UNSET
         }
+        peers = {
+            name: status.peer_sets
+            for name, status in reported.items()
+            if status.peer_sets is not UNSET and name not in self._silent
+        }
         with self._lock:
-            self._progress.realised(reported)
-            reached, now = self._progress.everywhere(), time.monotonic()
+            what = self._latest
+        wanted = self._wanted_peers(what)
+        with self._lock:
+            now = time.monotonic()
+            if wanted is not None:
+                self._progress.peers(wanted, now)
+            digests = {name: status.realised or "" for name, status in reported.items()}
+            self._progress.realised(digests, self._silent)
+            self._progress.realised_peers(peers, now)
+            reached = self._progress.everywhere()
             done = [arrived for number, arrived in self._arrived if number <= reached]
             self._arrived = [item for item in self._arrived if item[0] > reached]
         for arrived in done:
             self._metrics.realised_seconds.observe(now - arrived)
+
+    def _wanted_peers(self, what: Published | None) -> dict[str, str] | None:
+        """Node → digest of the peer sets that it names; None: those of the last time."""
+        if what is None or what is self._digests_of:
+            return None
+        self._digests_of, peers = what, what.desired.peers
+        self._digests.keep_only(peers)
+        return {
+            name: self._digests.of(content.peer_sets, peers)
+            for name, content in what.desired.nodes.items()
+        }
 
     def _due(self, key: object, least: float) -> float:
         """Seconds until `key` may be written again; 0: now."""
@@ -413,15 +417,15 @@ class Statuses:
                 return RETRY_SECONDS
         problems = self._problems.get(str(policy), [])
         with self._lock:
-            count = self._progress.of((policy, target.uid, target.generation))
-            behind = self._progress.behind((policy, target.uid, target.generation))
-        why = next((self._unread[node] for node in behind if node in self._unread), "")
+            standing = self._progress.of((policy, target.uid, target.generation))
+        count = standing.count
+        why = next((self._why[name] for name in standing.behind if name in self._why), "")
         before = there.status if there.status is not UNSET else PolicyStatusStatus()
         generation = there.metadata.generation or 0
         status = PolicyStatusStatus(
             nodes=NodeCount(realised=count.realised, total=count.total),
             conditions=conditions(
-                of_policy(count, problems, why), before.conditions, generation, now_text()
+                of_policy(standing, problems, why), before.conditions, generation, now_text()
             ),
             observed_generation=generation,
         )
@@ -493,6 +497,7 @@ class Statuses:
             self._sets_of, self._sets = what.world.pods, label_sets(what.world)
             saved = sum(self._sets.values()) - len(self._sets)
             self._metrics.identities.labels("saved").set(saved)
+        self._apart = self._kept_apart(what)
         for (_, name), held in self._watches.identities.snapshot().items():
             if isinstance(held, Held):
                 item: Identity = held.item
@@ -501,7 +506,11 @@ class Statuses:
                     tuple(sorted((item.spec.labels or {}).items())),
                     tuple(item.spec.cidrs or ()),
                 )
-                self._identity(name, item, int(name), (counts[key], self._sets.get(key, 0)), "")
+                held_up = ""
+                if key in self._apart:
+                    held_up = APART.format(named(self._behind), SILENT_SECONDS / 60)
+                count = (counts[key], self._sets.get(key, 0))
+                self._identity(name, item, int(name), count, held_up=held_up)
             elif isinstance(held, UserIdentityFacts):
                 made = what.world.identities.get(name)
                 number = what.ledger.live.get(made.key) if made is not None else None
@@ -511,15 +520,33 @@ class Statuses:
                 self._identity(name, item, number, count, reason)
         return IDENTITY_SECONDS
 
+    def _kept_apart(self, what: Published) -> frozenset[IdentityKey]:
+        now, world = time.monotonic(), what.world
+        if world.relevance == world.asked or not self._behind:
+            self._held_since = None
+            return frozenset()
+        if self._held_since is None:
+            self._held_since = now
+        if now - self._held_since < HELD_SECONDS:
+            return frozenset()
+        return frozenset(
+            pod.identity
+            for pod in world.pods.values()
+            if not pod.host_network
+            and world.asked.key(pod.namespace, pod.labels, pod.ports) != pod.identity
+        )
+
     def _identity(
         self,
         name: str,
         item: Identity,
         number: int | None,
         counts: tuple[int, int],
-        stalled: str,
+        stalled: str = "",
+        held_up: str = "",
     ) -> None:
-        """`counts`: pods that have it, and their sets of labels."""
+        """`counts`: pods that have it, and their sets of labels. `held_up`: why it is still
+        there."""
         if number is None and not stalled:
             return  # not published yet
         before = item.status if item.status is not UNSET else IdentityStatus()
@@ -530,6 +557,8 @@ class Statuses:
                 Said("Ready", False, "Stalled", stalled),
                 Said("Stalled", True, "Clash", stalled),
             ]
+        if held_up:
+            said.append(Said("HeldApart", True, "NodeBehind", held_up))
         status = IdentityStatus(
             id=UNSET if number is None else number,
             summary=identity_summary(item.spec),
@@ -556,25 +585,6 @@ class Statuses:
 
 def _is_ready(found: Iterable[Condition]) -> bool:
     return any(item.type == "Ready" and item.status == "True" for item in found)
-
-
-def policies_on_nodes(what: Published) -> dict[PolicyKey, frozenset[str]]:
-    """Where each policy matters: the nodes with a pod that it selects."""
-    of_rule_set = {
-        name: [
-            PolicyName(ref.kind, ref.namespace, ref.name)
-            for ref in (*item.spec.policies, *item.spec.others)
-        ]
-        for name, item in what.desired.rule_sets.items()
-    }
-    nodes: dict[PolicyName, set[str]] = {}
-    for node, content in what.desired.nodes.items():
-        for name in {policy for item in content.rule_sets for policy in of_rule_set[item]}:
-            nodes.setdefault(name, set()).add(node)
-    return {
-        (name, facts.target.uid, facts.target.generation): frozenset(nodes.get(name, ()))
-        for name, facts in every_policy(what.world.snapshot)
-    }
 
 
 def _digest(held: Held[Any]) -> str:
