@@ -44,9 +44,8 @@ tg_inline int tg_frontend_asked(struct tg_asked *asked)
 	return *(volatile __u64 *)&found->cookie == key->cookie;
 }
 
-tg_inline void tg_tell_start(struct tg_run *r, struct tg_flow_event *e)
+tg_inline void tg_tell_start(struct __sk_buff *skb, struct tg_scratch *s, struct tg_flow_event *e)
 {
-	struct tg_scratch *s = r->s;
 	struct tg_asked *asked = &s->asked;
 
 	e->src_identity = s->src_identity;
@@ -57,10 +56,10 @@ tg_inline void tg_tell_start(struct tg_run *r, struct tg_flow_event *e)
 		e->frontend = s->nat.addr;
 		e->frontend_port = s->nat.port;
 	}
-	if (!r->from_pod)
+	if (!s->from_pod)
 		return;
-	e->cookie = bpf_get_socket_cookie(r->skb);
-	e->cgroup = bpf_skb_cgroup_id(r->skb);
+	e->cookie = bpf_get_socket_cookie(skb);
+	e->cgroup = bpf_skb_cgroup_id(skb);
 	if (!e->cookie || (s->flags & TG_CT_NAT))
 		return;
 	__builtin_memset(asked, 0, sizeof(*asked));
@@ -76,14 +75,18 @@ tg_inline void tg_tell_start(struct tg_run *r, struct tg_flow_event *e)
 
 /* `ct`: the flow's entry; the packet is as it was looked up, `reply`: it goes
  * against the way the flow began. */
-static __noinline int tg_tell(struct tg_run *r, const struct tg_ct *ct, __u32 kind, __u32 reply)
+tg_global int tg_tell(struct __sk_buff *skb, const struct tg_ct *ct, __u32 kind, __u32 reply)
 {
-	const struct tg_tuple *t = &r->s->p.t;
+	struct tg_scratch *s = tg_work();
+	const struct tg_tuple *t;
 	struct tg_flow_event *e;
 
+	if (!s || !ct)
+		return 0;
+	t = &s->p.t;
 	e = bpf_ringbuf_reserve(&flows_v1, sizeof(*e), 0);
 	if (!e) {
-		tg_count(r->skb, TG_REASON_EVENT_LOST, r->from_pod);
+		tg_count(skb, TG_REASON_EVENT_LOST, s->from_pod);
 		return 0;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
@@ -99,31 +102,35 @@ static __noinline int tg_tell(struct tg_run *r, const struct tg_ct *ct, __u32 ki
 	e->dport = reply ? t->sport : t->dport;
 	e->protocol = t->protocol;
 	e->kind = kind;
-	e->direction = !r->from_pod == !reply ? TG_INGRESS : TG_EGRESS;
-	e->tcp_flags = r->s->p.tcp_flags;
-	e->ifindex = r->skb->ifindex;
+	e->direction = !s->from_pod == !reply ? TG_INGRESS : TG_EGRESS;
+	e->tcp_flags = s->p.tcp_flags;
+	e->ifindex = skb->ifindex;
 	e->src_identity = e->dst_identity = TG_IDENTITY_UNSAID;
 	e->src_endpoint = ct->src_endpoint;
 	e->dst_endpoint = ct->dst_endpoint;
 	e->src_rule = ct->src_rule;
 	e->dst_rule = ct->dst_rule;
 	if (kind == TG_FLOW_START)
-		tg_tell_start(r, e);
+		tg_tell_start(skb, s, e);
 	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
 	return 0;
 }
 
 /* A packet of a known flow, whose other fields have been read: 0 if the entry
  * has changed meanwhile. With a stack of its own: the callers have none to spare. */
-static __noinline int tg_settle(struct tg_run *r, struct tg_ct *ct, int reply)
+tg_global int tg_settle(struct __sk_buff *skb, struct tg_ct *ct, int reply)
 {
-	int ended = tg_touch(ct, &r->s->p, reply, r->s->now);
+	struct tg_scratch *s = tg_work();
+	int ended;
 
-	if (tg_read_word(ct) != tg_word(r->s->epoch, r->s->proof))
+	if (!s || !ct)
 		return 0;
-	tg_account(ct, r->skb, reply);
+	ended = tg_touch(ct, &s->p, reply, s->now);
+	if (tg_read_word(ct) != tg_word(s->epoch, s->proof))
+		return 0;
+	tg_account(ct, skb, reply);
 	if (flow_events && ended)
-		tg_tell(r, ct, TG_FLOW_END, reply);
+		tg_tell(skb, ct, TG_FLOW_END, reply);
 	return 1;
 }
 

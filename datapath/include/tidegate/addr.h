@@ -17,6 +17,12 @@
  * use says must stay apart. */
 #define tg_barrier() asm volatile("" ::: "memory")
 
+/* The same number, of which the verifier knows nothing any more: in a loop it
+ * else walks the rest once for each value that it has been able to tell apart.
+ * `any`: a number that it does not know, of the same width. */
+#define tg_forget(number, any) \
+	asm volatile("%0 += %1; %0 -= %1" : "+r"(number) : "r"(any))
+
 tg_inline void tg_addr_v4(struct tg_addr *addr, __be32 v4)
 {
 	addr->w[0] = 0;

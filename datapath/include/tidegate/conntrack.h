@@ -255,6 +255,8 @@ tg_global int tg_pick_way(const struct tg_half_open_set *set, const struct tg_ct
 			best = i;
 			*word = seen;
 		}
+		tg_forget(highest, now);
+		tg_forget(best, now);
 	}
 	return highest == TG_RANK_OWN ? best + TG_HALF_OPEN_WAYS : best;
 }

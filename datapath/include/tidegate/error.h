@@ -103,7 +103,8 @@ static __noinline int tg_icmp_error(struct tg_run *r)
 	/* The error travels against the packet it quotes. */
 	word = tg_read_word(q.ct);
 	if (word != tg_word(r->s->epoch, r->s->proof)) {
-		reason = tg_rejudge(r, q.ct, word, !r->from_pod, q.reply);
+		reason = tg_rejudge(r->skb, r->ep, q.ct, word,
+				    (q.reply ? TG_WAY_REPLY : 0) | (r->from_pod ? 0 : TG_WAY_OUT));
 		if (reason)
 			return reason;
 	}

@@ -13,31 +13,45 @@
 /* Judges the flow whose tuple (as its originator sent it, after translation)
  * is `t`; `self_is_src`: this interface's pod began it. Fills verdicts, and in
  * `made` what conntrack keeps of them. Returns an enum tg_reason. */
-static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struct tg_ct *made,
-			       int self_is_src)
+tg_global int tg_judge(const struct tg_endpoint *ep, const struct tg_tuple *t, struct tg_ct *made,
+		       int self_is_src)
 {
-	const struct tg_endpoint *src, *dst, *ep = r->ep;
-	struct tg_question *q = &r->s->question;
+	const struct tg_endpoint *src, *dst;
+	struct tg_scratch *s = tg_work();
+	struct tg_question *q;
 	struct tg_peer peer;
+	__u32 zero = 0;
+	void *node;
 
+	if (!s || !ep || !t || !made)
+		return TG_DROP_PENDING;
+	q = &s->question;
+	node = bpf_map_lookup_elem(&node_v2, &zero);
+	if (!node)
+		return TG_DROP_NO_NODE_TABLE;
+	/* Switched meanwhile: both ends' policies are those of one table. */
+	if ((__u64)node != s->node)
+		ep = tg_at_interface(node, ep->ifindex);
 	if (!ep)
 		return TG_DROP_PENDING;
+	/* Of one direction only another verdict of this run may be left. */
+	s->egress.audit = s->egress.log = s->ingress.audit = s->ingress.log = 0;
 	made->src_rule = made->dst_rule = TG_RULE_NONE;
-	tg_find_peer(r->node, self_is_src ? &t->dst : &t->src, &peer);
+	tg_find_peer(node, self_is_src ? &t->dst : &t->src, &peer);
 	src = self_is_src ? ep : peer.endpoint;
 	dst = self_is_src ? peer.endpoint : ep;
-	r->s->src_identity = self_is_src ? ep->identity : peer.identity;
-	r->s->dst_identity = self_is_src ? peer.identity : ep->identity;
-	if (r->s->host) {
-		r->s->src_identity = TG_ID_HOST;
+	s->src_identity = self_is_src ? ep->identity : peer.identity;
+	s->dst_identity = self_is_src ? peer.identity : ep->identity;
+	if (s->host) {
+		s->src_identity = TG_ID_HOST;
 		src = NULL;
 	}
 	if (src) {
 		made->src_endpoint = src->id;
 		tg_set_forward(&made->to_src, src);
 	}
-	if (r->s->flags & TG_CT_UPLINK)
-		made->to_src.ifindex = r->s->uplink;
+	if (s->flags & TG_CT_UPLINK)
+		made->to_src.ifindex = s->uplink;
 	if (dst) {
 		made->dst_endpoint = dst->id;
 		/* Later packets show by this that they are sent by who has the address. */
@@ -45,18 +59,18 @@ static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struc
 			tg_set_forward(&made->to_dst, dst);
 	}
 	/* What a node makes itself may reach its pods: kubelet probes. */
-	if (r->s->host) {
-		r->s->ingress.rule = made->dst_rule = TG_RULE_HOST;
+	if (s->host) {
+		s->ingress.rule = made->dst_rule = TG_RULE_HOST;
 		return 0;
 	}
 	/* By id: the table holds an endpoint once for each of its keys. */
-	if ((peer.endpoint && peer.endpoint->id == ep->id) || (r->s->flags & TG_CT_HAIRPIN)) {
+	if ((peer.endpoint && peer.endpoint->id == ep->id) || (s->flags & TG_CT_HAIRPIN)) {
 		/* What a pod sends itself does not come from outside. */
-		if (!r->from_pod)
+		if (!s->from_pod)
 			return TG_DROP_INVALID_SOURCE;
-		r->s->egress.rule = made->src_rule = TG_RULE_SELF;
-		r->s->ingress.rule = made->dst_rule = TG_RULE_SELF;
-		if (r->s->flags & TG_CT_HAIRPIN)
+		s->egress.rule = made->src_rule = TG_RULE_SELF;
+		s->ingress.rule = made->dst_rule = TG_RULE_SELF;
+		if (s->flags & TG_CT_HAIRPIN)
 			tg_set_forward(&made->to_dst, ep);
 		return 0;
 	}
@@ -64,25 +78,30 @@ static __noinline int tg_judge(struct tg_run *r, const struct tg_tuple *t, struc
 	q->protocol = t->protocol;
 	if (src) {
 		q->addr = t->dst;
-		q->identity = r->s->dst_identity;
+		q->identity = s->dst_identity;
 		q->entity = self_is_src ? tg_entity_of(&peer, 1) : 0;
-		tg_policy_check(&src->egress, q, &r->s->egress);
-		if (r->s->egress.reason)
-			return r->s->egress.reason;
-		made->src_rule = r->s->egress.rule;
+		tg_policy_check(&src->egress, q, &s->egress);
+		if (s->egress.reason)
+			return s->egress.reason;
+		made->src_rule = s->egress.rule;
 	}
 	if (dst) {
 		q->addr = t->src;
-		q->identity = r->s->src_identity;
+		q->identity = s->src_identity;
 		q->entity = self_is_src ? 0 : tg_entity_of(&peer, 0);
-		tg_policy_check(&dst->ingress, q, &r->s->ingress);
-		if (r->s->ingress.reason)
-			return r->s->ingress.reason;
-		made->dst_rule = r->s->ingress.rule;
+		tg_policy_check(&dst->ingress, q, &s->ingress);
+		if (s->ingress.reason)
+			return s->ingress.reason;
+		made->dst_rule = s->ingress.rule;
 	}
-	if (!dry_run && (r->s->egress.audit | r->s->egress.log | r->s->ingress.audit | r->s->ingress.log))
-		tg_report(r);
 	return 0;
+}
+
+/* After a verdict that lets the flow pass, and from where there is more of the stack left. */
+tg_inline void tg_report_verdict(struct __sk_buff *skb, const struct tg_scratch *s)
+{
+	if (!dry_run && (s->egress.audit | s->egress.log | s->ingress.audit | s->ingress.log))
+		tg_report(skb);
 }
 
 /* ---- half-open flows --------------------------------------------------------------- */
@@ -158,16 +177,16 @@ tg_inline int tg_save(struct tg_run *r, struct tg_ct *ct)
 	way->ct = *ct;
 	tg_write_word(&way->ct, tg_word(r->s->epoch, r->s->proof));
 	if (flow_events && !again)
-		tg_tell(r, ct, TG_FLOW_START, 0);
+		tg_tell(r->skb, ct, TG_FLOW_START, 0);
 	return 0;
 }
 
 /* The client's side of a translated flow; `ct` is its entry, or a copy. Returns
  * whether the client is end a of `client_key`. */
-tg_inline int tg_client_key(struct tg_run *r, const struct tg_ct *ct, int reply)
+tg_inline int tg_client_key(struct tg_scratch *s, const struct tg_ct *ct, int reply)
 {
-	const struct tg_tuple *t = &r->s->p.t;
-	struct tg_tuple *client = &r->s->client;
+	const struct tg_tuple *t = &s->p.t;
+	struct tg_tuple *client = &s->client;
 
 	/* A pod that reaches itself is the client, not the address it was given. */
 	if (ct->flags & TG_CT_HAIRPIN)
@@ -178,71 +197,81 @@ tg_inline int tg_client_key(struct tg_run *r, const struct tg_ct *ct, int reply)
 	client->dst = ct->nat_addr;
 	client->dport = ct->nat_port;
 	client->protocol = t->protocol;
-	return tg_ct_key(client, &r->s->client_key);
+	return tg_ct_key(client, &s->client_key);
 }
 
 /* Out of the share, into the table. Of a translated flow the client's side is
  * recorded too, so that what it sends next finds its backend. */
-static __noinline int tg_establish(struct tg_run *r, struct tg_ct *ct, int reply)
+tg_global int tg_establish(struct tg_ct *ct, int reply)
 {
-	__u64 word = tg_word(r->s->epoch, r->s->proof);
-	struct tg_scratch *s = r->s;
+	struct tg_scratch *s = tg_work();
 	__u32 began_a;
+	__u64 word;
 
-	if (dry_run)
+	if (dry_run || !s || !ct)
 		return 0;
+	word = tg_word(s->epoch, s->proof);
 	s->made = *ct;
 	tg_barrier();
 	if (s->made.word != word || tg_read_word(ct) != word)
 		return 0;
 	s->made.flags |= TG_CT_REPLIED;
-	if (bpf_map_update_elem(&ct_v2, &r->s->key, &s->made, BPF_ANY))
+	if (bpf_map_update_elem(&ct_v2, &s->key, &s->made, BPF_ANY))
 		return 0;
 	tg_swap_word(ct, word, TG_CT_FREE);
 	if (!(s->made.flags & TG_CT_NAT))
 		return 0;
-	began_a = tg_client_key(r, &s->made, reply) ? TG_CT_BEGAN_A : 0;
-	s->made.nat_addr = reply ? r->s->p.t.src : r->s->p.t.dst;
-	s->made.nat_port = reply ? r->s->p.t.sport : r->s->p.t.dport;
+	began_a = tg_client_key(s, &s->made, reply) ? TG_CT_BEGAN_A : 0;
+	s->made.nat_addr = reply ? s->p.t.src : s->p.t.dst;
+	s->made.nat_port = reply ? s->p.t.sport : s->p.t.dport;
 	s->made.flags = TG_CT_SERVICE | TG_CT_REPLIED | began_a | (s->made.flags & TG_CT_HAIRPIN);
-	s->made.word = tg_word(r->s->epoch, tg_proof(tg_flow_hash(&s->client)));
+	s->made.word = tg_word(s->epoch, tg_proof(tg_flow_hash(&s->client)));
 	bpf_map_update_elem(&ct_v2, &s->client_key, &s->made, BPF_ANY);
 	return 0;
 }
 
 /* ---- tracked flows ------------------------------------------------------------------- */
 
+enum tg_way {
+	TG_WAY_REPLY = 1, /* against the way the flow began */
+	TG_WAY_OUT = 2,   /* out of the pod at this interface */
+};
+
 /* The policy has moved since this flow was judged: judge it again, in the
  * direction it began, whichever way this packet goes. A flow that is no longer
  * allowed keeps its entry, with the old epoch: without it the other end's next
  * packet would pass for the first of a flow of its own, and open the way back.
- * `word`: as read; where another run was faster the caller finds it changed. */
-static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, __u64 word, int from_pod,
-				 int reply)
+ * `word`: as read; where another run was faster the caller finds it changed.
+ * `way`: of the packet that belongs to the flow, enum tg_way. */
+tg_inline int tg_rejudge(struct __sk_buff *skb, const struct tg_endpoint *ep, struct tg_ct *ct,
+			 __u64 word, int way)
 {
-	struct tg_scratch *s = r->s;
-	struct tg_tuple *t = &s->turned;
-	int reason, self_is_src;
+	struct tg_scratch *s = tg_work();
+	int reply = way & TG_WAY_REPLY;
+	struct tg_tuple *t;
+	int reason;
 
+	if (!s || !ct)
+		return TG_DROP_PENDING;
+	t = &s->turned;
 	*t = s->p.t;
-
 	__builtin_memset(&s->made, 0, sizeof(s->made));
 	if (reply) {
-		t->src = r->s->p.t.dst;
-		t->dst = r->s->p.t.src;
-		t->sport = r->s->p.t.dport;
-		t->dport = r->s->p.t.sport;
+		t->src = s->p.t.dst;
+		t->dst = s->p.t.src;
+		t->sport = s->p.t.dport;
+		t->dport = s->p.t.sport;
 	}
-	self_is_src = !from_pod == !!reply;
-	r->s->host = ct->dst_rule == (__u32)TG_RULE_HOST;
-	r->s->flags = ct->flags & (TG_CT_NAT | TG_CT_HAIRPIN | TG_CT_UPLINK);
-	r->s->uplink = ct->to_src.ifindex;
-	reason = tg_judge(r, t, &s->made, self_is_src);
+	s->host = ct->dst_rule == (__u32)TG_RULE_HOST;
+	s->flags = ct->flags & (TG_CT_NAT | TG_CT_HAIRPIN | TG_CT_UPLINK);
+	s->uplink = ct->to_src.ifindex;
+	reason = tg_judge(ep, t, &s->made, !(way & TG_WAY_OUT) == !!reply);
 	if (reason) {
-		if (!dry_run && ct->seen != r->s->now)
-			ct->seen = r->s->now;
+		if (!dry_run && ct->seen != s->now)
+			ct->seen = s->now;
 		return reason;
 	}
+	tg_report_verdict(skb, s);
 	if (dry_run || word == TG_CT_BUSY || !tg_swap_word(ct, word, TG_CT_BUSY))
 		return 0;
 	ct->src_endpoint = s->made.src_endpoint;
@@ -251,7 +280,7 @@ static __noinline int tg_rejudge(struct tg_run *r, struct tg_ct *ct, __u64 word,
 	ct->dst_rule = s->made.dst_rule;
 	ct->to_dst = s->made.to_dst;
 	ct->to_src = s->made.to_src;
-	tg_write_word(ct, tg_word(r->s->epoch, r->s->proof));
+	tg_write_word(ct, tg_word(s->epoch, s->proof));
 	return 0;
 }
 
@@ -267,38 +296,51 @@ enum tg_follow {
 };
 
 /* A packet of a known flow. Above zero: an enum tg_reason. */
-tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
+tg_global int tg_follow_ct(struct __sk_buff *skb, const struct tg_endpoint *ep, struct tg_ct *ct)
 {
-	__u64 word = tg_read_word(ct);
-	__u32 flags = ct->flags;
-	int reply = tg_is_reply(r, flags);
 	struct tg_target to = { .side = TG_SIDE_SRC };
-	int reason;
+	struct tg_scratch *s = tg_work();
+	int reply, reason;
+	__u32 flags;
+	__u64 word;
 
-	if (word != tg_word(r->s->epoch, r->s->proof)) {
-		if ((word ^ r->s->proof) & TG_PROOF_MASK)
+	if (!s || !ct)
+		return TG_LOST;
+	word = tg_read_word(ct);
+	flags = ct->flags;
+	reply = !!(flags & TG_CT_BEGAN_A) != !!s->src_is_a;
+	if (word != tg_word(s->epoch, s->proof)) {
+		if ((word ^ s->proof) & TG_PROOF_MASK)
 			return TG_LOST;
-		reason = tg_rejudge(r, ct, word, r->from_pod, reply);
+		reason = tg_rejudge(skb, ep, ct, word,
+				    (reply ? TG_WAY_REPLY : 0) | (s->from_pod ? TG_WAY_OUT : 0));
 		if (reason)
 			return reason;
 	}
-	r->s->forward = reply ? ct->to_src : ct->to_dst;
+	s->forward = reply ? ct->to_src : ct->to_dst;
 	to.addr = ct->nat_addr;
 	to.port = ct->nat_port;
-	if (!dry_run && !tg_settle(r, ct, reply))
+	if (!dry_run && !tg_settle(skb, ct, reply))
 		return TG_LOST;
 	if (!reply || !(flags & TG_CT_NAT))
 		return TG_FOLLOWED;
 	if (flags & TG_CT_HAIRPIN) {
-		struct tg_target back = { .addr = r->s->p.t.src, .port = r->s->p.t.dport,
+		struct tg_target back = { .addr = s->p.t.src, .port = s->p.t.dport,
 					  .side = TG_SIDE_DST };
 
-		tg_set_forward(&r->s->forward, r->ep);
-		reason = tg_rewrite(r->skb, &r->s->p, &back);
+		if (!ep)
+			return TG_DROP_PENDING;
+		tg_set_forward(&s->forward, ep);
+		reason = tg_rewrite(skb, &s->p, &back);
 		if (reason)
 			return reason;
 	}
-	return tg_rewrite(r->skb, &r->s->p, &to);
+	return tg_rewrite(skb, &s->p, &to);
+}
+
+tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
+{
+	return tg_follow_ct(r->skb, r->ep, ct);
 }
 
 tg_inline void tg_key(struct tg_run *r)
@@ -326,17 +368,19 @@ tg_inline int tg_proves(const struct tg_packet *p, __u32 flags)
 
 /* The first answer. What an earlier connection left under the client's key
  * names that one's backend: its SYN did not look there. */
-static __noinline int tg_replied(struct tg_run *r, struct tg_ct *ct)
+tg_global int tg_replied(struct tg_ct *ct)
 {
-	if (dry_run || (__sync_fetch_and_or(&ct->flags, TG_CT_REPLIED) & TG_CT_REPLIED))
+	struct tg_scratch *s = tg_work();
+
+	if (dry_run || !s || !ct || (__sync_fetch_and_or(&ct->flags, TG_CT_REPLIED) & TG_CT_REPLIED))
 		return 0;
 	if (!(ct->flags & TG_CT_NAT))
 		return 0;
-	tg_client_key(r, ct, 1);
-	if ((tg_read_word(ct) ^ r->s->proof) & TG_PROOF_MASK)
+	tg_client_key(s, ct, 1);
+	if ((tg_read_word(ct) ^ s->proof) & TG_PROOF_MASK)
 		return 0;
-	if (bpf_map_lookup_elem(&ct_v2, &r->s->client_key))
-		bpf_map_delete_elem(&ct_v2, &r->s->client_key);
+	if (bpf_map_lookup_elem(&ct_v2, &s->client_key))
+		bpf_map_delete_elem(&ct_v2, &s->client_key);
 	return 0;
 }
 
@@ -351,13 +395,13 @@ tg_inline int tg_follow_set(struct tg_run *r, struct tg_half_open_set *set)
 	if (tg_proves(&r->s->p, ct->flags)) {
 		struct tg_ct *moved;
 
-		tg_establish(r, ct, reply);
+		tg_establish(ct, reply);
 		moved = tg_lookup(r);
 		if (moved)
 			return tg_follow(r, moved);
 	}
 	if (reply && !(ct->flags & TG_CT_REPLIED))
-		tg_replied(r, ct);
+		tg_replied(ct);
 	return tg_follow(r, ct);
 }
 
@@ -459,10 +503,11 @@ static __noinline int tg_new_flow(struct tg_run *r)
 	int reason;
 
 	__builtin_memset(&s->made, 0, sizeof(s->made));
-	reason = tg_judge(r, &r->s->p.t, &s->made, r->from_pod);
+	reason = tg_judge(r->ep, &s->p.t, &s->made, r->from_pod);
 	if (reason)
 		return reason;
 	r->s->forward = s->made.to_dst;
+	tg_report_verdict(r->skb, s);
 	return tg_save(r, &s->made);
 }
 

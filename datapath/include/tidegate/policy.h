@@ -25,9 +25,7 @@ struct tg_verdict {
 
 /* What a question's rule keys are made of, the same for each shape. */
 struct tg_parts {
-	__u32 identity; /* 0: matches terms for any peer only */
-	__u32 class;    /* peer word; 0: none */
-	__u32 entity;   /* peer word; 0: none */
+	__u32 peers[4]; /* peer words by enum tg_peer_kind; 0: matches none of that kind */
 	__u32 ports;    /* (protocol, port) as a 24-bit number */
 	__u32 bits;     /* how many of them this packet has: 24 or 8 */
 };
@@ -70,6 +68,14 @@ tg_inline const struct tg_endpoint *tg_local(void *node, const struct tg_addr *a
 {
 	struct tg_node_key key = { .kind = TG_NODE_ADDR, .addr = *addr };
 
+	return bpf_map_lookup_elem(node, &key);
+}
+
+static __noinline const struct tg_endpoint *tg_at_interface(void *node, __u32 ifindex)
+{
+	struct tg_node_key key = { .kind = TG_NODE_IFINDEX };
+
+	key.addr.w[0] = ifindex;
 	return bpf_map_lookup_elem(node, &key);
 }
 
@@ -129,9 +135,10 @@ tg_inline void tg_rule_parts(struct tg_question *q, __u32 class)
 	int ports = q->protocol == IPPROTO_TCP || q->protocol == IPPROTO_UDP ||
 		    q->protocol == IPPROTO_SCTP || tg_is_icmp(q->protocol);
 
-	parts->identity = q->identity;
-	parts->class = class && q->identity ? TG_PEER_WORD_CLASS | class : 0;
-	parts->entity = q->entity ? TG_PEER_WORD_ENTITY | q->entity : 0;
+	parts->peers[TG_PEER_IDENTITY] = q->identity;
+	parts->peers[TG_PEER_CLASS] = class && q->identity ? TG_PEER_WORD_CLASS | class : 0;
+	parts->peers[TG_PEER_ENTITY] = q->entity ? TG_PEER_WORD_ENTITY | q->entity : 0;
+	parts->peers[TG_PEER_ANY] = TG_PEER_WORD_ANY;
 	parts->ports = (__u32)q->protocol << 16 | bpf_ntohs(q->port);
 	parts->bits = ports ? 24 : 8;
 }
@@ -141,12 +148,11 @@ tg_inline void tg_rule_parts(struct tg_question *q, __u32 class)
 tg_inline int tg_rule_key(const struct tg_parts *parts, __u32 lane, __u8 shape,
 			  struct tg_rule_key *key)
 {
-	__u32 bits = shape & 31, kind = shape >> 5;
-	__u32 peer = kind == TG_PEER_IDENTITY ? parts->identity :
-		     kind == TG_PEER_CLASS ? parts->class :
-		     kind == TG_PEER_ENTITY ? parts->entity : TG_PEER_WORD_ANY;
-	__u32 ports;
+	__u32 bits = shape & 31, kind = shape >> 5, peer, ports;
 
+	/* A table, not branches: the verifier would walk each, for each shape. */
+	asm volatile("%0 &= 3" : "+r"(kind));
+	peer = parts->peers[kind];
 	/* A rule with ports never matches what has none. */
 	if (!peer || bits > parts->bits)
 		return 0;

@@ -41,6 +41,8 @@ struct tg_scratch {
 	__u32 set; /* in a share */
 	__u32 now;
 	__u32 host;  /* generated on this node, towards the pod */
+	__u32 from_pod;
+	__u64 node;  /* where this run's node table lies */
 	__u32 src_identity;
 	__u32 dst_identity;
 	struct tg_verdict egress;
@@ -75,6 +77,14 @@ struct {
 	__uint(max_entries, 1);
 } scratch SEC(".maps");
 
+/* For functions that are verified on their own: they are given no pointer to it. */
+tg_inline struct tg_scratch *tg_work(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratch, &zero);
+}
+
 struct tg_run {
 	struct __sk_buff *skb;
 	void *node;                   /* this run's node table */
@@ -90,11 +100,12 @@ tg_inline int tg_open(struct tg_run *r)
 	struct tg_control *control;
 	__u32 zero = 0;
 
-	r->s = bpf_map_lookup_elem(&scratch, &zero);
+	r->s = tg_work();
 	if (!r->s)
 		return TG_DROP_NO_NODE_TABLE;
 	__builtin_memset(r->s, 0, offsetof(struct tg_scratch, made));
 	r->s->refused = 0;
+	r->s->from_pod = r->from_pod;
 	control = bpf_map_lookup_elem(&control_v1, &zero);
 	if (!control)
 		return TG_DROP_NO_NODE_TABLE;
@@ -103,6 +114,7 @@ tg_inline int tg_open(struct tg_run *r)
 	r->node = bpf_map_lookup_elem(&node_v2, &zero);
 	if (!r->node)
 		return TG_DROP_NO_NODE_TABLE;
+	r->s->node = (__u64)r->node;
 	r->s->now = tg_now();
 	return 0;
 }
@@ -146,34 +158,40 @@ tg_inline int tg_direction(const struct tg_run *r)
 	return r->s->egress.reason || r->from_pod ? TG_EGRESS : TG_INGRESS;
 }
 
-/* `direction`: whose verdict it tells of; `flags`: enum tg_event_flags. */
-static __noinline int tg_event(struct tg_run *r, __u32 reason, __u32 direction, __u32 flags)
+/* `direction`: whose verdict it tells of; `flags`: enum tg_event_flags;
+ * `endpoint`: the id of the pod at this interface, 0 for none. */
+tg_global int tg_event(struct __sk_buff *skb, __u32 reason, __u32 direction, __u32 flags,
+		       __u32 endpoint)
 {
-	const struct tg_verdict *v = direction == TG_EGRESS ? &r->s->egress : &r->s->ingress;
+	struct tg_scratch *s = tg_work();
+	const struct tg_verdict *v;
 	struct tg_event *e;
 
+	if (!s)
+		return 0;
+	v = direction == TG_EGRESS ? &s->egress : &s->ingress;
 	e = bpf_ringbuf_reserve(&events_v1, sizeof(*e), 0);
 	if (!e) {
-		tg_count(r->skb, TG_REASON_EVENT_LOST, r->from_pod);
+		tg_count(skb, TG_REASON_EVENT_LOST, s->from_pod);
 		return 0;
 	}
 	e->direction = direction;
-	e->endpoint = r->ep ? r->ep->id : 0;
+	e->endpoint = endpoint;
 	if (v->reason || flags)
-		e->endpoint = direction == TG_EGRESS ? r->s->made.src_endpoint :
-						       r->s->made.dst_endpoint;
+		e->endpoint = direction == TG_EGRESS ? s->made.src_endpoint :
+						       s->made.dst_endpoint;
 	e->time = bpf_ktime_get_coarse_ns();
-	e->ifindex = r->skb->ifindex;
-	e->length = r->skb->len;
-	e->src = r->s->p.t.src;
-	e->dst = r->s->p.t.dst;
-	e->sport = r->s->p.t.sport;
-	e->dport = r->s->p.t.dport;
-	e->protocol = r->s->p.t.protocol;
+	e->ifindex = skb->ifindex;
+	e->length = skb->len;
+	e->src = s->p.t.src;
+	e->dst = s->p.t.dst;
+	e->sport = s->p.t.sport;
+	e->dport = s->p.t.dport;
+	e->protocol = s->p.t.protocol;
 	e->reason = reason;
-	e->tcp_flags = r->s->p.tcp_flags;
-	e->src_identity = r->s->src_identity;
-	e->dst_identity = r->s->dst_identity;
+	e->tcp_flags = s->p.tcp_flags;
+	e->src_identity = s->src_identity;
+	e->dst_identity = s->dst_identity;
 	e->rule_set = v->rule_set;
 	e->rule = flags & TG_EVENT_AUDIT ? v->audit_rule : v->rule;
 	e->flags = flags;
@@ -189,26 +207,28 @@ tg_inline int tg_drop(struct tg_run *r, __u32 reason)
 	tg_answer(r, reason);
 	if (!dry_run) {
 		tg_count(r->skb, reason, direction == TG_EGRESS);
-		tg_event(r, reason, direction, 0);
+		tg_event(r->skb, reason, direction, 0, r->ep ? r->ep->id : 0);
 	}
 	return TC_ACT_SHOT;
 }
 
 /* What the ends' policies want said of a flow that passes. */
-static __noinline int tg_report(struct tg_run *r)
+tg_global int tg_report(struct __sk_buff *skb)
 {
+	struct tg_scratch *s = tg_work();
 	__u32 direction;
 
+	if (!s)
+		return 0;
 	for (direction = TG_INGRESS; direction <= TG_EGRESS; direction++) {
-		const struct tg_verdict *v = direction == TG_EGRESS ? &r->s->egress :
-								      &r->s->ingress;
+		const struct tg_verdict *v = direction == TG_EGRESS ? &s->egress : &s->ingress;
 
 		if (v->audit) {
-			tg_count(r->skb, TG_REASON_AUDIT, direction == TG_EGRESS);
-			tg_event(r, v->audit, direction, TG_EVENT_AUDIT);
+			tg_count(skb, TG_REASON_AUDIT, direction == TG_EGRESS);
+			tg_event(skb, v->audit, direction, TG_EVENT_AUDIT, 0);
 		}
 		if (v->log)
-			tg_event(r, TG_FORWARDED, direction, TG_EVENT_LOG);
+			tg_event(skb, TG_FORWARDED, direction, TG_EVENT_LOG, 0);
 	}
 	return 0;
 }

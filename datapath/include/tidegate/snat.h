@@ -151,19 +151,12 @@ tg_inline void tg_nat_touch(struct tg_run *r, struct tg_nat *nat, const struct t
 		__sync_fetch_and_or(&twin->flags, add);
 }
 
-tg_inline struct tg_scratch *tg_this_scratch(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&scratch, &zero);
-}
-
 /* Takes the entry of the way back: s->nat_key is its key, s->nat_made its value.
  * 0, or -TG_EEXIST: a living flow has it; or why there is no room. It and its
  * caller find the run's scratch by themselves, and so are verified once. */
 tg_global int tg_nat_claim(void)
 {
-	struct tg_scratch *s = tg_this_scratch();
+	struct tg_scratch *s = tg_work();
 	struct tg_nat *held;
 	long error;
 
@@ -202,7 +195,7 @@ tg_inline int tg_node_source(__u8 family, struct tg_addr *addr)
 tg_global int tg_nat_make(__u32 kind)
 {
 	__u32 span = (__u32)snat_last - snat_first + 1, at = bpf_get_prandom_u32();
-	struct tg_scratch *s = tg_this_scratch();
+	struct tg_scratch *s = tg_work();
 	const struct tg_choice *choice;
 	struct tg_tuple *t;
 	int i, error = -1;
