@@ -125,7 +125,7 @@ def neighbours(hook: str) -> Iterator[bytes]:
 
 def forbidden(data: bytes, hook: str) -> str:
     """Why this frame must be dropped, or "" where it may pass."""
-    frame = f.parse(_whole(data))
+    frame = f.parse(f.true_length(data))
     if frame.vlans or frame.ethertype not in (f.ETH_ARP, f.ETH_IPV4, f.ETH_IPV6):
         return "link layer"
     if frame.ethertype == f.ETH_ARP:
@@ -143,16 +143,6 @@ def forbidden(data: bytes, hook: str) -> str:
         or _bad_neighbour(frame, hook)
         or ("" if _neighbour(frame) or frame.dst in _self(hook) else _bad_flow(frame, hook))
     )
-
-
-def _whole(data: bytes) -> bytes:
-    """With the IP length that the frame has: the datapath leaves a wrong one to the stack, which
-    drops, and reads what is there."""
-    if data[12:14] == b"\x08\0" and len(data) >= 34:
-        return data[:16] + (len(data) - 14).to_bytes(2, "big") + data[18:]
-    if data[12:14] == b"\x86\xdd" and len(data) >= 54:
-        return data[:18] + (len(data) - 54).to_bytes(2, "big") + data[20:]
-    return data
 
 
 def _self(hook: str) -> set[str]:

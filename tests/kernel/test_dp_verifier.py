@@ -1,4 +1,4 @@
-"""What the verifier walks of each program: a node's start waits for it, and for nothing else as long.
+"""What the verifier walks of each program: a node waits for it when a loader starts.
 
 A function that is verified at each of its calls, with all that is known there, costs as many times
 as there are ways to it; one that is verified on its own (`tg_global`) once.

@@ -125,12 +125,17 @@ class Edge:
 
     def send(self, data: bytes, *, program: str = "from_net", host: bool = False) -> Out:
         before = self.lab.counters()
-        context = SkbContext(ifindex=UPLINK, ingress_ifindex=0 if host else UPLINK)
-        result = self.net.programs[program].test_run(data, context, data_out_size=len(data) + 128)
+        result = self.net.programs[program].test_run(
+            data, self.context(host=host), data_out_size=len(data) + 128
+        )
         after = self.lab.counters()
         changed = [k[0] for k, n in after.items() if n != before.get(k, 0) and k[0] != t.EVENT_LOST]
         assert len(changed) <= 1, changed
         return Out(result.retval, changed[0] if changed else None, result.data_out)
+
+    def context(self, *, host: bool = False) -> SkbContext:
+        """At the uplink; `host`: of the node's own making."""
+        return SkbContext(ifindex=UPLINK, ingress_ifindex=0 if host else UPLINK)
 
     def age(self, units: int) -> None:
         """As if no packet of a translated flow had come for so many units of `seen`."""
