@@ -58,7 +58,9 @@ class Directory:
         return found or self.addresses.get(address) or self.stranger(Reserved.WORLD)
 
     def _other(self, found: End | None, address: bytes, identity: int, endpoint: int) -> End:
-        if identity >= FIRST_IDENTITY:
+        known = self.identities.get(identity)
+        outside = known is not None and not known.namespace
+        if identity >= FIRST_IDENTITY and not outside:
             if self._missing is not None and self._missing("address", address):
                 found = self.endpoints.get(endpoint) or self.addresses.get(address)
             if found is not None and found.pod:
@@ -103,7 +105,7 @@ class Directory:
         names += others
         if made.policy >= len(names):
             return None
-        return Decision((names[made.policy],), rule, match_type(item, rule))
+        return Decision((names[made.policy],), rule, match_type(item, rule), made.log)
 
     def in_force(self, numbers: Iterable[int]) -> None:
         """Forgets rule sets that have not been in force for long; their ids are never used again.

@@ -61,6 +61,8 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     """Index in the RuleSet's rules; -1: no rule matched."""
     match: int = 0
     """What the rule names: a number of `policy_match_type`."""
+    log: bool = False
+    """The rule asks for a line in the policy log."""
 
 
 class Service(msgspec.Struct, frozen=True, gc=False):

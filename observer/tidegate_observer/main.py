@@ -13,15 +13,20 @@ from pathlib import Path
 
 import structlog
 from tidegate_bpf import BpfError, LayoutError, ObjectFile
+from tidegate_kube import AccessError, Client, in_cluster
+from tidegate_kube.access import SERVICE_ACCOUNT
 
 from tidegate_observer import history, policylog, rings
 from tidegate_observer.collector import Collector, Reader
 from tidegate_observer.exposition import Exposition
+from tidegate_observer.informer import ClusterPeople
 from tidegate_observer.metrics import Metrics
 from tidegate_observer.rundir import RunDirSource
 from tidegate_observer.server import About, ObserverService, Server
 
 MAX_HISTORY = 1 << 20
+KNOWN_SECONDS = 10.0
+"""How long what the rings hold waits for the API server to say who lives in the cluster."""
 
 log = structlog.get_logger()
 
@@ -37,8 +42,9 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
     """Exit code."""
     spec = ObjectFile(args.objects / "pod.o")
     kept = history.History(args.flows)
+    people = _people(args)
     readers = [
-        Reader(spec, node, pins, RunDirSource(args.run_dir, node, args.state))
+        Reader(spec, node, pins, RunDirSource(args.run_dir, node, args.state, people))
         for node, pins in args.node
     ]
     figures = Metrics()
@@ -59,6 +65,10 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
         try:
             with Server(service, addresses), Exposition(figures, args.metrics) as shown:
                 log.info("serving", addresses=addresses, nodes=about.nodes)
+                if people is not None:
+                    # What waits in the rings is read when it is known who they are.
+                    people.start()
+                    people.wait(KNOWN_SECONDS, stop)
                 pause = 0.0
                 while not stop.wait(pause):
                     pause = collector.step()
@@ -67,19 +77,29 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
                 kept.close()
         finally:
             collector.close()
+            if people is not None:
+                people.close()
             args.socket.unlink(missing_ok=True)
     return 0
+
+
+def _people(args: argparse.Namespace) -> ClusterPeople | None:
+    """OSError, AccessError: how to reach the API server is not known."""
+    if not args.kube:
+        return None
+    server = args.server_file.read_text().strip() if args.server_file is not None else None
+    client = Client(in_cluster(server, args.service_account), "tidegate-observer")
+    return ClusterPeople(client, args.namespace)
 
 
 def _policy_log(args: argparse.Namespace) -> policylog.PolicyLog | None:
     if not args.policy_log:
         return None
-    what = args.policy_log_what
     return policylog.PolicyLog(
         policylog.Settings(
             target=args.policy_log,
-            allow=what in ("allow", "all"),
-            deny=what in ("deny", "all"),
+            allow=args.policy_log_allow,
+            deny=args.policy_log_deny,
             policies=frozenset(args.policy_log_policy),
             node_name=args.policy_log_node_name,
         )
@@ -102,6 +122,19 @@ def parser() -> argparse.ArgumentParser:
     add("--run-dir", type=Path, required=True, help="where supervisor.json and nodes/ are")
     add("--state", type=Path, help="where the objects in force are (default: RUN_DIR/objects)")
     add("--objects", type=Path, required=True, help="where pod.o is")
+    add("--kube", action="store_true", help="ask the API server for pods and identities")
+    add(
+        "--server-file",
+        type=Path,
+        help="file with the API server's URL (default: $KUBERNETES_SERVICE_HOST and _PORT)",
+    )
+    add(
+        "--service-account",
+        type=Path,
+        default=SERVICE_ACCOUNT,
+        help="directory with token and ca.crt (default: %(default)s)",
+    )
+    add("--namespace", default="tidegate-system", help="of the observers' pods")
     add("--socket", type=Path, required=True, help="Unix socket to serve on")
     add("--listen", default="", metavar="HOST:PORT", help="serve there, too")
     add(
@@ -116,18 +149,20 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--policy-log", default="", metavar="FILE", help="what policies decided; -: standard output"
     )
-    add(
-        "--policy-log-what",
-        choices=("deny", "allow", "all"),
-        default="deny",
-        help="default: deny",
-    )
+    which = (policylog.ALL, policylog.LISTED, policylog.NONE)
+    for name, default in (("deny", policylog.ALL), ("allow", policylog.NONE)):
+        add(
+            f"--policy-log-{name}",
+            choices=which,
+            default=default,
+            help="listed: of policies named, of rules with log: true (default: %(default)s)",
+        )
     add(
         "--policy-log-policy",
         action="append",
         default=[],
         metavar="NS/NAME",
-        help="only what this policy decided; may be repeated",
+        help="a policy that is listed; may be repeated",
     )
     add("--policy-log-node-name", action="store_true", help="each line names the node")
     return made
@@ -162,6 +197,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         return run(args, stop)
-    except (BpfError, LayoutError, OSError) as error:
+    except (AccessError, BpfError, LayoutError, OSError) as error:
         log.error("cannot go on", error=str(error))
         return 1

@@ -84,6 +84,7 @@ def flow_message(flow: Flow, uuid: str) -> flow_pb2.Flow:
         made.trace_reason = flow_pb2.NEW if flow.kind == Kind.START else flow_pb2.ESTABLISHED
         made.egress_allowed_by.extend(_policies(flow.egress))
         made.ingress_allowed_by.extend(_policies(flow.ingress))
+    made.policy_log.extend(_asked(flow))
     if flow.counts is not None:
         made.extensions.CopyFrom(_counts(flow))
     return made
@@ -126,6 +127,12 @@ def _policies(decision: Decision | None) -> list[flow_pb2.Policy]:
         flow_pb2.Policy(kind=p.kind, namespace=p.namespace, name=p.name)
         for p in (decision.policies if decision is not None else ())
     ]
+
+
+def _asked(flow: Flow) -> list[str]:
+    """Policies whose rule asks for a line in the policy log, as it names them."""
+    decided = (d for d in (flow.egress, flow.ingress) if d is not None and d.log)
+    return [f"{p.kind} {p.namespace}/{p.name}" for d in decided for p in d.policies]
 
 
 def _counts(flow: Flow) -> any_pb2.Any:

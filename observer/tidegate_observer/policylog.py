@@ -21,6 +21,7 @@ from tidegate_observer.flow import ICMP, ICMPV6, SCTP, TCP, UDP, End, Flow, Kind
 PROTOCOLS = {TCP: "tcp", UDP: "udp", SCTP: "sctp", ICMP: "icmp", ICMPV6: "icmp"}
 DIRECTIONS = ("ingress", "egress")
 STDOUT = "-"
+ALL, LISTED, NONE = "all", "listed", "none"
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Settings:
 
     target: str
     """A file, or STDOUT."""
-    allow: bool = False
-    deny: bool = True
+    allow: str = NONE
+    deny: str = ALL
+    """ALL; LISTED: what `policies` decided, and a rule that asks for it; or NONE."""
     policies: frozenset[str] = frozenset()
-    """Only what one of these decided, each "namespace/name" ("/name" for cluster-scoped kinds);
-    empty: all."""
+    """Each "namespace/name" ("/name" for cluster-scoped kinds)."""
     node_name: bool = False
     aggregation_seconds: float = 5.0
     """For how long denials of one kind are counted before they are written."""
@@ -67,14 +68,14 @@ class PolicyLog:
     def add(self, flows: Iterable[Flow], now: float) -> None:
         """`now`: seconds of any clock that only goes forward."""
         for flow in flows:
-            if flow.kind == Kind.DENIED and self._settings.deny:
+            if flow.kind == Kind.DENIED:
                 self._denied(flow, now)
-            elif flow.kind == Kind.START and self._settings.allow:
+            elif flow.kind == Kind.START:
                 self._allowed(flow, now)
 
     def _denied(self, flow: Flow, now: float) -> None:
         decision = flow.egress or flow.ingress
-        if decision is None or not self._wanted(flow):
+        if decision is None or not self._wanted(flow, self._settings.deny):
             return
         key = (
             flow.source_address,
@@ -94,15 +95,17 @@ class PolicyLog:
 
     def _allowed(self, flow: Flow, now: float) -> None:
         decided = [d for d in (flow.egress, flow.ingress) if d is not None and d.rule >= 0]
-        if decided and self._wanted(flow):
+        if decided and self._wanted(flow, self._settings.allow):
             self._write([self._line(flow, "allow")], now)
 
-    def _wanted(self, flow: Flow) -> bool:
+    def _wanted(self, flow: Flow, which: str) -> bool:
+        if which != LISTED:
+            return which == ALL
         wanted = self._settings.policies
-        if not wanted:
-            return True
         decisions = [d for d in (flow.egress, flow.ingress) if d is not None]
-        return any(f"{p.namespace}/{p.name}" in wanted for d in decisions for p in d.policies)
+        return any(
+            d.log or any(f"{p.namespace}/{p.name}" in wanted for p in d.policies) for d in decisions
+        )
 
     def _line(self, flow: Flow, disposition: str) -> dict[str, Any]:
         when = datetime.fromtimestamp(flow.time // 10**9, UTC)

@@ -1,24 +1,24 @@
 """A Directory from a node's files: a run directory of `tidegate up`, or of a loader on a cluster.
 
-`supervisor.json` (pods with their own labels), `objects/` (identities, rule sets, Services) and the
-node's `realised.json` (ids). Files are read again only where they changed. Reads only.
+`objects/` (addresses, rule sets, Services) and the node's `realised.json` (ids), and People for
+who has the addresses. Files are read again only where they changed. Reads only.
 """
 
 from __future__ import annotations
 
-import os
+import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import structlog
 from msgspec import UNSET
-from tidegate_api.state import Identity, RuleSet, StateSlice
+from tidegate_api.state import RuleSet, StateSlice
 
-from tidegate_observer.directory import Directory, identity_end, pod_labels, reserved_labels
+from tidegate_observer.directory import Directory, FrontendKey, reserved_labels
 from tidegate_observer.flow import SCTP, TCP, UDP, End, Service, address_bytes
+from tidegate_observer.people import Files, People, Pod, PodKey, RunDirPeople, objects_in
 
 WAIT_SECONDS = 0.5
 """How long a batch of records waits for the file that names what it speaks of: whoever made it
@@ -30,33 +30,7 @@ MAX_UNKNOWN = 4096
 
 PROTOCOLS = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
 
-log = structlog.get_logger()
-T = TypeVar("T")
 K = TypeVar("K")
-Stamp = tuple[int, int, int]
-
-
-class _Pod(msgspec.Struct, frozen=True, rename="camel"):
-    namespace: str
-    name: str
-    node: str = ""
-    addresses: list[str] = []
-    host_network: bool = False
-    labels: dict[str, str] = {}
-    workload: str = ""
-    workload_kind: str = ""
-
-
-class _Node(msgspec.Struct, frozen=True):
-    name: str
-    addresses: list[str] = []
-
-
-class _Supervisor(msgspec.Struct, frozen=True):
-    """What supervisor.json says that matters here; other members pass."""
-
-    nodes: list[_Node] = []
-    pods: list[_Pod] = []
 
 
 class _Endpoint(msgspec.Struct, frozen=True):
@@ -81,21 +55,23 @@ class _Realised(msgspec.Struct, frozen=True, rename="camel"):
 class RunDirSource:
     """Keeps `directory` as the files say. Not thread-safe: one thread refreshes and looks up."""
 
-    def __init__(self, run_dir: Path, node: str, objects: Path | None = None) -> None:
-        """`objects`: where identities/, rulesets/ and stateslices/ are; default: the run
-        directory's."""
+    def __init__(
+        self, run_dir: Path, node: str, objects: Path | None = None, people: People | None = None
+    ) -> None:
+        """`objects`: where rulesets/ and stateslices/ are; default: the run directory's, as is
+        `people`."""
         self.node = node
         self.directory = Directory(self._missing)
         self.pods_known = 0
         self._objects = objects or run_dir / "objects"
-        self._supervisor = run_dir / "supervisor.json"
+        self._people = people or RunDirPeople(run_dir, self._objects)
         self._realised = run_dir / "nodes" / node / "realised.json"
-        self._stamps: dict[Path, Stamp] = {}
-        self._pods: dict[tuple[str, str], _Pod] = {}
-        self._nodes: list[_Node] = []
+        self._files = Files()
+        self._pods: Mapping[PodKey, Pod] = {}
         self._ids: _Realised = _Realised()
         self._identity_of: dict[str, int] = {}
         self._slices: dict[str, StateSlice] = {}
+        self._facts: tuple[dict[bytes, int], dict[FrontendKey, Service]] = {}, {}
         self._rule_sets: dict[str, RuleSet] = {}
         self._unknown: dict[tuple[str, bytes | int], float] = {}
         self._waited = -UNKNOWN_SECONDS
@@ -104,70 +80,34 @@ class RunDirSource:
 
     def refresh(self) -> bool:
         """Reads what changed; whether anything did."""
-        pods = self._fresh(self._supervisor, _Supervisor)
-        realised = self._fresh(self._realised, _Realised)
+        people = self._people.fresh()
+        realised = self._files.fresh(self._realised, _Realised)
         slices = self._read_slices()
-        identities = self._read_identities()
-        if pods is not None:
-            self._pods = {(pod.namespace, pod.name): pod for pod in pods.pods}
-            self._nodes = pods.nodes
+        if slices:
+            self._facts = self._read_facts()
+        if people:
+            self._pods = self._people.pods
+            self.directory.identities = dict(self._people.identities)
         if realised is not None:
             self._ids = realised
             self._read_rule_sets()
-        if not (pods is not None or realised is not None or slices or identities):
+        if not (people or realised is not None or slices):
             return False
         self._fill()
         return True
 
-    def _fresh(self, path: Path, kind: type[T]) -> T | None:
-        """The file's content if it changed since it was read last."""
-        try:
-            found = os.stat(path)
-            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
-            if self._stamps.get(path) == stamp:
-                return None
-            value = msgspec.json.decode(path.read_bytes(), type=kind)
-        except FileNotFoundError:
-            return None
-        except msgspec.MsgspecError as error:
-            log.warning("not readable, left out", file=str(path), error=str(error))
-            self._stamps[path] = stamp
-            return None
-        self._stamps[path] = stamp
-        return value
-
-    def _files(self, directory: str) -> Iterator[Path]:
-        try:
-            with os.scandir(self._objects / directory) as entries:
-                names = [e.name for e in entries if e.name.endswith(".json") and e.name[0] != "."]
-        except FileNotFoundError:
-            return
-        for name in sorted(names):
-            yield self._objects / directory / name
-
     def _read_slices(self) -> bool:
         before = dict(self._slices)
         seen = set()
-        for path in self._files("stateslices"):
+        for path in objects_in(self._objects / "stateslices"):
             seen.add(path.stem)
-            item = self._fresh(path, StateSlice)
+            item = self._files.fresh(path, StateSlice)
             if item is not None:
                 self._slices[path.stem] = item
         for gone in self._slices.keys() - seen:
             del self._slices[gone]
-            self._stamps.pop(self._objects / "stateslices" / f"{gone}.json", None)
+            self._files.forget(self._objects / "stateslices" / f"{gone}.json")
         return before != self._slices
-
-    def _read_identities(self) -> bool:
-        changed, known = False, self.directory.identities
-        for path in self._files("identities"):
-            if path.stem.isdigit() and path not in self._stamps:
-                item = self._fresh(path, Identity)
-                if item is not None:
-                    number = int(path.stem)
-                    known[number] = identity_end(item, number)
-                    changed = True
-        return changed
 
     def _read_rule_sets(self) -> None:
         wanted = {int(number): item.name for number, item in self._ids.rule_sets.items()}
@@ -175,7 +115,7 @@ class RunDirSource:
         for number, name in wanted.items():
             if number in sets:
                 continue
-            item = self._rule_sets.get(name) or self._fresh(
+            item = self._rule_sets.get(name) or self._files.fresh(
                 self._objects / "rulesets" / f"{name}.json", RuleSet
             )
             if item is not None:
@@ -184,13 +124,13 @@ class RunDirSource:
         kept = set(wanted.values())
         for name in [n for n in self._rule_sets if n not in kept]:
             del self._rule_sets[name]
-            self._stamps.pop(self._objects / "rulesets" / f"{name}.json", None)
+            self._files.forget(self._objects / "rulesets" / f"{name}.json")
 
     # ---- the directory ---------------------------------------------------------------
 
     def _fill(self) -> None:
         directory = self.directory
-        identities, services = self._facts()
+        identities, services = self._facts
         addresses: dict[bytes, End] = {}
         for address, number in identities.items():
             known = directory.identities.get(number)
@@ -198,7 +138,7 @@ class RunDirSource:
         for (namespace, name), pod in self._pods.items():
             if not pod.host_network:
                 for text in pod.addresses:
-                    raw = address_bytes(text)
+                    raw = _packed(text)
                     addresses[raw] = self._end(namespace, name, identities.get(raw, 0))
         endpoints = {}
         for item in self._ids.endpoints.values():
@@ -212,7 +152,7 @@ class RunDirSource:
         directory.services = services
         self.pods_known = len(self._pods) or len(endpoints)
 
-    def _facts(self) -> tuple[dict[bytes, int], dict[tuple[bytes, int, int], Service]]:
+    def _read_facts(self) -> tuple[dict[bytes, int], dict[FrontendKey, Service]]:
         """Of ipcache: address → identity; frontends → Service."""
         identities: dict[bytes, int] = {}
         services = {}
@@ -235,8 +175,8 @@ class RunDirSource:
     def _end(self, namespace: str, name: str, identity: int, endpoint: int = 0) -> End:
         pod = self._pods.get((namespace, name))
         if pod is not None:
-            labels = pod_labels(namespace, pod.labels)
-            return End(identity, endpoint, namespace, name, labels, pod.workload, pod.workload_kind)
+            made = pod.workload, pod.workload_kind
+            return End(identity, endpoint, namespace, name, pod.labels, *made)
         known = self.directory.identities.get(identity)
         return End(identity, endpoint, namespace, name, known.labels if known else ())
 
@@ -266,6 +206,12 @@ class RunDirSource:
         if now - self._waited >= UNKNOWN_SECONDS:
             self._waited = now
         return self._waited + WAIT_SECONDS
+
+
+@functools.lru_cache(maxsize=16384)
+def _packed(address: str) -> bytes:
+    """Ten thousand pods are looked at when one of them changes."""
+    return address_bytes(address)
 
 
 def _kept(before: Mapping[K, End], after: Mapping[K, End]) -> dict[K, End]:

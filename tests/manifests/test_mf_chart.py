@@ -115,6 +115,12 @@ OTHER = {
     "loader.logLevel": "loader.logLevel=debug",
     "loader.maxUnavailable": "loader.maxUnavailable=3",
     "loader.seccompProfile": "loader.seccompProfile=Unconfined",
+    "observer.enabled": "observer.enabled=false",
+    "observer.flows": "observer.flows=1000",
+    "observer.policyLog.deny": "observer.policyLog.deny=all",
+    "observer.policyLog.allow": "observer.policyLog.allow=none",
+    "observer.policyLog.policies": "observer.policyLog.policies[0]=data/other",
+    "observer.policyLog.directory": "observer.policyLog.directory=/var/log/other",
 }
 
 
@@ -140,6 +146,9 @@ def test_every_value_changes_something(value: str) -> None:
         ("services.algorithm=fastest", "algorithm"),
         ("masquerade.nonMasqueradeCIDRs[0]=192.0.2.1", "nonMasqueradeCIDRs"),
         ("cni.binaryDirectory=opt/cni/bin", "binaryDirectory"),
+        ("observer.flows=0", "flows"),
+        ("observer.policyLog.deny=some", "deny"),
+        ("observer.policyLog.policies[0]=web", "policies"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(setting: str, said: str) -> None:
@@ -168,7 +177,7 @@ def _every_container() -> list[tuple[str, Object, Object]]:
 
 def test_every_root_is_read_only_and_one_container_is_privileged() -> None:
     found = _every_container()
-    assert len(found) == 6
+    assert len(found) == 7
     assert {c["securityContext"]["readOnlyRootFilesystem"] for _, _, c in found} == {True}
     privileged = [n for n, _, c in found if c["securityContext"].get("privileged")]
     assert privileged == ["node-setup"]
@@ -178,13 +187,14 @@ def test_every_root_is_read_only_and_one_container_is_privileged() -> None:
             assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
 
 
-def test_capabilities_are_the_three() -> None:
+def test_capabilities_are_the_three_and_one_for_the_observer() -> None:
     added = {
         name: container["securityContext"].get("capabilities", {}).get("add")
         for name, _, container in _every_container()
     }
     assert {name: caps for name, caps in added.items() if caps} == {
-        "loader": ["BPF", "NET_ADMIN", "PERFMON"]
+        "loader": ["BPF", "NET_ADMIN", "PERFMON"],
+        "observer": ["BPF"],
     }
 
 
@@ -208,16 +218,38 @@ def test_the_loader_sees_four_places_of_the_node() -> None:
         "/var/lib/tidegate",
     ]
     assert seen["cni"] == ["/etc/cni/net.d", "/opt/cni/bin", "/var/lib/cni", "/var/lib/tidegate"]
+    assert seen["observer"] == ["/sys/fs/bpf", "/var/lib/tidegate"]
     assert seen["server-address"] == ["/etc/kubernetes/kubelet.conf"]
 
 
-def test_one_container_of_a_node_has_the_token() -> None:
+def test_the_observer_changes_nothing_on_the_node() -> None:
+    pod = pod_of(overlay("base"), LOADER)
+    host = {v["name"] for v in pod["volumes"] if "hostPath" in v}
+    mounts = containers(pod)["observer"]["volumeMounts"]
+    assert {m["name"]: m.get("readOnly") for m in mounts if m["name"] in host} == {
+        "bpffs": True,
+        "state": True,
+    }
+
+
+def test_without_an_observer_nothing_is_left_of_it() -> None:
+    objects = chart("--set", "observer.enabled=false")
+    pod = pod_of(objects, LOADER)
+    assert "observer" not in containers(pod)
+    assert "observer" not in [v["name"] for v in pod["volumes"]]
+    rules = objects["ClusterRole /tidegate-loader"]["rules"]
+    assert {resource for rule in rules for resource in rule["resources"]} == {
+        *("nodestates", "nodestates/status", "rulesets", "stateslices"),
+    }
+
+
+def test_two_containers_of_a_node_have_the_token() -> None:
     pod = pod_of(overlay("base"), LOADER)
     assert pod["automountServiceAccountToken"] is False
     having = [
         n for n, c in containers(pod).items() for m in c["volumeMounts"] if m["name"] == "token"
     ]
-    assert having == ["loader"]
+    assert having == ["loader", "observer"]
 
 
 @pytest.mark.parametrize("name", [OPERATOR, LOADER])

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
 from tidegate_observer.flow import Kind
 from tidegate_observer.policylog import PolicyLog, Settings
-from unit.observer.flows import ALLOW, SECOND, WORLD, flow, pod, started
+from unit.observer.flows import ALLOW, DENY, SECOND, WORLD, flow, pod, started
 
 
 def made(tmp_path: Path, **settings: Any) -> tuple[PolicyLog, Path]:
@@ -69,21 +70,34 @@ def test_denials_of_one_kind_are_counted(tmp_path: Path) -> None:
 
 def test_what_is_logged_is_asked_for(tmp_path: Path) -> None:
     flows = [flow(), started(), started(ingress=None), started(kind=Kind.END), flow(ingress=None)]
-    for settings, expected in (
+    rows: list[tuple[dict[str, Any], list[str]]] = [
         ({}, ["deny"]),
-        ({"allow": True}, ["allow", "deny"]),
-        ({"allow": True, "deny": False}, ["allow"]),
-        ({"allow": True, "policies": frozenset({"data/allow-web"})}, ["allow"]),
-        ({"allow": True, "policies": frozenset({"data/other"})}, []),
-    ):
-        log, path = made(tmp_path / str(len(expected)) / str(sorted(settings)), **settings)
+        ({"allow": "all"}, ["allow", "deny"]),
+        ({"allow": "all", "deny": "none"}, ["allow"]),
+        ({"allow": "listed", "policies": frozenset({"data/allow-web"})}, ["allow", "deny"]),
+        ({"allow": "listed", "deny": "none", "policies": frozenset({"data/other"})}, []),
+        ({"deny": "listed", "policies": frozenset({"data/default-deny"})}, ["deny"]),
+        ({"deny": "listed", "policies": frozenset({"data/allow-web"})}, []),
+    ]
+    for number, (settings, expected) in enumerate(rows):
+        log, path = made(tmp_path / str(number), **settings)
         log.add(flows, 0.0)
         log.flush(0.0, every=True)
         assert [line["disposition"] for line in lines(path)] == expected, settings
 
 
+def test_a_rule_that_asks_for_it_is_logged_unless_nothing_is(tmp_path: Path) -> None:
+    asked = replace(ALLOW, log=True), replace(DENY, log=True)
+    flows = [started(ingress=asked[0]), flow(ingress=asked[1]), started(), flow()]
+    for which, expected in (("listed", ["allow", "deny"]), ("none", [])):
+        log, path = made(tmp_path / which, allow=which, deny=which)
+        log.add(flows, 0.0)
+        log.flush(0.0, every=True)
+        assert [line["disposition"] for line in lines(path)] == expected
+
+
 def test_an_allowed_connection_names_its_policies_and_its_node(tmp_path: Path) -> None:
-    log, path = made(tmp_path, allow=True, node_name=True)
+    log, path = made(tmp_path, allow="all", node_name=True)
     log.add([started(source=WORLD, ingress=ALLOW)], 0.0)
     (line,) = lines(path)
     assert line["src"] == {"instance": "world"}
@@ -91,7 +105,7 @@ def test_an_allowed_connection_names_its_policies_and_its_node(tmp_path: Path) -
 
 
 def test_limits_are_kept_and_said(tmp_path: Path) -> None:
-    log, path = made(tmp_path, allow=True, max_rate=3, max_aggregated=2)
+    log, path = made(tmp_path, allow="all", max_rate=3, max_aggregated=2)
     log.add([started() for _ in range(5)], 100.0)
     log.add([flow(destination_port=n) for n in range(4)], 101.0)
     log.flush(101.5, every=True)
@@ -101,7 +115,7 @@ def test_limits_are_kept_and_said(tmp_path: Path) -> None:
 
 
 def test_files_are_moved_away(tmp_path: Path) -> None:
-    log, path = made(tmp_path, allow=True, max_bytes=1500, backups=2, max_rate=10_000)
+    log, path = made(tmp_path, allow="all", max_bytes=1500, backups=2, max_rate=10_000)
     for number in range(20):
         log.add([started(source_port=number)], float(number))
     names = sorted(p.name for p in path.parent.iterdir())

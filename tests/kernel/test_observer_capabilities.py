@@ -1,0 +1,91 @@
+"""What an observer needs on a node: to own the pins, and no capability; not to write them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from support import frames, loader_node
+from support import loader_world as world
+from support.hubble import Hubble
+from support.loader_node import TIMEOUT, Node, ip, poll
+from tidegate_bpf import netns
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+]
+
+READ_ONLY = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
+POWERLESS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    with loader_node.made(tmp_path) as found:
+        found.objects = world.ROOT / "datapath" / "build"
+        yield found
+
+
+@pytest.fixture
+def observer(node: Node, tmp_path: Path) -> Iterator[Path]:
+    """Its socket. It sees the pins read-only, and has no capability; its log is beside it."""
+    directory = tmp_path / "observer"
+    directory.mkdir()
+    found = directory / "observer.sock"
+    command = ["unshare", "-m", "sh", "-ec", READ_ONLY, "-", str(node.mount), *POWERLESS]
+    command += [sys.executable, "-m", "tidegate_observer", "--node", f"{world.NODE}={node.pin_dir}"]
+    command += ["--run-dir", str(node.run_dir), "--objects", str(node.objects)]
+    command += ["--socket", str(found), "--metrics-file", str(directory / "figures")]
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        poll("the observer to serve", found.exists)
+        yield found
+    finally:
+        process.terminate()
+        process.wait(TIMEOUT)
+
+
+def _spoof(node: Node) -> None:
+    """A packet of pod 1 from an address that is not its own."""
+    frame = frames.packet("10.9.9.9", "10.0.0.2", frames.UDP)
+    with netns.inside(f"/run/netns/{node.namespace}"):
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+    with sock:
+        sock.bind(("p1", 0))
+        sock.send(frame)
+
+
+def test_no_capability_is_needed_and_pins_are_read_only(node: Node, observer: Path) -> None:
+    """It came before the loader had loaded anything, and sees what is there from then on."""
+    wanted = world.example()
+    one = node.add_interface(1)
+    ip("-n", node.namespace, "link", "set", "p1", "up")
+    ip("-n", node.namespace, "link", "set", one.ifname, "up")
+    node.write(wanted)
+    node.start()
+    node.wait_for(wanted, 1)
+    with Hubble(f"unix:{observer}") as client:
+
+        def told() -> bool:
+            _spoof(node)
+            try:
+                flows = list(client.flows(whitelist=[{"verdict": ["DROPPED"]}]))
+            except grpc.RpcError:
+                return False
+            return any(f["IP"]["source"] == "10.9.9.9" for f in flows)
+
+        poll("the denial to be told", told)
+    figures = observer.with_name("figures")
+    poll(
+        "the programs' counters to be read",
+        lambda: figures.exists() and "\ncilium_drop_count_total{" in figures.read_text(),
+    )
+    assert "cannot read" not in observer.with_name("log").read_text()
