@@ -7,6 +7,7 @@
  *   net.c    the pod's interface and its host side, by netlink
  *   gate.c   the pinned programs and their links, by bpf(2)
  *   ask.c    one question to the loader, with an end
+ *   pipe.c   no step: a Unix socket at standard input and output, for `kubectl exec`
  */
 #ifndef TIDEGATE_CNI_H
 #define TIDEGATE_CNI_H
@@ -57,5 +58,8 @@ int gate_attach(const char *pin_dir, int ifindex);
 /* Sends `question` to the loader as a line of JSON, again whenever the loader comes back, until it answers or `deadline`.
  * The answer's reference is the caller's; NULL: there was none, and `why` says it. */
 json_t *ask(const char *socket_path, json_t *question, int64_t deadline, const char **why);
+
+/* Joins the Unix socket `path` to standard input and output until the other side ends. The process's exit code. */
+int pipe_to(const char *path);
 
 #endif

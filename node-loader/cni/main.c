@@ -330,6 +330,8 @@ int main(int count, char **arguments)
 
 	if (count == 3 && !strcmp(arguments[1], "alive"))
 		return alive(arguments[2]);
+	if (count == 3 && !strcmp(arguments[1], "pipe"))
+		return pipe_to(arguments[2]);
 	command = environment("CNI_COMMAND");
 	if (!strcmp(command, "VERSION")) {
 		print_versions();

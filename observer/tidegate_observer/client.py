@@ -7,10 +7,19 @@ from typing import Any
 
 import grpc
 
-from tidegate_observer.api import observer_pb2
-from tidegate_observer.methods import GET_FLOWS, GET_NAMESPACES, GET_NODES, SERVER_STATUS, call
+from tidegate_observer.api import observer_pb2, peer_pb2
+from tidegate_observer.methods import (
+    GET_FLOWS,
+    GET_NAMESPACES,
+    GET_NODES,
+    NOTIFY,
+    SERVER_STATUS,
+    call,
+)
+from tidegate_observer.tls import Certificates
 
 TIMEOUT_SECONDS = 5.0
+KEEPALIVE_MS = 20_000
 
 
 class ObserverError(Exception):
@@ -20,12 +29,30 @@ class ObserverError(Exception):
 class Client:
     """One server, "unix:PATH" or "HOST:PORT". A context manager. Every call: ObserverError."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(
+        self, address: str, certificates: Certificates | None = None, server_name: str = ""
+    ) -> None:
+        """`certificates`: to ask by TLS, of a server that has one for `server_name`.
+        ObserverError: a file of them is missing."""
         self.address = address
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 1000)],
-        )
+        options: list[tuple[str, str | int]] = [
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+        ]
+        if certificates is None:
+            self._channel = grpc.insecure_channel(address, options=options)
+            return
+        try:
+            credentials = certificates.for_client()
+        except OSError as error:
+            raise ObserverError(f"no certificate to ask with: {error}") from error
+        options += [
+            ("grpc.ssl_target_name_override", server_name),
+            # A node that is gone says nothing: a stream to it must not wait for ever.
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
+        ]
+        self._channel = grpc.secure_channel(address, credentials, options=options)
 
     def __enter__(self) -> Client:
         return self
@@ -44,7 +71,14 @@ class Client:
         self, request: observer_pb2.GetFlowsRequest
     ) -> Iterator[observer_pb2.GetFlowsResponse]:
         """As they come; with `follow` until it is left."""
-        stream = call(self._channel, GET_FLOWS)(request)
+        yield from self._stream(GET_FLOWS, request)
+
+    def peers(self) -> Iterator[peer_pb2.ChangeNotification]:
+        """The observers that it knows, and what changes, until it is left."""
+        yield from self._stream(NOTIFY, peer_pb2.NotifyRequest())
+
+    def _stream(self, method: Any, request: Any) -> Iterator[Any]:
+        stream = call(self._channel, method)(request)
         try:
             yield from stream
         except grpc.RpcError as error:

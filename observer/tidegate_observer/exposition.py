@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,10 @@ WRITE_SECONDS = 5.0
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
+class _Server6(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
 class Exposition:
     """A context manager. `address` "HOST:PORT", or "" for no HTTP. OSError."""
 
@@ -24,7 +29,8 @@ class Exposition:
         self._server: ThreadingHTTPServer | None = None
         if address:
             host, _, port = address.rpartition(":")
-            self._server = ThreadingHTTPServer((host.strip("[]"), int(port)), _handler(figures))
+            kind = _Server6 if ":" in host else ThreadingHTTPServer
+            self._server = kind((host.strip("[]"), int(port)), _handler(figures))
 
     def __enter__(self) -> Exposition:
         if self._server is not None:

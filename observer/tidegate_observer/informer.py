@@ -163,8 +163,11 @@ class ClusterPeople:
     # ---- the other observers ----------------------------------------------------------------
 
     def observers(self) -> dict[str, str]:
-        """Node → address of it, of every node that has an observer's pod, running or not."""
-        found = {}
+        """Node → address of it, of every node that has an observer's pod, running or not. Empty
+        until all pods are known."""
+        found: dict[str, str] = {}
+        if not self._pods.synced:
+            return found
         for (namespace, _), item in sorted(self.pods.items()):
             if namespace == self._namespace and item.observes and item.node and item.addresses:
                 found[item.node] = item.addresses[0]

@@ -7,7 +7,8 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,8 +24,11 @@ from tidegate_observer.informer import ClusterPeople
 from tidegate_observer.metrics import Metrics
 from tidegate_observer.rundir import RunDirSource
 from tidegate_observer.server import About, ObserverService, Server
+from tidegate_observer.tls import Certificates
 
 MAX_HISTORY = 1 << 20
+LOOK_SECONDS = 5.0
+"""How often it is looked whether there are certificates by now."""
 KNOWN_SECONDS = 10.0
 """How long what the rings hold waits for the API server to say who lives in the cluster."""
 
@@ -36,6 +40,18 @@ def own_version() -> str:
         return f"tidegate {version('tidegate')}"
     except PackageNotFoundError:
         return "tidegate (from a source tree)"
+
+
+def log_to_stderr() -> None:
+    """Every line as JSON."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 def run(args: argparse.Namespace, stop: threading.Event) -> int:
@@ -52,18 +68,21 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
     about = About(
         nodes=tuple(reader.node for reader in readers),
         version=own_version(),
-        address=args.listen or f"unix:{args.socket}",
+        address=f"unix:{args.socket}",
         namespaces=collector.namespaces,
+        peers=_peers(people, args.listen) if people is not None and args.listen else None,
+        secure=bool(args.listen),
         instance=secrets.randbits(64),
     )
     service = ObserverService(kept, about)
-    addresses = [f"unix:{args.socket}", *([args.listen] if args.listen else [])]
+    addresses = [f"unix:{args.socket}"]
+    door = Door(service, args.listen, args.tls)
     with rings.locked(args.socket.with_suffix(".lock")) as alone:
         if not alone:
             log.error("another observer reads these rings", socket=str(args.socket))
             return 1
         try:
-            with Server(service, addresses), Exposition(figures, args.metrics) as shown:
+            with Server(service, addresses), door, Exposition(figures, args.metrics) as shown:
                 log.info("serving", addresses=addresses, nodes=about.nodes)
                 if people is not None:
                     # What waits in the rings is read when it is known who they are.
@@ -72,7 +91,8 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
                 pause = 0.0
                 while not stop.wait(pause):
                     pause = collector.step()
-                    service.cut_stuck()
+                    door.tend()
+                    service.streams.cut_stuck()
                     shown.write(args.metrics_file)
                 kept.close()
         finally:
@@ -81,6 +101,56 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
                 people.close()
             args.socket.unlink(missing_ok=True)
     return 0
+
+
+class Door:
+    """The TCP address: open from when there are certificates for it, with no other. A context
+    manager."""
+
+    def __init__(self, service: ObserverService, address: str, certificates: Path | None) -> None:
+        """`address`: "" for none."""
+        self._service = service
+        self._address = address
+        self._certificates = Certificates(certificates) if certificates and address else None
+        self._server: Server | None = None
+        self._due = 0.0
+        self._told = ""
+
+    def __enter__(self) -> Door:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._server is not None:
+            self._server.__exit__()
+
+    def tend(self) -> None:
+        """Now and then: opens it if it can be."""
+        found = self._certificates
+        if found is None or self._server is not None or time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + LOOK_SECONDS
+        if not found.present:
+            return
+        try:
+            self._server = Server(self._service, [self._address], found).__enter__()
+            log.info("serving", addresses=[self._address])
+        except (OSError, ValueError) as error:
+            if str(error) != self._told:
+                self._told = str(error)
+                log.warning("cannot serve", address=self._address, error=self._told)
+
+
+def _peers(people: ClusterPeople, listen: str) -> Callable[[], dict[str, str]]:
+    """Node → where its observer listens: all of them at the port that this one does."""
+    port = listen.rpartition(":")[2]
+
+    def found() -> dict[str, str]:
+        return {
+            node: f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+            for node, address in people.observers().items()
+        }
+
+    return found
 
 
 def _people(args: argparse.Namespace) -> ClusterPeople | None:
@@ -136,7 +206,18 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--namespace", default="tidegate-system", help="of the observers' pods")
     add("--socket", type=Path, required=True, help="Unix socket to serve on")
-    add("--listen", default="", metavar="HOST:PORT", help="serve there, too")
+    add(
+        "--listen",
+        default="",
+        metavar="HOST:PORT",
+        help="serve there, too, with TLS, from when its certificates are there; needs --tls",
+    )
+    add(
+        "--tls",
+        type=Path,
+        metavar="DIR",
+        help="tls.crt and tls.key, and ca.crt: whose certificates clients must have",
+    )
     add(
         "--flows",
         type=_flows,
@@ -183,15 +264,11 @@ def _flows(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    made = parser()
+    args = made.parse_args(argv)
+    if args.listen and args.tls is None:
+        made.error("--listen needs --tls: what is not encrypted is served on the Unix socket only")
+    log_to_stderr()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -1,7 +1,8 @@
 """Many observers as one: their flows merged in the order of time, and which of them do not answer.
 
 Holds no flows: a stream of a client is a stream to each node, with a short queue between. Of a node
-that cannot be reached the client is told, and gets what the others have.
+that cannot be reached the client is told, and gets what the others have. Nodes may come and go
+while a client follows.
 """
 
 from __future__ import annotations
@@ -20,19 +21,31 @@ import grpc
 
 from tidegate_observer.api import observer_pb2, peer_pb2, relay_pb2
 from tidegate_observer.client import Client, ObserverError
+from tidegate_observer.streams import Streams
 
 QUEUE = 256
 """Responses that wait of each node. What is more waits on the node, which has its own limit."""
 WINDOW_SECONDS = 0.3
 """For how long a flow to be followed waits for earlier ones of other nodes."""
+HELD_SECONDS = 1.0
+"""No flow waits longer, whatever its node's clock says."""
+AHEAD_SECONDS = 2.0
+"""A node whose flows come from so far in the future has a clock that is wrong, or ours is."""
 READY_SECONDS = 2.0
 RETRY_SECONDS = 2.0
 POLL_SECONDS = 0.05
+AT_ONCE = 16
+"""Nodes that are asked at the same time."""
 MAX_LAST = 65536
 """Flows that are gathered to find the last ones of all nodes; of more each node's are shown."""
 
 Response = observer_pb2.GetFlowsResponse
 _END = None
+
+Peers = Callable[[], Mapping[str, str]]
+"""Node → address, as of now."""
+Connect = Callable[[str], Client]
+"""Of an address. ObserverError."""
 
 
 def nanoseconds(response: Response) -> int:
@@ -54,19 +67,23 @@ class _Node:
     """One node's answers to one question, fetched by a thread of their own."""
 
     def __init__(
-        self, name: str, address: str, request: observer_pb2.GetFlowsRequest, gone: threading.Event
+        self, name: str, address: str, request: observer_pb2.GetFlowsRequest, connect: Connect
     ) -> None:
         self.name = name
+        self.address = address
         self.answers: queue.Queue[Response | None] = queue.Queue(QUEUE)
-        self._address = address
+        self.gone = threading.Event()
+        """Nobody wants its answers any more."""
+        self.ended = False
         self._request = request
-        self._gone = gone
+        self._connect = connect
+        self._said: Response | None = None
         threading.Thread(target=self._run, name=f"relay-{name}", daemon=True).start()
 
     def _run(self) -> None:
         request = observer_pb2.GetFlowsRequest()
         request.CopyFrom(self._request)
-        while not self._gone.is_set():
+        while not self.gone.is_set():
             last = self._fetch(request)
             if not request.follow:
                 break
@@ -74,28 +91,35 @@ class _Node:
                 # What came meanwhile, and nothing twice.
                 request.number = 0
                 request.since.FromNanoseconds(last + 1)
-            self._gone.wait(RETRY_SECONDS)
+            self.gone.wait(RETRY_SECONDS)
         self._put(_END)
 
     def _fetch(self, request: observer_pb2.GetFlowsRequest) -> int | None:
         last = None
         try:
-            with Client(self._address) as client:
+            with self._connect(self.address) as client:
                 client.wait_ready(READY_SECONDS)
                 if request.follow:
-                    self._put(status(relay_pb2.NODE_CONNECTED, [self.name]))
+                    self._say(relay_pb2.NODE_CONNECTED)
                 for response in client.flows(request):
                     if response.WhichOneof("response_types") == "flow":
                         last = nanoseconds(response)
                     if not self._put(response):
                         return last
         except ObserverError as error:
-            self._put(status(relay_pb2.NODE_UNAVAILABLE, [self.name], str(error)))
+            self._say(relay_pb2.NODE_UNAVAILABLE, str(error))
         return last
+
+    def _say(self, state: int, message: str = "") -> None:
+        """Once, until it is something else."""
+        said = status(state, [self.name], message)
+        if self._said is None or self._said.node_status != said.node_status:
+            self._said = said
+            self._put(said)
 
     def _put(self, answer: Response | None) -> bool:
         """False: nobody wants it any more."""
-        while not self._gone.is_set():
+        while not self.gone.is_set():
             try:
                 self.answers.put(answer, timeout=POLL_SECONDS)
             except queue.Full:
@@ -107,20 +131,41 @@ class _Node:
         while (answer := self.answers.get()) is not _END:
             yield answer
 
+    def now(self) -> Iterator[Response]:
+        """What is there, but for no more than a queue of it: others wait, too."""
+        for _ in range(QUEUE):
+            try:
+                answer = self.answers.get_nowait()
+            except queue.Empty:
+                return
+            if answer is _END:
+                self.ended = True
+                return
+            yield answer
+
 
 def merged(
-    peers: Mapping[str, str], request: observer_pb2.GetFlowsRequest, active: Callable[[], bool]
+    peers: Peers,
+    request: observer_pb2.GetFlowsRequest,
+    active: Callable[[], bool],
+    connect: Connect = Client,
 ) -> Iterator[Response]:
-    """Of every node, by time; `peers`: name → address. Ends early once `active` says no."""
-    gone = threading.Event()
+    """Of every node, by time. Ends early once `active` says no."""
+    nodes: dict[str, _Node] = {}
+
+    def begin(name: str, address: str) -> None:
+        nodes[name] = _Node(name, address, request, connect)
+
     try:
-        nodes = [_Node(name, address, request, gone) for name, address in sorted(peers.items())]
+        for name, address in sorted(peers().items()):
+            begin(name, address)
         if request.follow:
-            yield from _followed(nodes, active)
+            yield from _Following(nodes, peers, begin).run(active)
         else:
-            yield from _gathered(nodes, request)
+            yield from _gathered(list(nodes.values()), request)
     finally:
-        gone.set()
+        for node in nodes.values():
+            node.gone.set()
 
 
 def _gathered(nodes: list[_Node], request: observer_pb2.GetFlowsRequest) -> Iterator[Response]:
@@ -143,37 +188,114 @@ def _gathered(nodes: list[_Node], request: observer_pb2.GetFlowsRequest) -> Iter
     yield from said
 
 
-def _followed(nodes: list[_Node], active: Callable[[], bool]) -> Iterator[Response]:
-    waiting: list[tuple[int, int, float, Response]] = []
-    numbers = itertools.count()
-    ended: set[str] = set()
-    while active() and len(ended) < len(nodes):
-        now = time.monotonic()
-        for node in nodes:
-            for _ in range(QUEUE):
-                try:
-                    answer = node.answers.get_nowait()
-                except queue.Empty:
-                    break
-                if answer is _END:
-                    ended.add(node.name)
-                elif answer.WhichOneof("response_types") == "node_status":
-                    yield answer
-                else:
-                    at = nanoseconds(answer)
-                    heapq.heappush(waiting, (at, next(numbers), now, answer))
-        while waiting and waiting[0][2] <= now - WINDOW_SECONDS:
-            yield heapq.heappop(waiting)[3]
-        time.sleep(POLL_SECONDS)
-    yield from (item[3] for item in sorted(waiting))
+class _Following:
+    """What comes from nodes that come and go, in the order of time as far as it can be had."""
+
+    def __init__(
+        self, nodes: dict[str, _Node], peers: Peers, begin: Callable[[str, str], None]
+    ) -> None:
+        self._nodes = nodes
+        self._peers = peers
+        self._begin = begin
+        self._order = Order()
+        self._ahead: set[str] = set()
+
+    def run(self, active: Callable[[], bool]) -> Iterator[Response]:
+        while active() and not all(node.ended for node in self._nodes.values()):
+            yield from self._renew()
+            now, idle = time.monotonic(), True
+            for node in list(self._nodes.values()):
+                for answer in node.now():
+                    idle = False
+                    if answer.WhichOneof("response_types") == "node_status":
+                        yield answer
+                        continue
+                    yield from self._skewed(node.name, answer)
+                    self._order.add(nanoseconds(answer), now, answer)
+            yield from self._order.due(now)
+            if idle:
+                time.sleep(POLL_SECONDS)
+        yield from self._order.rest()
+
+    def _renew(self) -> Iterator[Response]:
+        wanted = self._peers()
+        for name in [n for n, node in self._nodes.items() if wanted.get(n) != node.address]:
+            self._nodes.pop(name).gone.set()
+            if name not in wanted:
+                yield status(relay_pb2.NODE_GONE, [name])
+        for name in sorted(wanted.keys() - self._nodes.keys()):
+            self._begin(name, wanted[name])
+
+    def _skewed(self, name: str, answer: Response) -> Iterator[Response]:
+        """Told once of each node."""
+        ahead = nanoseconds(answer) / 10**9 - time.time()
+        if ahead > AHEAD_SECONDS and name not in self._ahead:
+            self._ahead.add(name)
+            text = f"its clock is {ahead:.1f} s ahead of the relay's: flows are not in order"
+            yield status(relay_pb2.NODE_ERROR, [name], text)
+
+
+class _Waiting:
+    """One answer until its turn. Compared by when it happened."""
+
+    __slots__ = ("answer", "arrived", "at", "told")
+
+    def __init__(self, at: int, arrived: float, answer: Response) -> None:
+        self.at = at
+        self.arrived = arrived
+        self.answer = answer
+        self.told = False
+
+    def __lt__(self, other: _Waiting) -> bool:
+        return self.at < other.at
+
+
+class Order:
+    """Answers by time: each waits a moment for earlier ones, and never long, so that a node whose
+    clock is wrong keeps back nobody's flows, its own neither."""
+
+    def __init__(self) -> None:
+        self._by_time: list[_Waiting] = []
+        self._by_arrival: collections.deque[_Waiting] = collections.deque()
+
+    def __len__(self) -> int:
+        return len(self._by_time)
+
+    def add(self, at: int, arrived: float, answer: Response) -> None:
+        one = _Waiting(at, arrived, answer)
+        heapq.heappush(self._by_time, one)
+        self._by_arrival.append(one)
+
+    def due(self, now: float) -> Iterator[Response]:
+        """`now`: seconds of the clock that `arrived` is of."""
+        heap, queued = self._by_time, self._by_arrival
+        while heap and (heap[0].told or heap[0].arrived <= now - WINDOW_SECONDS):
+            one = heapq.heappop(heap)
+            if not one.told:
+                one.told = True
+                yield one.answer
+        while queued and (queued[0].told or queued[0].arrived <= now - HELD_SECONDS):
+            one = queued.popleft()
+            if not one.told:
+                one.told = True
+                yield one.answer
+        # Those from the future would stay at the end of the heap.
+        if len(heap) > 2 * len(queued) + QUEUE:
+            self._by_time = [one for one in heap if not one.told]
+            heapq.heapify(self._by_time)
+
+    def rest(self) -> Iterator[Response]:
+        yield from (one.answer for one in sorted(self._by_time) if not one.told)
 
 
 class RelayService:
-    """The Observer service over the observers of `peers` (name → address); see `methods`."""
+    """The Observer service over the observers of `peers`; see `methods`."""
 
-    def __init__(self, peers: Mapping[str, str], version: str) -> None:
-        self._peers = dict(peers)
+    def __init__(self, peers: Peers, version: str, connect: Connect = Client) -> None:
+        self._peers = peers
         self._version = version
+        self._connect = connect
+        self.streams = Streams()
         self._started = time.monotonic()
 
     def get_flows(
@@ -181,22 +303,31 @@ class RelayService:
     ) -> Iterator[Response]:
         if request.first and request.follow:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "first and follow exclude each other")
-        yield from merged(self._peers, request, context.is_active)
+        with self.streams.watched(context) as stream:
+
+            def active() -> bool:
+                stream.move()
+                return context.is_active()
+
+            for answer in merged(self._peers, request, active, self._connect):
+                stream.move()
+                yield answer
 
     def _ask(self, ask: Callable[[Client], Any]) -> dict[str, Any]:
         """Each node's answer, None of one that has none."""
 
         def one(address: str) -> Any:
             try:
-                with Client(address) as client:
+                with self._connect(address) as client:
                     client.wait_ready(READY_SECONDS)
                     return ask(client)
             except ObserverError:
                 return None
 
-        with ThreadPoolExecutor(16) as pool:
-            names = sorted(self._peers)
-            answers = pool.map(one, [self._peers[name] for name in names])
+        peers = self._peers()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            names = sorted(peers)
+            answers = pool.map(one, [peers[name] for name in names])
             return dict(zip(names, answers, strict=True))
 
     def server_status(
@@ -221,13 +352,13 @@ class RelayService:
     def get_nodes(
         self, _request: observer_pb2.GetNodesRequest, _context: grpc.ServicerContext
     ) -> observer_pb2.GetNodesResponse:
-        made = observer_pb2.GetNodesResponse()
+        made, addresses = observer_pb2.GetNodesResponse(), self._peers()
         for name, answer in self._ask(Client.nodes).items():
             if answer is not None:
                 made.nodes.extend(answer.nodes)
             else:
                 made.nodes.add(
-                    name=name, address=self._peers[name], state=relay_pb2.NODE_UNAVAILABLE
+                    name=name, address=addresses.get(name, ""), state=relay_pb2.NODE_UNAVAILABLE
                 )
         return made
 
@@ -258,7 +389,7 @@ class RelayService:
     def notify(
         self, _request: peer_pb2.NotifyRequest, context: grpc.ServicerContext
     ) -> Iterator[peer_pb2.ChangeNotification]:
-        for name, address in sorted(self._peers.items()):
+        for name, address in sorted(self._peers().items()):
             yield peer_pb2.ChangeNotification(name=name, address=address, type=peer_pb2.PEER_ADDED)
         while context.is_active():
             time.sleep(POLL_SECONDS)

@@ -6,7 +6,6 @@ who reads too slowly finds that what comes next is gone, and is disconnected wit
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +22,17 @@ from tidegate_observer.flow import Flow, Lost
 from tidegate_observer.history import History
 from tidegate_observer.meaning import CLUSTER
 from tidegate_observer.methods import handlers
+from tidegate_observer.streams import Stream, Streams
+from tidegate_observer.tls import OBSERVER_NAME, Certificates
 
 MAX_STREAMS = 32
 """Calls at once; the next one is told that there are too many."""
 SLICE = 1024
 """Entries looked at without looking up: the work of one turn of a stream."""
 WAIT_SECONDS = 0.5
-STUCK_SECONDS = 30.0
-"""A stream that takes nothing for so long, although there is something, is cut."""
 MAX_REQUEST = 1 << 20
+KEEPALIVE_MS = 20_000
+"""How often a client asks whether the server is still there, see `client`."""
 STOP_SECONDS = 1.0
 
 log = structlog.get_logger()
@@ -45,17 +46,13 @@ class About:
     version: str
     address: str = ""
     namespaces: Callable[[], list[str]] = list
+    peers: Callable[[], dict[str, str]] | None = None
+    """Node → address of every observer, as asked now; None: `nodes`, at `address`."""
+    secure: bool = False
+    """`address` and those of `peers` are served with TLS."""
     instance: int = 0
     """Makes the flows' ids those of this process."""
     started: float = field(default_factory=time.monotonic)
-
-
-@dataclass(eq=False)
-class _Stream:
-    context: grpc.ServicerContext
-    peer: str
-    moved: float
-    """When it last took something, or had nothing to take."""
 
 
 class ObserverService:
@@ -64,7 +61,7 @@ class ObserverService:
     def __init__(self, history: History, about: About) -> None:
         self._history = history
         self._about = about
-        self._streams: set[_Stream] = set()
+        self.streams = Streams()
 
     # ---- flows -------------------------------------------------------------------------
 
@@ -73,11 +70,11 @@ class ObserverService:
     ) -> Iterator[observer_pb2.GetFlowsResponse]:
         end = self._history.added
         query = self._query(request, context)
-        with self._watched(context) as stream:
+        with self.streams.watched(context) as stream:
             for number, entry in self._entries(query, end, context, stream):
-                stream.moved = time.monotonic()
+                stream.move()
                 yield self._response(number, entry, query)
-                stream.moved = time.monotonic()
+                stream.move()
 
     def _query(
         self, request: observer_pb2.GetFlowsRequest, context: grpc.ServicerContext
@@ -106,7 +103,7 @@ class ObserverService:
         )
 
     def _entries(
-        self, query: _Query, end: int, context: grpc.ServicerContext, stream: _Stream
+        self, query: _Query, end: int, context: grpc.ServicerContext, stream: Stream
     ) -> Iterator[tuple[int, Flow | Lost]]:
         history = self._history
         left = query.number or None
@@ -164,14 +161,14 @@ class ObserverService:
         return query.test(entry)
 
     def _following(
-        self, query: _Query, at: int, context: grpc.ServicerContext, stream: _Stream
+        self, query: _Query, at: int, context: grpc.ServicerContext, stream: Stream
     ) -> Iterator[tuple[int, Flow | Lost]]:
         history = self._history
         while context.is_active() and not history.closed:
             if query.until is not None and time.time_ns() > query.until:
                 return
             if not history.wait(at, WAIT_SECONDS):
-                stream.moved = time.monotonic()
+                stream.move()
                 continue
             missed = history.oldest - at
             if missed > 0:
@@ -181,7 +178,7 @@ class ObserverService:
             stop = min(at + SLICE, history.added)
             yield from self._wanted(query, at, stop)
             at = stop
-            stream.moved = time.monotonic()
+            stream.move()
 
     def _response(
         self, number: int, entry: Flow | Lost, query: _Query
@@ -226,15 +223,18 @@ class ObserverService:
     def get_nodes(
         self, _request: observer_pb2.GetNodesRequest, _context: grpc.ServicerContext
     ) -> observer_pb2.GetNodesResponse:
-        history = self._history
+        history, addresses = self._history, self._peers()
         return observer_pb2.GetNodesResponse(
             nodes=[
                 observer_pb2.Node(
                     name=name,
                     version=self._about.version,
-                    address=self._about.address,
+                    address=addresses.get(name, self._about.address),
                     state=relay_pb2.NODE_CONNECTED,
-                    tls=observer_pb2.TLS(enabled=False),
+                    tls=observer_pb2.TLS(
+                        enabled=self._about.secure,
+                        server_name=OBSERVER_NAME if self._about.secure else "",
+                    ),
                     uptime_ns=self._uptime(),
                     num_flows=history.held,
                     max_flows=history.size,
@@ -273,36 +273,31 @@ class ObserverService:
     def notify(
         self, _request: peer_pb2.NotifyRequest, context: grpc.ServicerContext
     ) -> Iterator[peer_pb2.ChangeNotification]:
-        """The nodes of this process, for as long as one listens."""
-        for name in self._about.nodes:
-            yield peer_pb2.ChangeNotification(
-                name=name, address=self._about.address, type=peer_pb2.PEER_ADDED
-            )
+        """Every observer that is known, then what changes, for as long as one listens."""
+        told: dict[str, str] = {}
         while context.is_active() and not self._history.closed:
+            now = self._peers()
+            for name in told.keys() - now.keys():
+                yield self._change(name, told[name], peer_pb2.PEER_DELETED)
+            for name in sorted(now):
+                if name not in told:
+                    yield self._change(name, now[name], peer_pb2.PEER_ADDED)
+                elif now[name] != told[name]:
+                    yield self._change(name, now[name], peer_pb2.PEER_UPDATED)
+            told = now
             time.sleep(WAIT_SECONDS)
 
-    # ---- streams ---------------------------------------------------------------------------------
+    def _peers(self) -> dict[str, str]:
+        about = self._about
+        if about.peers is None:
+            return dict.fromkeys(about.nodes, about.address)
+        return dict(about.peers())
 
-    @contextlib.contextmanager
-    def _watched(self, context: grpc.ServicerContext) -> Iterator[_Stream]:
-        stream = _Stream(context, context.peer(), time.monotonic())
-        self._streams.add(stream)
-        try:
-            yield stream
-        finally:
-            self._streams.discard(stream)
-
-    @property
-    def streams(self) -> int:
-        return len(self._streams)
-
-    def cut_stuck(self) -> None:
-        """Ends streams whose clients take nothing: their threads wait in the middle of a send."""
-        now = time.monotonic()
-        for stream in list(self._streams):
-            if now - stream.moved > STUCK_SECONDS:
-                log.warning("client disconnected", peer=stream.peer, reason="takes nothing")
-                stream.context.cancel()  # type: ignore[no-untyped-call]
+    def _change(self, name: str, address: str, kind: int) -> peer_pb2.ChangeNotification:
+        made = peer_pb2.ChangeNotification(name=name, address=address, type=kind)  # type: ignore[arg-type]
+        if self._about.secure:
+            made.tls.server_name = OBSERVER_NAME
+        return made
 
 
 @dataclass(frozen=True)
@@ -341,9 +336,11 @@ def _split_uuids(
 
 
 class Server:
-    """Serves on a Unix socket and, if asked to, a TCP address. A context manager."""
+    """Serves on Unix sockets, and with certificates on TCP addresses. A context manager."""
 
-    def __init__(self, service: object, addresses: list[str]) -> None:
+    def __init__(
+        self, service: object, addresses: list[str], certificates: Certificates | None = None
+    ) -> None:
         """`service`: what has the functions of `methods`. `addresses`: as gRPC writes them,
         "unix:PATH" or "HOST:PORT". OSError."""
         self._pool = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="stream")
@@ -353,21 +350,30 @@ class Server:
             options=[
                 ("grpc.max_receive_message_length", MAX_REQUEST),
                 ("grpc.so_reuseport", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
             ],
         )
         self._server.add_generic_rpc_handlers(handlers(service))
         for address in addresses:
-            path = address.removeprefix("unix:")
-            if path != address:
-                Path(path).unlink(missing_ok=True)
-            try:
+            self._listen(address, certificates)
+
+    def _listen(self, address: str, certificates: Certificates | None) -> None:
+        path = address.removeprefix("unix:")
+        if path != address:
+            Path(path).unlink(missing_ok=True)
+        elif certificates is None:
+            raise OSError(f"{address} is no Unix socket: it is served with certificates only")
+        try:
+            if certificates is None or path != address:
                 bound = self._server.add_insecure_port(address)
-            except RuntimeError as error:
-                raise OSError(f"cannot listen on {address}: {error}") from error
-            if not bound:
-                raise OSError(f"cannot listen on {address}")
-            if path != address:
-                Path(path).chmod(0o660)
+            else:
+                bound = self._server.add_secure_port(address, certificates.for_server())
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from error
+        if not bound:
+            raise OSError(f"cannot listen on {address}")
+        if path != address:
+            Path(path).chmod(0o660)
 
     def __enter__(self) -> Server:
         self._server.start()

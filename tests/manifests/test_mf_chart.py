@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ from manifests.rendered import (
     overlay,
     pod_of,
 )
+from tidegate_observer.tls import OBSERVER_NAME
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +55,61 @@ def test_kind_differs_in_pulling_alone() -> None:
     objects = overlay("overlays/kind")
     del objects[f"Namespace /{NAMESPACE}"]
     assert objects == chart("--set", "image.pullPolicy=Never")
+
+
+def test_the_overlay_with_a_relay_is_the_chart_with_one() -> None:
+    objects = overlay("overlays/relay")
+    del objects[f"Namespace /{NAMESPACE}"]
+    assert objects == chart("--set", RELAY)
+
+
+def _certificate(secret: Object, name: str, *options: str) -> str:
+    data = base64.b64decode(secret["data"][name])
+    command = ["openssl", "x509", "-noout", *options]
+    return subprocess.run(command, input=data, check=True, capture_output=True).stdout.decode()
+
+
+def test_each_certificate_is_of_the_authority_that_the_other_side_trusts() -> None:
+    objects = chart("--set", "relay.enabled=true,relay.tls.days=9")
+    secrets = {
+        name: objects[f"Secret {NAMESPACE}/tidegate-{name}-tls"]
+        for name in ("observer", "relay-peer", "relay", "flows-client")
+    }
+    issuers = {
+        name: _certificate(secret, "tls.crt", "-issuer").removeprefix("issuer=").strip()
+        for name, secret in secrets.items()
+    }
+    trusted = {
+        name: _certificate(secret, "ca.crt", "-subject").removeprefix("subject=").strip()
+        for name, secret in secrets.items()
+    }
+    assert trusted["observer"] == issuers["relay-peer"]
+    assert trusted["relay-peer"] == issuers["observer"]
+    assert trusted["relay"] == issuers["flows-client"]
+    assert trusted["flows-client"] == issuers["relay"]
+    # Nobody who serves may ask with what he serves with, and no client may ask a node.
+    assert len({issuers["observer"], issuers["relay-peer"], issuers["flows-client"]}) == 3
+    names = _certificate(secrets["observer"], "tls.crt", "-ext", "subjectAltName")
+    assert f"DNS:{OBSERVER_NAME}" in names
+    for secret in secrets.values():
+        assert secret["type"] == "kubernetes.io/tls"
+        _certificate(secret, "tls.crt", "-checkend", str(8 * 86400))
+        with pytest.raises(subprocess.CalledProcessError):
+            _certificate(secret, "tls.crt", "-checkend", str(10 * 86400))
+
+
+def test_the_relay_may_do_nothing() -> None:
+    pod = pod_of(chart("--set", RELAY), f"Deployment {NAMESPACE}/tidegate-relay")
+    assert pod["automountServiceAccountToken"] is False
+    assert "hostNetwork" not in pod
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    security = containers(pod)["relay"]["securityContext"]
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    assert (security["readOnlyRootFilesystem"], security["allowPrivilegeEscalation"]) == (
+        True,
+        False,
+    )
+    assert not [v for v in pod["volumes"] if "hostPath" in v]
 
 
 def test_the_charts_crds_are_the_crds() -> None:
@@ -117,6 +175,8 @@ OTHER = {
     "loader.seccompProfile": "loader.seccompProfile=Unconfined",
     "observer.enabled": "observer.enabled=false",
     "observer.flows": "observer.flows=1000",
+    "observer.port": "observer.port=4999",
+    "observer.metricsPort": "observer.metricsPort=9965",
     "observer.policyLog.deny": "observer.policyLog.deny=all",
     "observer.policyLog.allow": "observer.policyLog.allow=none",
     "observer.policyLog.policies": "observer.policyLog.policies[0]=data/other",
@@ -124,8 +184,21 @@ OTHER = {
 }
 
 
+RELAY = "relay.enabled=true,relay.tls.generate=false"
+OTHER_RELAY = {
+    "relay.enabled": "relay.enabled=false",
+    "relay.replicas": "relay.replicas=3",
+    "relay.tls.generate": "relay.tls.generate=true",
+    "relay.tls.days": "relay.tls.generate=true,relay.tls.days=9",
+}
+
+
 @pytest.mark.parametrize("value", sorted(VALUES))
 def test_every_value_changes_something(value: str) -> None:
+    if value.startswith("relay."):
+        setting = OTHER_RELAY.get(value, f"{value}=other")
+        assert chart("--set", f"{RELAY},{setting}") != chart("--set", RELAY)
+        return
     setting = OTHER.get(value, f"{value}=/other" if value.startswith("cni.") else f"{value}=other")
     assert chart("--set", setting) != chart()
 
@@ -147,6 +220,8 @@ def test_every_value_changes_something(value: str) -> None:
         ("masquerade.nonMasqueradeCIDRs[0]=192.0.2.1", "nonMasqueradeCIDRs"),
         ("cni.binaryDirectory=opt/cni/bin", "binaryDirectory"),
         ("observer.flows=0", "flows"),
+        ("observer.port=0", "port"),
+        ("relay.enabled=true,observer.enabled=false", "observer"),
         ("observer.policyLog.deny=some", "deny"),
         ("observer.policyLog.policies[0]=web", "policies"),
     ],

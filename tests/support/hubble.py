@@ -174,9 +174,16 @@ def contract() -> Contract:
 class Hubble:
     """Asks a server. A context manager."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(
+        self, address: str, credentials: grpc.ChannelCredentials | None = None, name: str = ""
+    ) -> None:
+        """`credentials`: to ask by TLS, a server that has a certificate for `name`."""
         self.contract = contract()
-        self._channel = grpc.insecure_channel(address)
+        self._channel = (
+            grpc.secure_channel(address, credentials, [("grpc.ssl_target_name_override", name)])
+            if credentials is not None
+            else grpc.insecure_channel(address)
+        )
 
     def __enter__(self) -> Hubble:
         return self

@@ -149,23 +149,8 @@ class Api:
 
     def execute(self, namespace: str, pod: str, container: str, command: list[str]) -> Ran:
         """Run `command` in a container and wait for it. CliError: it cannot be run there."""
-        from kubernetes.stream import stream  # noqa: PLC0415
-
-        # `stream` puts its own method into the client for the call: one client for each.
-        core = self._client.CoreV1Api(self._client.ApiClient(self._configuration))
         try:
-            running = stream(
-                core.connect_get_namespaced_pod_exec,
-                pod,
-                namespace,
-                container=container,
-                command=command,
-                stdin=False,
-                stdout=True,
-                stderr=True,
-                tty=False,
-                _preload_content=False,
-            )
+            running = self._exec(namespace, pod, container, command)
             running.run_forever(timeout=EXEC_SECONDS)
             if running.is_open():
                 running.close()
@@ -176,6 +161,34 @@ class Api:
             raise CliError(
                 f"cannot run a command in pod {namespace}/{pod}: {error.reason}"
             ) from error
+
+    def begin(self, namespace: str, pod: str, container: str, command: list[str]) -> Any:
+        """Start `command` there, with its standard input open: kubernetes.stream's WSClient, in
+        bytes. CliError: it cannot be started."""
+        try:
+            return self._exec(namespace, pod, container, command, stdin=True, binary=True)
+        except self._client.ApiException as error:
+            raise CliError(
+                f"cannot run a command in pod {namespace}/{pod}: {error.reason}"
+            ) from error
+
+    def _exec(
+        self, namespace: str, pod: str, container: str, command: list[str], **more: bool
+    ) -> Any:
+        from kubernetes.stream import stream  # noqa: PLC0415
+
+        # `stream` puts its own method into the client for the call: one client for each.
+        core = self._client.CoreV1Api(self._client.ApiClient(self._configuration))
+        options = {"stdin": False, "stdout": True, "stderr": True, "tty": False, **more}
+        return stream(
+            core.connect_get_namespaced_pod_exec,
+            pod,
+            namespace,
+            container=container,
+            command=command,
+            _preload_content=False,
+            **options,
+        )
 
 
 def _code(running: Any) -> int:

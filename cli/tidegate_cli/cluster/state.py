@@ -24,6 +24,7 @@ from tidegate_cli.objects import OwnPod
 LOADER_SELECTOR = "app.kubernetes.io/name=tidegate-loader"
 OPERATOR_SELECTOR = "app.kubernetes.io/name=tidegate-operator"
 LOADER_CONTAINER = "loader"
+OBSERVER_CONTAINER = "observer"
 LEASE = "tidegate-operator"
 DEPLOYMENTS = Resource("apps", "v1", "deployments", "Deployment", True)
 DAEMON_SETS = Resource("apps", "v1", "daemonsets", "DaemonSet", True)
@@ -58,6 +59,8 @@ class LoaderPod:
     node: str
     running: bool
     image: str
+    observer: str = ""
+    """Of the observer in it: "running", what it is instead, or "" where there is none."""
 
 
 @dataclass
@@ -174,11 +177,15 @@ class ClusterState:
     def loaders(self) -> dict[str, LoaderPod]:
         """The loader's pod of each node; one that runs before one that does not."""
         found: dict[str, LoaderPod] = {}
-        for item in self.api.items(resources.PODS, labelSelector=LOADER_SELECTOR):
-            pod = _loader_pod(item)
-            if pod.node and (pod.node not in found or pod.running):
+        for pod in self.pods():
+            if pod.node not in found or pod.running:
                 found[pod.node] = pod
         return found
+
+    def pods(self) -> list[LoaderPod]:
+        """The loader's pods as they are now."""
+        items = self.api.items(resources.PODS, labelSelector=LOADER_SELECTOR)
+        return [pod for pod in map(_loader_pod, items) if pod.node]
 
     def ask(self, nodes: Iterable[str], words: Callable[[str], Sequence[str]]) -> Asked:
         """Run `tidegate --local -o json WORDS` on each node, all at once, and read the JSON that
@@ -259,12 +266,15 @@ def _own_pod(item: Any) -> OwnPod:
 
 def _loader_pod(item: Any) -> LoaderPod:
     containers = item.get("status", {}).get("containerStatuses") or ()
-    running = any(c["name"] == LOADER_CONTAINER and "running" in c["state"] for c in containers)
-    wanted = [c for c in item["spec"]["containers"] if c["name"] == LOADER_CONTAINER]
+    states = {c["name"]: next(iter(c.get("state") or {"unknown": None})) for c in containers}
+    wanted = {c["name"]: c for c in item["spec"]["containers"]}
+    ends = "deletionTimestamp" in item["metadata"]
+    observes = OBSERVER_CONTAINER in wanted
     return LoaderPod(
         namespace=item["metadata"]["namespace"],
         name=item["metadata"]["name"],
         node=item["spec"].get("nodeName", ""),
-        running=running and "deletionTimestamp" not in item["metadata"],
-        image=wanted[0]["image"] if wanted else "",
+        running=states.get(LOADER_CONTAINER) == "running" and not ends,
+        image=wanted[LOADER_CONTAINER]["image"] if LOADER_CONTAINER in wanted else "",
+        observer=states.get(OBSERVER_CONTAINER, "unknown") if observes and not ends else "",
     )

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeAlias
 
+from tidegate_observer.api import observer_pb2
 from tidegate_observer.client import Client, ObserverError
+from tidegate_observer.relay import merged
 
+from tidegate_cli.cluster.kubeconfig import present
 from tidegate_cli.errors import CliError
 from tidegate_cli.observe import request
 from tidegate_cli.observe.printer import Printer, json_line
+from tidegate_cli.target import as_plugin, choose
 
 RUN_DIR_SOCKET = "observer.sock"
+NODE_SOCKET = Path("/run/tidegate-observer/observer.sock")
+"""In the container `observer` of a node's loader pod."""
+
+Request: TypeAlias = observer_pb2.GetFlowsRequest
+Answers: TypeAlias = Iterator[observer_pb2.GetFlowsResponse]
 
 
 def observe(args: argparse.Namespace) -> int:
     """Exit code."""
     wanted = request.build(args)
-    if args.node:
-        # The option of every command: here one more filter.
-        for item in wanted.whitelist or [wanted.whitelist.add()]:
-            item.node_name.append(args.node)
     if args.print_raw_filters:
         for name, items in (("allowlist", wanted.whitelist), ("denylist", wanted.blacklist)):
             print(f"{name}:")
@@ -39,8 +47,8 @@ def observe(args: argparse.Namespace) -> int:
         live=args.follow,
     )
     try:
-        with Client(server_of(args)) as client:
-            for response in client.flows(wanted):
+        with contextlib.ExitStack() as stack:
+            for response in _answers(args, wanted, stack):
                 said = printer.write(response)
                 if said is not None:
                     print(f"tidegate: {said}", file=sys.stderr)
@@ -53,15 +61,44 @@ def observe(args: argparse.Namespace) -> int:
     return 0
 
 
-def server_of(args: argparse.Namespace) -> str:
-    """Where to ask, as gRPC writes it. CliError."""
+def _answers(args: argparse.Namespace, wanted: Request, stack: contextlib.ExitStack) -> Answers:
+    """What the one server says, or every node of a cluster in the order of time."""
+    server = server_of(args)
+    if server is None:
+        # Slow to import, and not needed for what is on this machine.
+        from tidegate_cli.cluster.flows import Observers  # noqa: PLC0415
+        from tidegate_cli.cluster.state import ClusterState  # noqa: PLC0415
+
+        place = choose(args)
+        assert isinstance(place, ClusterState)
+        found = stack.enter_context(Observers(place, args.node))
+        return merged(found.peers, wanted, lambda: True, found.connect)
+    if args.node:
+        # The option of every command: here one more filter.
+        for item in wanted.whitelist or [wanted.whitelist.add()]:
+            item.node_name.append(args.node)
+    return stack.enter_context(Client(server)).flows(wanted)
+
+
+def server_of(args: argparse.Namespace) -> str | None:
+    """Where to ask, as gRPC writes it; None: the nodes of a cluster. CliError."""
     if args.server:
         text = str(args.server)
         return "unix:" + text.removeprefix("unix://") if text.startswith("unix://") else text
+    cluster = args.kubeconfig is not None or args.context is not None or as_plugin()
+    if args.local or (NODE_SOCKET.exists() and not (cluster or args.run_dir_given)):
+        if not NODE_SOCKET.exists():
+            raise CliError(
+                f"no observer serves at {NODE_SOCKET}",
+                "--local is for inside the container `observer` of a node's loader pod",
+            )
+        return f"unix:{NODE_SOCKET}"
     socket = Path(args.run_dir) / RUN_DIR_SOCKET
-    if not socket.exists():
+    if socket.exists() and not (cluster and not args.run_dir_given):
+        return f"unix:{socket}"
+    if args.run_dir_given or not (cluster or present()):
         raise CliError(
             f"no observer serves in {args.run_dir}",
-            "run `tidegate up DIR` first, or give --server",
+            "run `tidegate up DIR` first, or give --server, or the --kubeconfig of a cluster",
         )
-    return f"unix:{socket}"
+    return None

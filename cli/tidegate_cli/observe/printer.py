@@ -34,6 +34,8 @@ REASONS = {
 """Texts that people know; the others are said by the names of the API."""
 RESERVED = {1: "host", 2: "world", 3: "unmanaged", 4: "health", 5: "init", 6: "remote-node"}
 RESERVED |= {7: "kube-apiserver", 8: "ingress"}
+STATES = {1: "flows come from node", 2: "no flows from node", 3: "node is gone:", 4: "node"}
+"""By state of a node."""
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 HEADER = ("TIMESTAMP", "SOURCE", "DESTINATION", "TYPE", "VERDICT", "SUMMARY")
 RED, GREEN, YELLOW, CYAN, PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[36m", "\033[0m"
@@ -98,7 +100,8 @@ class Printer:
         if kind == "node_status":
             status = response.node_status
             names = ", ".join(map(safe, status.node_names))
-            return f"{safe(status.message) or 'node state'}: {names}"
+            word = STATES.get(status.state_change, "state of node")
+            return f"{word} {names}" + (f": {safe(status.message)}" if status.message else "")
         return None
 
     def close(self) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from support import waiting
 from support.hubble import Hubble
-from tidegate_observer import relay
+from tidegate_observer import relay, streams
 from tidegate_observer.history import History
-from tidegate_observer.relay import RelayService
+from tidegate_observer.relay import Order, RelayService
 from tidegate_observer.server import About, ObserverService, Server
 from unit.observer.flows import SECOND, flow
 
@@ -32,7 +35,7 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
         for name, history in histories.items()
     ]
     address = f"unix:{tmp_path}/relay"
-    with servers[0], servers[1], Server(RelayService(peers, "t"), [address]):
+    with servers[0], servers[1], Server(RelayService(lambda: peers, "t"), [address]):
         with Hubble(address) as client:
             yield histories, client
         for history in histories.values():
@@ -105,3 +108,117 @@ def test_a_filter_that_a_node_refuses_is_told(rig: Rig) -> None:
     answers = list(rig[1].ask("/observer.Observer/GetFlows", whitelist=[{"protocol": ["nothing"]}]))
     assert len(answers) == 3
     assert any("unknown protocol" in a["node_status"]["message"] for a in answers)
+
+
+def order_of(rows: list[tuple[int, float]], *asked: float) -> list[list[int]]:
+    """What is told at each time that it is asked, of (when it happened, when it arrived)."""
+    made, told, left = Order(), [], sorted(rows, key=lambda row: row[1])
+    for now in asked:
+        while left and left[0][1] <= now:
+            at, arrived = left.pop(0)
+            made.add(at, arrived, relay.Response(time={"seconds": at}))
+        told.append([answer.time.seconds for answer in made.due(now)])
+    return told
+
+
+def test_an_answer_waits_a_moment_for_earlier_ones() -> None:
+    rows = [(5, 0.0), (3, 0.1), (4, 0.2), (9, 0.25)]
+    assert order_of(rows, 0.2, 0.35, 0.45, 0.51, 0.56) == [[], [], [3], [4, 5], [9]]
+
+
+@pytest.mark.parametrize(
+    ("reason", "of_the_other"), [("a year ahead", 10**9), ("a year behind", -(10**9))]
+)
+def test_a_clock_that_is_wrong_keeps_nobodys_flows_back(reason: str, of_the_other: int) -> None:
+    """Both nodes have a flow every 50 ms; what each tells is out a second later at the latest."""
+    made = Order()
+    waiting: dict[int, float] = {}
+    for tick in range(2000):
+        now = tick * 0.05
+        for at in (tick, tick + of_the_other):
+            made.add(at, now, relay.Response(time={"seconds": at}))
+            waiting[at] = now
+        for answer in made.due(now):
+            del waiting[answer.time.seconds]
+        assert min(waiting.values()) >= now - relay.HELD_SECONDS, reason
+    # Nor is memory kept for what was told long ago.
+    assert len(made) <= 2 * len(waiting) + relay.QUEUE + 2
+
+
+def test_a_clock_that_is_ahead_is_told_once(rig: Rig) -> None:
+    histories, client = rig
+    stream = client.ask("/observer.Observer/GetFlows", follow=True, since={"seconds": 1})
+    ahead = int(time.time()) + 3600
+    add(histories, "node-2", ahead, ahead + 1)
+    add(histories, "node-1", 5)
+    answers: list[dict[str, Any]] = []
+    while sum("flow" in a for a in answers) < 3:
+        answers.append(next(stream))
+    told = [a["node_status"] for a in answers if a.get("node_status", {}).get("message")]
+    (wrong,) = [s for s in told if s["state_change"] == "NODE_ERROR"]
+    assert wrong["node_names"] == ["node-2"]
+    assert re.match(r"its clock is 3\d\d\d\.\d s ahead", wrong["message"])
+    stream.cancel()
+
+
+@pytest.mark.slow
+def test_a_client_that_takes_nothing_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And while there is nothing to take, it is not."""
+    monkeypatch.setattr(streams, "STUCK_SECONDS", 1.0)
+    history = History(50_000)
+    peers = {"node-1": f"unix:{tmp_path}/1"}
+    service = RelayService(lambda: peers, "t")
+    node = Server(ObserverService(history, About(("node-1",), "t")), [peers["node-1"]])
+    address = f"unix:{tmp_path}/relay"
+    with node, Server(service, [address]), Hubble(address) as client:
+        stream = client.ask("/observer.Observer/GetFlows", follow=True)
+        next(stream)
+        begun = time.monotonic()
+        while time.monotonic() < begun + 1.5:
+            service.streams.cut_stuck()
+            assert len(service.streams) == 1
+            time.sleep(0.05)
+
+        def cut() -> bool:
+            service.streams.cut_stuck()
+            return not service.streams
+
+        # More than the buffers between the two hold.
+        history.extend([flow(node="node-1")] * 20_000)
+        until(cut, "the stream is cut")
+        with pytest.raises(grpc.RpcError):
+            list(stream)
+        history.close()
+
+
+def test_nodes_come_and_go_while_one_follows(tmp_path: Path) -> None:
+    histories = {name: History(100) for name in ("node-1", "node-2")}
+    every = {name: f"unix:{tmp_path}/{name}" for name in histories}
+    peers = {"node-1": every["node-1"]}
+    servers = [
+        Server(ObserverService(held, About((name,), "t")), [every[name]])
+        for name, held in histories.items()
+    ]
+    address = f"unix:{tmp_path}/relay"
+    with servers[0], servers[1], Server(RelayService(lambda: dict(peers), "t"), [address]):
+        with Hubble(address) as client:
+            stream = client.ask("/observer.Observer/GetFlows", follow=True)
+            said = (a["node_status"] for a in stream if "node_status" in a)
+            states = []
+            for change in (None, ("add", "node-2"), ("drop", "node-1")):
+                if change == ("add", "node-2"):
+                    peers["node-2"] = every["node-2"]
+                elif change is not None:
+                    del peers["node-1"]
+                found = next(said)
+                states.append((found["node_names"][0], found["state_change"]))
+            assert states == [
+                ("node-1", "NODE_CONNECTED"),
+                ("node-2", "NODE_CONNECTED"),
+                ("node-1", "NODE_GONE"),
+            ]
+            stream.cancel()
+        for held in histories.values():
+            held.close()

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from support import waiting
 from support.hubble import Hubble
-from tidegate_observer import server
+from tidegate_observer import streams
 from tidegate_observer.flow import Counts, Decision, Kind, Lost, Policy
 from tidegate_observer.history import History
 from tidegate_observer.server import About, ObserverService, Server
@@ -177,7 +177,7 @@ def test_follow_without_more_starts_now(serving: Serving) -> None:
     history, client, service = serving
     fill(history, 3)
     stream = client.ask("/observer.Observer/GetFlows", follow=True)
-    until(lambda: service.streams == 1, "the stream is there")
+    until(lambda: len(service.streams) == 1, "the stream is there")
     history.extend([flow(source_port=78)])
     assert ports([next(stream)["flow"]]) == [78]
     stream.cancel()
@@ -198,14 +198,14 @@ def test_a_slow_client_is_told_and_disconnected(serving: Serving) -> None:
             pass
     assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "too slow" in raised.value.details()
-    until(lambda: service.streams == 0, "the stream is gone")
+    until(lambda: not service.streams, "the stream is gone")
 
 
 def test_a_client_that_takes_nothing_is_cut(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history, client, service = serving
-    monkeypatch.setattr(server, "STUCK_SECONDS", 0.2)
+    monkeypatch.setattr(streams, "STUCK_SECONDS", 0.2)
     fill(history, 1)
     stream = client.ask("/observer.Observer/GetFlows", number=1, follow=True)
     next(stream)
@@ -218,7 +218,7 @@ def test_a_client_that_takes_nothing_is_cut(
     feeder = threading.Thread(target=feed)
     feeder.start()
     try:
-        until(lambda: service.cut_stuck() or not service.streams, "the stream is cut")
+        until(lambda: service.streams.cut_stuck() or not service.streams, "the stream is cut")
     finally:
         stop.set()
         feeder.join()

@@ -1,0 +1,293 @@
+"""What the cluster's observers tell of traffic across nodes, against what this test itself sent:
+nothing missing, nothing twice, every policy by its name; by the command line and by the relay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from support.hubble import Hubble
+
+from kind import cluster
+from kind.run import run
+from rig import asking, install, pods, relay, sent, town
+from rig.pods import Pod
+
+pytestmark = pytest.mark.kind
+
+FIRST_PORT = 30000
+"""Each test has a thousand of its own."""
+SYN_OPTIONS, HEADERS = 8, 66
+"""Bytes: Ethernet, IPv4 and TCP with a time stamp; a SYN's header is so much longer."""
+
+Told = tuple[str, str, str, str, int, tuple[str, ...], tuple[str, ...]]
+"""node, what, source pod, destination pod, source port, allowed by, denied by."""
+ALLOWED, DENIED = (f"{town.SPACE}/server",), (f"{town.SPACE}/server",)
+LOGGED = {
+    "apiVersion": "tidegate.dev/v1alpha1",
+    "kind": "TrafficPolicy",
+    "metadata": {"name": "noted", "namespace": town.SPACE},
+    "spec": {
+        "subject": {"podSelector": {"matchLabels": {"app": "server"}}},
+        "isolates": [],
+        "mode": "Enforce",
+        "ingress": [
+            {
+                "action": "Allow",
+                "log": True,
+                "peers": [{"podSelector": {"matchLabels": {"role": "friend"}}}],
+                "ports": [{"protocol": "TCP", "port": 8080}],
+            }
+        ],
+    },
+}
+
+
+def observe(*argv: str) -> tuple[list[dict[str, Any]], str]:
+    """Flows, and what was said beside them, of `tidegate observe` as a user runs it."""
+    command = [sys.executable, "-m", "tidegate_cli", "observe", "-o", "jsonpb"]
+    command += ["--kubeconfig", str(cluster.kubeconfig()), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    statuses = [a["node_status"] for a in answers if "node_status" in a]
+    return [a["flow"] for a in answers if "flow" in a], json.dumps(statuses)
+
+
+def _names(flow: dict[str, Any], verdict: str) -> tuple[str, ...]:
+    policies = [p for d in ("egress", "ingress") for p in flow.get(f"{d}_{verdict}_by", ())]
+    return tuple(sorted(f"{p['namespace']}/{p['name']}" for p in policies))
+
+
+def told(flow: dict[str, Any]) -> Told:
+    what = "denied" if flow["verdict"] == "DROPPED" else "end" if "extensions" in flow else "start"
+    ports = next(iter(flow["l4"].values()))
+    ends = flow["source"]["pod_name"], flow["destination"]["pod_name"]
+    by = _names(flow, "allowed"), _names(flow, "denied")
+    return (flow["node_name"], what, *ends, ports["source_port"], *by)
+
+
+class Sent:
+    """What was sent, and what is to be told of it."""
+
+    def __init__(self, place: town.Town, first: int) -> None:
+        self.place = place
+        self.first = self._port = first
+        self.since = time.time() - 1
+        self.expected: Counter[Told] = Counter()
+        self.connections: list[sent.Connection] = []
+
+    def _next(self) -> int:
+        self._port += 1
+        return self._port
+
+    def denied(self) -> None:
+        """A datagram of each stranger."""
+        server = self.place.pods["server"]
+        for name in town.STRANGERS:
+            port = self._next()
+            sent.datagram(self.place.pods[name], server.address, 53, port)
+            self.expected[server.node, "denied", name, "server", port, (), DENIED] += 1
+
+    def connected(self, address: str) -> None:
+        """A connection of each friend, which is told on both nodes where there are two."""
+        server = self.place.pods["server"]
+        for name in town.FRIENDS:
+            friend, port = self.place.pods[name], self._next()
+            self.connections.append(sent.connection(friend, address, 80, port))
+            for node in {friend.node, server.node}:
+                by = ALLOWED if node == server.node else ()
+                self.expected[node, "start", name, "server", port, by, ()] += 1
+                self.expected[node, "end", name, "server", port, (), ()] += 1
+
+    def of(self, flows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of these."""
+        ports = range(self.first, self._port + 1)
+        return [f for f in flows if next(iter(f["l4"].values())).get("source_port") in ports]
+
+    def query(self) -> list[str]:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.since))
+        return ["--namespace", town.SPACE, "--since", stamp]
+
+    def told(self) -> list[dict[str, Any]]:
+        """By the command line, once it is all there."""
+        found: list[dict[str, Any]] = []
+
+        def complete() -> bool:
+            found[:] = self.of(observe(*self.query())[0])
+            return len(found) >= sum(self.expected.values())
+
+        with contextlib.suppress(AssertionError):  # what is missing says more
+            pods.eventually(complete, "all is told", 30)
+        assert Counter(map(told, found)) == self.expected
+        return found
+
+
+@pytest.fixture(scope="module")
+def shown(place: town.Town, tmp_path_factory: pytest.TempPathFactory) -> Iterator[relay.Files]:
+    """What a client of the relay shows it."""
+    with relay.installed(tmp_path_factory.mktemp("relay")) as made:
+        yield made
+
+
+@pytest.fixture
+def hubble(shown: relay.Files) -> Iterator[Hubble]:
+    with relay.forwarded(shown) as client:
+        yield client
+
+
+def observers() -> dict[str, Pod]:
+    """By node."""
+    found = pods.running(install.NAMESPACE, "app.kubernetes.io/name=tidegate-loader", "observer")
+    return {pod.node: pod for pod in found.values()}
+
+
+def test_everything_is_told_once_by_its_policies(place: town.Town) -> None:
+    made = Sent(place, FIRST_PORT)
+    server = place.pods["server"]
+    for _ in range(3):
+        made.denied()
+        made.connected(server.address)
+        made.connected(place.service)
+    flows = made.told()
+    times = [flow["time"] for flow in flows]
+    assert times == sorted(times)
+    for flow in flows:
+        assert flow["source"]["namespace"] == flow["destination"]["namespace"] == town.SPACE
+        assert "k8s:app=server" in flow["destination"]["labels"]
+    by_port = {one.port: one for one in made.connections}
+    for flow in flows:
+        if "extensions" in flow:
+            one, counts = by_port[flow["l4"]["TCP"]["source_port"]], flow["extensions"]["value"]
+            assert (counts["closed"], counts["packets"]) == ("fin", one.segments)
+            assert counts["bytes"] == one.segments * HEADERS + SYN_OPTIONS + one.sent
+            back = counts["replyBytes"] - counts["replyPackets"] * HEADERS
+            assert back == SYN_OPTIONS + one.received
+    services = {f["node_name"] for f in flows if "destination_service" in f}
+    assert services == {place.pods[name].node for name in town.FRIENDS}
+
+
+def test_a_killed_observer_misses_nothing(place: town.Town) -> None:
+    server = place.pods["server"]
+    before = observers()[server.node]
+    number = asking.pid(before)
+    os.kill(number, signal.SIGSTOP)
+    made = Sent(place, FIRST_PORT + 1000)
+    try:
+        made.denied()
+        made.connected(server.address)
+    finally:
+        os.kill(number, signal.SIGKILL)
+    pods.eventually(
+        lambda: (now := observers().get(server.node)) and now.container != before.container,
+        "another observer is there",
+    )
+    pods.eventually(lambda: server.node not in observe("--last", "1")[1], "it can be asked", 30)
+    made.told()
+
+
+def test_a_rule_that_asks_for_it_is_logged(place: town.Town) -> None:
+    pods.apply(LOGGED)
+    server, friend = place.pods["server"], place.pods["friend-far"]
+    try:
+        cluster.kubectl(
+            *("wait", "-n", town.SPACE, "policystatus/trafficpolicy.noted"),
+            *("--for=condition=Ready", "--timeout=60s"),
+        )
+        port = FIRST_PORT + 2000
+        sent.connection(friend, server.address, 8080, port)
+        observer = observers()[server.node]
+
+        def lines() -> list[dict[str, Any]]:
+            text = cluster.kubectl("logs", "-n", install.NAMESPACE, observer.name, "-c", "observer")
+            found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+            return [f for f in found if f.get("connection", {}).get("src_port") == port]
+
+        pods.eventually(lines, "it is logged", 30)
+        (line,) = lines()
+        assert line["disposition"] == "allow"
+        assert line["policies"] == [
+            {"kind": "TrafficPolicy", "name": "noted", "namespace": town.SPACE}
+        ]
+        assert (line["src"]["pod_name"], line["node_name"]) == ("friend-far", server.node)
+        words = ("--port", str(port), "--node", server.node, "--last", "10")
+        flows, _ = observe(*words)
+        assert [f["policy_log"] for f in flows if "policy_log" in f] == [
+            [f"TrafficPolicy {town.SPACE}/noted"]
+        ]
+    finally:
+        cluster.kubectl("delete", "trafficpolicy", "-n", town.SPACE, "noted")
+
+
+def test_the_relay_tells_the_same_to_who_has_a_certificate(
+    place: town.Town, hubble: Hubble
+) -> None:
+    nodes = set(cluster.nodes())
+
+    def connected() -> bool:
+        found = relay.names(hubble.ask("/observer.Observer/GetNodes"))
+        return found == dict.fromkeys(nodes, "NODE_CONNECTED")
+
+    # A Secret that comes later reaches a container within two minutes.
+    pods.eventually(connected, "every observer is reached", 150)
+    made = Sent(place, FIRST_PORT + 3000)
+    made.denied()
+    made.connected(place.service)
+    made.told()
+    since = {"seconds": int(made.since)}
+    flows = made.of(hubble.flows(since=since, whitelist=[{"source_pod": [f"{town.SPACE}/"]}]))
+    assert Counter(map(told, flows)) == made.expected
+    found = hubble.ask("/observer.Observer/GetNamespaces")["namespaces"]
+    assert town.SPACE in {item["namespace"] for item in found}
+    status = hubble.ask("/observer.Observer/ServerStatus")
+    assert status["num_connected_nodes"] == {"value": len(nodes)}
+
+
+def test_a_dead_node_is_named_and_the_others_are_shown(place: town.Town, hubble: Hubble) -> None:
+    (pod,) = pods.running(install.NAMESPACE, "app.kubernetes.io/name=tidegate-relay").values()
+    dead = next(n for n in cluster.nodes() if "worker" in n and n != pod.node)
+    alive = set(cluster.nodes()) - {dead}
+    run("docker", "pause", dead)
+    try:
+        answers = list(hubble.ask("/observer.Observer/GetFlows", number=1000))
+        states = [a["node_status"] for a in answers if "node_status" in a]
+        assert [(s["state_change"], s["node_names"]) for s in states] == [
+            ("NODE_UNAVAILABLE", [dead])
+        ]
+        assert dead not in {a["node_name"] for a in answers if "flow" in a}
+        status = hubble.ask("/observer.Observer/ServerStatus")
+        assert status["unavailable_nodes"] == [dead]
+        assert status["num_connected_nodes"] == {"value": len(alive)}
+        _, said = observe("--last", "1")
+        assert [s["node_names"] for s in json.loads(said)] == [[dead]]
+    finally:
+        run("docker", "unpause", dead)
+    pods.eventually(
+        lambda: (
+            set(relay.names(hubble.ask("/observer.Observer/GetNodes")).values())
+            == {"NODE_CONNECTED"}
+        ),
+        "it is reached again",
+        60,
+    )
+    install.wait_ready()
+
+
+def test_nobody_else_is_let_in(shown: relay.Files, tmp_path: Path) -> None:
+    other = relay.make_secrets(tmp_path)[relay.CLIENT]
+    # Whom it trusts is right, who it says it is not.
+    wrong = {**other, "ca.crt": shown["ca.crt"]}
+    with relay.forwarded(wrong) as client, pytest.raises(grpc.RpcError):
+        client.ask("/observer.Observer/ServerStatus")
