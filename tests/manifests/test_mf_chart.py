@@ -98,6 +98,21 @@ def test_each_certificate_is_of_the_authority_that_the_other_side_trusts() -> No
             _certificate(secret, "tls.crt", "-checkend", str(10 * 86400))
 
 
+def test_what_is_scraped_is_what_is_served() -> None:
+    service, monitor = yaml.safe_load_all((MANIFESTS / "monitoring" / "scrape.yaml").read_text())
+    (port,) = service["spec"]["ports"]
+    objects = chart("--set", f"observer.metricsPort={port['targetPort']}")
+    daemon_set = objects[LOADER]
+    labels = daemon_set["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    args = containers(pod_of(objects, LOADER))["observer"]["args"]
+    assert f"--metrics=$(HOST_IP):{port['targetPort']}" in args
+    assert (
+        monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    )
+    assert [e["port"] for e in monitor["spec"]["endpoints"]] == [port["name"]]
+
+
 def test_the_relay_may_do_nothing() -> None:
     pod = pod_of(chart("--set", RELAY), f"Deployment {NAMESPACE}/tidegate-relay")
     assert pod["automountServiceAccountToken"] is False
