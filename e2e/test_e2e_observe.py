@@ -47,7 +47,14 @@ LOGGED = {
             {
                 "action": "Allow",
                 "log": True,
-                "peers": [{"podSelector": {"matchLabels": {"role": "friend"}}}],
+                "peers": [
+                    {
+                        "pods": {
+                            "namespaceSelector": {"any": True},
+                            "podSelector": {"matchLabels": {"role": "friend"}},
+                        }
+                    }
+                ],
                 "ports": [{"protocol": "TCP", "port": 8080}],
             }
         ],

@@ -111,4 +111,4 @@ def forwarded(shown: Files) -> Iterator[Hubble]:
 def names(nodes: object) -> dict[str, str]:
     """Node → its state, of an answer to GetNodes."""
     found = json.loads(json.dumps(nodes))
-    return {node["name"]: node.get("state", "") for node in found["nodes"]}
+    return {node["name"]: node.get("state", "") for node in found.get("nodes", ())}

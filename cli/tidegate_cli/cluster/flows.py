@@ -79,7 +79,7 @@ class Observers:
     def _pod(self, node: str) -> LoaderPod:
         if time.monotonic() - self._read >= FRESH_SECONDS:
             found: dict[str, LoaderPod] = {}
-            for pod in self._state.pods():
+            for pod in self._state.loader_pods():
                 if pod.node not in found or pod.observer == "running":
                     found[pod.node] = pod
             self._pods, self._read = found, time.monotonic()

@@ -177,12 +177,12 @@ class ClusterState:
     def loaders(self) -> dict[str, LoaderPod]:
         """The loader's pod of each node; one that runs before one that does not."""
         found: dict[str, LoaderPod] = {}
-        for pod in self.pods():
+        for pod in self.loader_pods():
             if pod.node not in found or pod.running:
                 found[pod.node] = pod
         return found
 
-    def pods(self) -> list[LoaderPod]:
+    def loader_pods(self) -> list[LoaderPod]:
         """The loader's pods as they are now."""
         items = self.api.items(resources.PODS, labelSelector=LOADER_SELECTOR)
         return [pod for pod in map(_loader_pod, items) if pod.node]

@@ -76,7 +76,7 @@ class Cluster:
     def nodes(self, only: str | None) -> list[str]:
         return [only] if only else [*self.observers, "n4"]
 
-    def pods(self) -> list[LoaderPod]:
+    def loader_pods(self) -> list[LoaderPod]:
         return [
             LoaderPod("tidegate-system", f"pod-{node}", node, True, "", state)
             for node, state in self.observers.items()
