@@ -101,12 +101,14 @@ class Sent:
         return self._port
 
     def denied(self) -> None:
-        """A datagram of each stranger."""
+        """A datagram of each stranger: its own node lets it go."""
         server = self.place.pods["server"]
         for name in town.STRANGERS:
-            port = self._next()
-            sent.datagram(self.place.pods[name], server.address, 53, port)
+            stranger, port = self.place.pods[name], self._next()
+            sent.datagram(stranger, server.address, 53, port)
             self.expected[server.node, "denied", name, "server", port, (), DENIED] += 1
+            if stranger.node != server.node:
+                self.expected[stranger.node, "start", name, "server", port, (), ()] += 1
 
     def connected(self, address: str) -> None:
         """A connection of each friend, which is told on both nodes where there are two."""
@@ -209,9 +211,11 @@ def test_a_rule_that_asks_for_it_is_logged(place: town.Town) -> None:
     pods.apply(LOGGED)
     server, friend = place.pods["server"], place.pods["friend-far"]
     try:
-        cluster.kubectl(
-            *("wait", "-n", town.SPACE, "policystatus/trafficpolicy.noted"),
-            *("--for=condition=Ready", "--timeout=60s"),
+        wanted = ("policystatus/trafficpolicy.noted", "--for=condition=Ready", "--timeout=5s")
+        pods.eventually(
+            # It is not there at first.
+            lambda: cluster.attempt_kubectl("wait", "-n", town.SPACE, *wanted).returncode == 0,
+            "the policy is in force",
         )
         port = FIRST_PORT + 2000
         sent.connection(friend, server.address, 8080, port)

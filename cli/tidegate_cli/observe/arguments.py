@@ -69,6 +69,7 @@ def _which(group: Any) -> None:
     add("--since", metavar="TIME", help="5m, 1h, or a time as RFC 3339 has it")
     add("--until", metavar="TIME", help="as --since")
     add("-f", "--follow", action="store_true", help="and those to come")
+    add("--node", default=argparse.SUPPRESS, metavar="NAME", help="of this node only")
     add("--server", metavar="ADDR", help="ask this server: unix:///PATH, HOST:PORT")
 
 
