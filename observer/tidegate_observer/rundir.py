@@ -20,9 +20,10 @@ from tidegate_observer.directory import Directory, FrontendKey, reserved_labels
 from tidegate_observer.flow import SCTP, TCP, UDP, End, Service, address_bytes
 from tidegate_observer.people import Files, People, Pod, PodKey, RunDirPeople, objects_in
 
-WAIT_SECONDS = 0.5
+WAIT_SECONDS = {"address": 0.5, "rule set": 2.0}
 """How long a batch of records waits for the file that names what it speaks of: whoever made it
-true writes it down a moment later."""
+true writes it down a moment later, and on a node that is busy later than that. An address may be
+of somebody who is never named; a rule set in force always is."""
 STEP_SECONDS = 0.01
 UNKNOWN_SECONDS = 5.0
 """For how long a number that nobody explained is not asked for again."""
@@ -74,7 +75,7 @@ class RunDirSource:
         self._facts: tuple[dict[bytes, int], dict[FrontendKey, Service]] = {}, {}
         self._rule_sets: dict[str, RuleSet] = {}
         self._unknown: dict[tuple[str, bytes | int], float] = {}
-        self._waited = -UNKNOWN_SECONDS
+        self._waited = dict.fromkeys(WAIT_SECONDS, -UNKNOWN_SECONDS)
 
     # ---- reading -------------------------------------------------------------------
 
@@ -194,7 +195,7 @@ class RunDirSource:
             held = self.directory.rule_sets if what == "rule set" else self.directory.addresses
             if which in held:
                 return True
-            if time.monotonic() >= self._patient_until(now):
+            if time.monotonic() >= self._patient_until(what, now):
                 break
             time.sleep(STEP_SECONDS)
         if len(self._unknown) >= MAX_UNKNOWN:
@@ -202,10 +203,10 @@ class RunDirSource:
         self._unknown[what, which] = time.monotonic()
         return False
 
-    def _patient_until(self, now: float) -> float:
-        if now - self._waited >= UNKNOWN_SECONDS:
-            self._waited = now
-        return self._waited + WAIT_SECONDS
+    def _patient_until(self, what: str, now: float) -> float:
+        if now - self._waited[what] >= UNKNOWN_SECONDS:
+            self._waited[what] = now
+        return self._waited[what] + WAIT_SECONDS[what]
 
 
 @functools.lru_cache(maxsize=16384)

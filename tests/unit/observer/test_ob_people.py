@@ -154,9 +154,9 @@ def test_a_directory_joins_addresses_with_people(tmp_path: Path) -> None:
     assert source.refresh()
     assert directory.end(address_bytes("10.0.0.1"), 300) is found
     # One outside is not waited for: no pod will have the address.
-    monotonic = source._waited
+    waited = dict(source._waited)
     assert directory.end(address_bytes("198.51.100.7"), 900) == people.identities[900]
-    assert source._waited == monotonic
+    assert source._waited == waited
     people.pods, people.changed = {}, True
     source.refresh()
     assert directory.end(address_bytes("10.0.0.1"), 300).pod == ""
