@@ -14,6 +14,9 @@ from typing import Any
 from tidegate_cli.arguments import add_cluster, add_identities, add_local, command
 from tidegate_cli.observe import arguments as observe
 
+MAX_WAIT = 86400
+"""Seconds."""
+
 Runner = Callable[[argparse.Namespace], int]
 
 
@@ -120,6 +123,8 @@ def _lists(subparsers: Any) -> None:
     ):
         group = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+        if name == "policy":
+            _policy_wait(verbs)
         module = "balancer" if name == "lb" else "lists"
         found[name] = _command(verbs, verb, _later(module, function), text)
     policy, lb = found["policy"], found["lb"]
@@ -131,6 +136,41 @@ def _lists(subparsers: Any) -> None:
     only.add_argument("--revnat", action="store_true", help="numbers and the addresses they have")
     only.add_argument("--maglev", action="store_true", help="rings: how many places each has")
     only.add_argument("--source-ranges", action="store_true", help="who may use what from outside")
+
+
+def _policy_wait(verbs: Any) -> None:
+    parser = _command(
+        verbs,
+        "wait",
+        _later("policy_wait", "policy_wait"),
+        "until policies are in force as they are now",
+        "Waits until the status of each policy tells of the object as it is in the API server, and "
+        "says that it is in force on every node that counts; so it may follow `kubectl apply` at "
+        "once. Of what `tidegate up` follows: until every node has in force what the folder holds. "
+        "Progress goes to stderr. Exit code 0: in force; 1: not in time, or never, as the policy "
+        "cannot be enforced as it is written; 2: there is no such policy, or nobody to ask.",
+    )
+    names = "KIND/NAME or KIND/NAMESPACE/NAME, as networkpolicy/web; netpol, tgp, cnp for short"
+    parser.add_argument("policies", nargs="*", metavar="POLICY", help=names)
+    files = "the policies in these manifests: a file, a folder, or -"
+    parser.add_argument("-f", "--filename", action="append", metavar="FILE", help=files)
+    space = "of policies that do not say theirs (default: default)"
+    parser.add_argument("-n", "--namespace", metavar="NAME", help=space)
+    parser.add_argument(
+        "--timeout",
+        type=_duration,
+        default=60.0,
+        metavar="TIME",
+        help="how long to wait, in seconds or as 90s, 2m, 1h; 0: look once (default: 60)",
+    )
+
+
+def _duration(text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    if not number.isdecimal() or int(number) * unit > MAX_WAIT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 30, 90s or 2m")
+    return float(int(number) * unit)
 
 
 def _compile(subparsers: Any) -> None:

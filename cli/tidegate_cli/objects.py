@@ -69,6 +69,15 @@ class Problem(msgspec.Struct, frozen=True):
         return f"{self.severity}: " + ": ".join(parts) + (f"; {self.remedy}" if self.remedy else "")
 
 
+class Followed(msgspec.Struct, frozen=True):
+    """objects/folder.json: the content of the folder that what is published is the whole of."""
+
+    files: dict[str, str] = {}
+    """File → digest of its content."""
+    policies: list[str] = []
+    """ "Kind namespace/name"."""
+
+
 class RunObjects:
     """`run_dir` as it is now. Raises CliError: there is none, or a file is no object of ours."""
 
@@ -101,6 +110,13 @@ class RunObjects:
     def problems(self) -> list[Problem]:
         """What the reader and the compiler say about the input."""
         return _read(self.run_dir / "objects/problems.json", list[Problem]) or []
+
+    def folder(self) -> str:
+        """The folder that `up` follows; "" on a cluster's node."""
+        return self._supervisor().folder
+
+    def followed(self) -> Followed:
+        return _read(self.run_dir / "objects/folder.json", Followed) or Followed()
 
     def realised(self, node: str) -> Realised | None:
         """None: the node's loader has not written anything yet."""

@@ -8,9 +8,10 @@ keeps everything it held. Only a file or document that is really gone removes.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -65,6 +66,28 @@ class Input:
     documents: tuple[Document, ...]
     problems: tuple[Problem, ...]
     complete: bool
+    files: Mapping[str, str] = field(default_factory=dict)
+    """File → `digest` of what was read of it; "" of one that cannot be read."""
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def digests(path: Path) -> dict[str, str] | None:
+    """`Input.files` as a read of the folder would find them now; None: it is not there."""
+    listing = _list(path)
+    if listing.names is None:
+        return None
+    found = {}
+    for name in listing.names:
+        try:
+            found[name] = digest(_contents(path / name))
+        except FileNotFoundError:  # between listing and reading
+            continue
+        except (OSError, _TooBig):
+            found[name] = ""
+    return found
 
 
 @dataclass(frozen=True)
@@ -89,6 +112,8 @@ class _File:
     held: tuple[Document, ...] = ()
     problems: tuple[Problem, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    digest: str = ""
+    """Of `data`; "" where that could not be read."""
 
 
 class Folder:
@@ -119,7 +144,8 @@ class Folder:
             problems.append(
                 Problem(severity="warning", message=text, remedy="put manifests into the folder")
             )
-        return Input(documents, tuple(problems), self._complete)
+        files = {name: item.digest for name, item in self._files.items()}
+        return Input(documents, tuple(problems), self._complete, files)
 
     def _read_file(self, name: str) -> None:
         known = self._files.setdefault(name, _File())
@@ -138,10 +164,10 @@ class Folder:
                 remedy="make it a readable file of our size limit",
             )
             # Forget the text, so that the next readable one is parsed anew.
-            self._files[name] = replace(known, data=b"", problems=(problem,))
+            self._files[name] = replace(known, data=b"", digest="", problems=(problem,))
             return
         if data != known.data or not known.chunks:
-            self._files[name] = _parse_file(name, data, known)
+            self._files[name] = replace(_parse_file(name, data, known), digest=digest(data))
 
     def _resolve(self) -> tuple[tuple[Document, ...], list[Problem]]:
         """One document a key: the first in order of file and place, but what a file

@@ -68,7 +68,8 @@ class Runner:
     ) -> None:
         self._path = folder
         self._folder = Folder(folder)
-        self._publisher = publish.Publisher(FileStore(run_dir))
+        self._store = FileStore(run_dir)
+        self._publisher = publish.Publisher(self._store)
         self._compiler = Compiler()
         self._allocator = identities.Allocator()
         self._options = options
@@ -97,6 +98,8 @@ class Runner:
         desired = self._compiler.compile(now, self.ledger)
         found = (*read.problems, *problems, *desired.problems)
         written = self._publisher.publish(desired, self.ledger, found)
+        keys = [item.key for item in read.documents if item.key.kind in meanings.POLICY_KINDS]
+        self._store.follow(read.files, [str(key) for key in keys])
         self._read = read
         return StepResult(now, self.ledger, desired, found, written)
 

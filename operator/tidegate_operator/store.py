@@ -97,6 +97,7 @@ class FileStore:
         self._objects = run_dir / "objects"
         self._held: dict[type[StateObject], dict[str, StateObject]] = {}
         self._problems: bytes | None = None
+        self._followed: bytes | None = None
 
     def held(self, kind: type[T]) -> Mapping[str, T]:
         if kind not in self._held:
@@ -132,6 +133,17 @@ class FileStore:
             raise _unwritable(error) from error
         self._problems = data
         return ("problems.json",)
+
+    def follow(self, files: Mapping[str, str], policies: Sequence[str]) -> None:
+        """Say of what content of a folder this is the whole, and which policies it has. Raises
+        PublishError."""
+        data = encode({"files": dict(files), "policies": list(policies)})
+        if data != self._followed:
+            try:
+                _write(self._objects / "folder.json", data)
+            except OSError as error:
+                raise _unwritable(error) from error
+            self._followed = data
 
     def _put(self, item: StateObject) -> None:
         _write(self._objects / path_of(item), encode(item))

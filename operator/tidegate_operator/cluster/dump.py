@@ -23,6 +23,8 @@ FIELDS: dict[str, tuple[str, Callable[[bytes], Any]]] = {
     "Service": ("services", kinds.service),
     "EndpointSlice": ("slices", kinds.endpoint_slice),
     "NetworkPolicy": ("policies", kinds.network_policy),
+    "ClusterNetworkPolicy": ("cluster_policies", kinds.cluster_policy),
+    "TrafficPolicy": ("traffic_policies", kinds.traffic_policy),
     "Identity": ("identities", kinds.identity),
 }
 """Kind -> field of a Snapshot, and what reads the kind."""

@@ -289,7 +289,7 @@ class Runner:
         began = time.monotonic()
         before = self._world
         due = self._hold.due(began, self._lagging)
-        hold = not due or snapshot.policies is not before.snapshot.policies
+        hold = not due or not world.same_policies(snapshot, before.snapshot)
         now, problems = world.build(snapshot, before, self._settings, self._of_services, hold)
         self._hold.built(before, now, began)
         self._world = now

@@ -138,7 +138,7 @@ def _policies(
     snapshot: Snapshot, before: ClusterWorld, settings: Settings
 ) -> tuple[dict[PolicyName, Policy], Relevance]:
     same = (
-        _same_policies(snapshot, before.snapshot)
+        same_policies(snapshot, before.snapshot)
         and snapshot.identities is before.snapshot.identities
     )
     if same and settings == before.asked.settings:
@@ -162,7 +162,7 @@ def every_policy(snapshot: Snapshot) -> Iterator[tuple[PolicyName, PolicyFacts]]
             yield PolicyName(kind, *key), facts
 
 
-def _same_policies(one: Snapshot, other: Snapshot) -> bool:
+def same_policies(one: Snapshot, other: Snapshot) -> bool:
     return (
         one.policies is other.policies
         and one.cluster_policies is other.cluster_policies
@@ -441,7 +441,7 @@ def _said(
 ) -> tuple[Problem, ...]:
     if (
         remarks is before.remarks
-        and _same_policies(snapshot, before.snapshot)
+        and same_policies(snapshot, before.snapshot)
         and snapshot.invalid is before.snapshot.invalid
     ):
         return before.said

@@ -3,6 +3,7 @@ the same manifests have in a folder."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from tidegate_operator import identities
 from tidegate_operator import world as folder_world
 from tidegate_operator.cluster import kinds
 from tidegate_operator.cluster.dump import FIELDS
-from tidegate_operator.cluster.world import ClusterWorld, Snapshot, build
+from tidegate_operator.cluster.world import ClusterWorld, Snapshot, build, same_policies
 from tidegate_operator.compile import Compiler, Desired, compile
 from tidegate_operator.identities import EMPTY_LEDGER
 from tidegate_operator.objects import NAME_LABEL, ObjectName
@@ -345,6 +346,24 @@ spec:
   ingress: [{from: [{podSelector: {}}]}]
 ---
 apiVersion: tidegate.dev/v1alpha1
+kind: TrafficPolicy
+metadata: {name: office, namespace: shop}
+spec:
+  subject: {podSelector: {any: true}}
+  isolates: []
+  mode: Enforce
+  ingress: [{action: Deny, peers: [{identity: office}], ports: [{any: true}]}]
+---
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {name: dev}
+spec:
+  tier: Baseline
+  priority: 7
+  subject: {namespaces: {matchLabels: {team: blue}}}
+  ingress: [{action: Deny, from: [{namespaces: {}}]}]
+---
+apiVersion: tidegate.dev/v1alpha1
 kind: Identity
 metadata: {name: office}
 spec: {cidrs: [192.0.2.0/24]}
@@ -390,7 +409,7 @@ def test_same_rule_sets_and_identities_as_in_a_folder() -> None:
     here_ledger = identities.allocate(here, EMPTY_LEDGER)
     want = _of(compile(there, there_ledger), there_ledger)
     assert _of(compile(here, here_ledger), here_ledger) == want
-    assert len(want[0]) == 2
+    assert len(want[0]) == 3
     assert len(want[2]) == 4
 
 
@@ -509,3 +528,11 @@ def test_selector_that_comes_to_pick_nobody_is_said() -> None:
     )  # fmt: skip
     said = [[problem.message for problem in item.problems] for item in (first, second, third)]
     assert said == [[], ["selects no peer now"], []]
+
+
+@pytest.mark.parametrize("field", ["policies", "cluster_policies", "traffic_policies"])
+def test_policies_of_every_kind_are_policies(field: str) -> None:
+    """Numbers do not merge in the step in which one goes."""
+    before = Snapshot()
+    assert same_policies(before, dataclasses.replace(before, pods={}))
+    assert not same_policies(before, dataclasses.replace(before, **{field: {}}))
