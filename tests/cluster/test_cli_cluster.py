@@ -18,6 +18,7 @@ from tidegate_cli.main import main
 from tidegate_cli.model import Model
 from tidegate_cli.objects import RunObjects
 from tidegate_loader import addresses
+from tidegate_operator import manifests
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -248,6 +249,19 @@ def test_the_lists_show_the_kernel(cluster: Path, capsys: pytest.CaptureFixture[
     assert report["identities"] == {"numbers": len(used), "saved": saved}
     answer(capsys, cluster, "ct", "list")
     answer(capsys, cluster, "metrics", "list")
+
+
+def test_what_was_just_saved_is_waited_for(
+    cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = cluster.parent / "in" / "all.yaml"
+    path.write_text(f"{path.read_text()}# saved\n")
+    wait = ["--run-dir", str(cluster), "policy", "wait", "--timeout=60"]
+    for argv in (["netpol/a/web"], [], ["-f", str(path)]):
+        assert main([*wait, *argv]) == 0
+        assert "in force on 2 of 2 nodes" in capsys.readouterr().out
+    assert RunObjects(cluster).followed().files == manifests.digests(cluster.parent / "in")
+    assert main([*wait, "netpol/a/nobody"]) == 2
 
 
 def test_status_is_in_force(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from support.town_api import apply, node, objects, pod
 from support.waiting import until
 from tidegate_api.state import Identity, NodeState, RuleSet, StateSlice, digest
 from tidegate_kube import Client, resources
+from tidegate_operator.cluster.world import build, unlike
 
 pytestmark = pytest.mark.apiserver
 
@@ -242,6 +243,44 @@ def test_api_server_killed_and_back(town: Town, server: ApiServer) -> None:
     town.settled()
     assert "10.244.0.7/32" in town.ipcache()
     assert town.runner.faults() == []
+
+
+def test_an_index_that_went_wrong_is_found_and_repaired(town: Town) -> None:
+    """Of two pods that claim an address the newer one has it: with the claim, it is forgotten."""
+    populate(town)
+    apply(town.client, pod("old", "n1", "10.244.0.6", app="old"))
+    town.settled()
+    town.verify_every = 0.05
+    town.restart()
+    town.settled()
+    before = town.runner._world
+    before.claims.clear()
+    late = pod("late", "n1", "10.244.0.6", app="a")
+    late["status"]["startTime"] = "2020-01-01T00:00:00Z"
+    apply(town.client, late)
+    until(lambda: town.metrics.self_checks.labels("different")._value.get() >= 1, "found", SECONDS)
+    until(lambda: town.runner._world is not before and not town.runner.error, "anew", SECONDS)
+
+    def right() -> bool:
+        fresh, _ = build(town.runner._world.snapshot)
+        return list(unlike(town.runner._world, fresh)) == []
+
+    until(right, "as made from nothing", SECONDS)
+
+
+def test_what_makes_a_step_fail_is_not_kept(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    populate(town)
+    town.settled()
+    faulty = town.runner._compiler
+
+    def wrong(*_: object) -> None:
+        raise KeyError("what an index should have had")
+
+    monkeypatch.setattr(faulty, "compile", wrong)
+    apply(town.client, pod("c", "n1", "10.244.0.6", app="a"))
+    town.settled()
+    assert town.runner._compiler is not faulty
+    assert len(town.nodes()["n1"].spec.endpoints) == 2
 
 
 def test_a_fault_in_what_is_kept_is_found_and_repaired(town: Town) -> None:

@@ -203,6 +203,7 @@ class Runner:
                 self._failed(error)
             except Exception as error:  # a fault of ours: said, tried again, seen in metrics
                 log.exception("step failed")
+                self._forget()  # what is kept may be what is wrong
                 self._failed(error)
             last = time.monotonic()
 
@@ -234,7 +235,7 @@ class Runner:
         arrived, self._arrived = self._arrived or time.monotonic(), None
         snapshot = self.watches.snapshot()
         if self._self_check.take():
-            self._compiler, self._done = Compiler(), None
+            self._forget()
         if self._idle(snapshot):
             self._offer()
             return
@@ -245,6 +246,11 @@ class Runner:
             raise
         if not self._wake.is_set():
             self._offer()
+
+    def _forget(self) -> None:
+        """All that a step keeps for the next, but for numbers."""
+        self._world, self._compiler = world.anew(self._world), Compiler()
+        self._allocator, self._done = identities.Allocator(), None
 
     def _offer(self) -> None:
         """To be checked, while nothing waits to be published."""

@@ -1,8 +1,10 @@
 """The operator's doubt of itself: is what was published what a new start would publish?
 
-Compiling costs the change because most of the result is kept. Now and then, in a thread of its
-own, what was published last is compiled once more from nothing and compared. What differs is a
-fault of ours: it is said, and the runner starts over with what it keeps.
+A change costs what it touches because most of the result is kept: of the world, of the ledger's
+counts, of what was compiled. Now and then, in a thread of its own, all of it is made once more from
+the objects that were watched, and compared. Only the numbers are taken as they are: they are
+the one thing that has a history. What differs is a fault of ours: it is said, and the runner starts
+over with what it keeps.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from itertools import zip_longest
 import structlog
 from tidegate_api.state import encode
 
+from tidegate_operator.cluster import world
 from tidegate_operator.cluster.metrics import Metrics
+from tidegate_operator.cluster.world import ClusterWorld
 from tidegate_operator.compile import Desired, compile
-from tidegate_operator.identities import Ledger
-from tidegate_operator.objects import World
+from tidegate_operator.identities import Ledger, wanted
 
 VERIFY_SECONDS = 600.0
 SHOWN = 5
@@ -56,7 +59,7 @@ class SelfCheck:
         self._thread: threading.Thread | None = None
         self._faulty = threading.Event()
 
-    def offer(self, world: World, ledger: Ledger, desired: Desired) -> None:
+    def offer(self, world: ClusterWorld, ledger: Ledger, desired: Desired) -> None:
         """Check it if it is time. `desired` was compiled of the other two."""
         if not self._seconds or (self._thread is not None and self._thread.is_alive()):
             return
@@ -73,10 +76,22 @@ class SelfCheck:
         self._faulty.clear()
         return faulty
 
-    def _check(self, world: World, ledger: Ledger, desired: Desired) -> None:
+    def _check(self, held: ClusterWorld, ledger: Ledger, desired: Desired) -> None:
         began = time.monotonic()
         try:
-            names = list(differences(desired, compile(world, ledger)))
+            # `hold`: numbers that are kept apart for nodes that are behind are no fault.
+            fresh, _ = world.build(
+                held.snapshot,
+                world.anew(held),
+                held.asked.settings,
+                held.of_services,
+                hold=held.relevance != held.asked,
+            )
+            names = [f"world/{name}" for name in world.unlike(held, fresh)]
+            names += [f"ledger/{key}" for key in sorted(wanted(fresh).keys() ^ ledger.live.keys())]
+            # Without numbers for what it holds there is nothing to compile.
+            if not names:
+                names += differences(desired, compile(fresh, ledger))
         except Exception:  # what cannot be compiled anew cannot have been right
             log.exception("self-check failed")
             names = ["?"]
@@ -85,7 +100,7 @@ class SelfCheck:
         self._metrics.self_checks.labels("different" if names else "equal").inc()
         if names:
             log.error(
-                "what is published is not what the cluster says; compiling it anew",
+                "what is published is not what the cluster says; making it anew",
                 differing=len(names),
                 first=names[:SHOWN],
             )

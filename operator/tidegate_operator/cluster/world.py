@@ -9,8 +9,8 @@ running, newer one has it. Host-network pods are kept only to say so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from operator import itemgetter
+from dataclasses import dataclass, field, replace
+from operator import eq, itemgetter
 from typing import Any, TypeVar
 
 from tidegate_api import users
@@ -132,6 +132,36 @@ def build(
         said=_said(snapshot, before, remarks),
     )
     return world, (*world.said, *_stalled(stalled))
+
+
+def anew(world: ClusterWorld) -> ClusterWorld:
+    """What to build from, as if nothing had been built before, but for numbers that are kept
+    apart: to be taken over with `hold`."""
+    return replace(EMPTY_CLUSTER, relevance=world.relevance)
+
+
+_INDEXES = ("pods", "nodes", "namespaces", "services", "endpoints", "policies", "identities")
+_OTHERS = (
+    *("relevance", "asked", "pod_cidrs", "apiservers", "stalled"),
+    *("claims", "by_service", "remarks", "said"),
+)
+
+
+def unlike(one: ClusterWorld, other: ClusterWorld) -> Iterator[str]:
+    """ "table/key" of what is not the same, or is in one of them only; "table/order" where the
+    same keys come in another order."""
+    for table in _INDEXES:
+        ours: Mapping[object, object] = getattr(one, table)
+        theirs: Mapping[object, object] = getattr(other, table)
+        found = [
+            f"{table}/{key}"
+            for key in dict.fromkeys((*ours, *theirs))
+            if key not in ours or key not in theirs or ours[key] != theirs[key]
+        ]
+        yield from found
+        if not found and not all(map(eq, ours, theirs)):
+            yield f"{table}/order"
+    yield from (name for name in _OTHERS if getattr(one, name) != getattr(other, name))
 
 
 def _policies(

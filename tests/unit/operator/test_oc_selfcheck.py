@@ -11,15 +11,50 @@ from typing import Any
 import msgspec
 import pytest
 from structlog.testing import capture_logs
+from tidegate_operator.cluster import kinds
 from tidegate_operator.cluster.main import parse
 from tidegate_operator.cluster.metrics import Metrics
 from tidegate_operator.cluster.selfcheck import SelfCheck, differences
-from tidegate_operator.cluster.world import EMPTY_CLUSTER, ClusterWorld, Snapshot, build
+from tidegate_operator.cluster.world import (
+    EMPTY_CLUSTER,
+    ClusterWorld,
+    Snapshot,
+    anew,
+    build,
+    unlike,
+)
 from tidegate_operator.compile import Compiler, Desired, compile
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger, allocate
 from unit.operator.test_op_incremental import Events
 
 SECONDS = 30.0
+META = {"namespace": "n1", "uid": "u"}
+SERVICE = kinds.service(
+    msgspec.json.encode(
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": META | {"name": "web"},
+            "spec": {
+                "clusterIP": "10.96.0.7",
+                "clusterIPs": ["10.96.0.7"],
+                "ports": [{"port": 80}],
+            },
+        }
+    )
+)
+SLICE = kinds.endpoint_slice(
+    msgspec.json.encode(
+        {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "addressType": "IPv4",
+            "metadata": META | {"name": "web-1", "labels": {"kubernetes.io/service-name": "web"}},
+            "ports": [{"name": "", "port": 8080}],
+            "endpoints": [{"addresses": ["10.244.0.5"]}],
+        }
+    )
+)
 Given = tuple[ClusterWorld, Ledger]
 
 
@@ -87,6 +122,66 @@ def test_a_held_entry_that_is_wrong_is_found() -> None:
     assert check.take()
     assert not check.take(), "told once"
     assert not list(differences(Compiler().compile(*given), compile(*given)))
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["pods", "claims", "nodes", "policies", "services", "endpoints", "by_service"],
+)
+def test_an_index_of_the_world_that_went_wrong_is_found_and_made_anew(index: str) -> None:
+    """What the compiler makes of a wrong world is right of that world: only the objects tell."""
+    (before, _), (after, _), _ = _events()
+    first, snapshot = (
+        dataclasses.replace(
+            world.snapshot,
+            services={("n1", "web"): SERVICE},
+            slices={("n1", "web-1"): SLICE},
+        )
+        for world in (before, after)
+    )
+    snapshot = dataclasses.replace(snapshot, services=first.services, slices=first.slices)
+    world, ledger = _given(first)
+    held = dict(getattr(world, index))
+    held.pop(next(key for key in held if key in getattr(build(snapshot)[0], index)))
+    given = _given(snapshot, (dataclasses.replace(world, **{index: held}), ledger))
+    right, _ = build(snapshot)
+    metrics, check, logs = _checked(given, compile(right, allocate(right, EMPTY_LEDGER)))
+    assert _count(metrics, "different") == 1
+    assert any(name.startswith(f"world/{index}") for name in logs[0]["first"])
+    assert check.take()
+    repaired = build(snapshot, anew(given[0]), hold=True)[0]
+    assert list(unlike(repaired, right)) == []
+
+
+def test_another_order_is_found() -> None:
+    _, (right, ledger), _ = _events()
+    turned = dataclasses.replace(right, pods=dict(reversed(right.pods.items())))
+    assert list(unlike(turned, right)) == ["pods/order"]
+    assert _count(_checked((turned, ledger), compile(turned, ledger))[0], "different") == 1
+
+
+def test_numbers_that_nobody_has_or_lacks_are_found() -> None:
+    _, (world, ledger), _ = _events()
+    key = next(iter(ledger.live))
+    for live in (
+        {k: n for k, n in ledger.live.items() if k != key},
+        {**ledger.live, key._replace(namespace="nowhere"): 4711},
+    ):
+        wrong = dataclasses.replace(ledger, live=live)
+        metrics, _, logs = _checked((world, wrong), compile(world, ledger))
+        assert _count(metrics, "different") == 1
+        assert logs[0]["first"][0].startswith("ledger/")
+
+
+def test_numbers_kept_apart_are_no_fault() -> None:
+    """No policy tells the pods apart any more, and a node still enforces one that does."""
+    _, (world, ledger), _ = _events()
+    snapshot = dataclasses.replace(world.snapshot, policies={}, traffic_policies={})
+    kept, _ = build(snapshot, world, hold=True)
+    assert kept.relevance != kept.asked
+    given = kept, allocate(kept, ledger)
+    metrics, check, _ = _checked(given, compile(*given))
+    assert (_count(metrics, "equal"), check.take()) == (1, False)
 
 
 def test_every_part_is_compared() -> None:
