@@ -71,6 +71,10 @@ def lb_list(args: argparse.Namespace) -> int:
     elif args.maglev:
         found, code = gather(place, args, _maglev, "--maglev")
         by_node(args, found, ("SERVICE ADDRESS", "BACKEND ADDRESS", "PLACES"), values_of)
+    elif args.stats:
+        found, code = gather(place, args, partial(_stats, known), "--stats")
+        header = ("SERVICE ADDRESS", "SERVICE", "TYPE", "CONNECTIONS", "NO BACKEND")
+        by_node(args, found, header, values_of)
     elif args.revnat:
         found, code = gather(place, args, _revnat, "--revnat")
         by_node(args, found, ("ID", "SERVICE ADDRESS"), values_of)
@@ -156,6 +160,25 @@ def _frontends(known: Known, view: NodeView) -> list[dict[str, Any]]:
                 "type": kind if port else "-",
                 "base": front.base,
                 "count": front.count,
+            }
+        )
+    return rows
+
+
+def _stats(known: Known, view: NodeView) -> list[dict[str, Any]]:
+    """Since the node's maps were made; a frontend that goes takes its figures with it."""
+    counts = view.maps.service_counts()
+    rows = []
+    for front in view.maps.frontends():
+        kind, port = known.find(front)
+        asked = counts.get((front.address, front.port, front.protocol), (0, 0))
+        rows.append(
+            {
+                "address": _name(front),
+                "service": f"{port.namespace}/{port.name}" if port else "-",
+                "type": kind if port else "-",
+                "connections": asked[0],
+                "noBackend": asked[1],
             }
         )
     return rows

@@ -135,6 +135,9 @@ def _lists(subparsers: Any) -> None:
     only.add_argument("--backends", action="store_true", help="backends only")
     only.add_argument("--revnat", action="store_true", help="numbers and the addresses they have")
     only.add_argument("--maglev", action="store_true", help="rings: how many places each has")
+    only.add_argument(
+        "--stats", action="store_true", help="how often each was asked, and nobody was there"
+    )
     only.add_argument("--source-ranges", action="store_true", help="who may use what from outside")
 
 

@@ -272,6 +272,17 @@ class NodeMaps:
             )
         return sorted(found, key=lambda f: (f.address, f.port, f.protocol))
 
+    def service_counts(self) -> dict[tuple[str, int, int], tuple[int, int]]:
+        """(address, port, protocol) → (connections, refused), all CPUs; only who was asked."""
+        found = {}
+        opened = self.map("service_counts_v1")
+        for key, value in opened.items():
+            front = self.layouts.frontend_key.unpack(key)
+            rows = [self.layouts.service_count.unpack(p) for p in opened.split_per_cpu(value)]
+            figures = (sum(r.connections for r in rows), sum(r.refused for r in rows))
+            found[addresses.text(front.addr), front.port, front.protocol] = figures
+        return found
+
     def source_ranges(self) -> list[tuple[int, str]]:
         """(number of the service port, prefix), sorted."""
         rows = map(self.layouts.range.unpack, self.map("source_ranges_v1").keys())

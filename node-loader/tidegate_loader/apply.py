@@ -393,7 +393,9 @@ class Writer:
         actual.resting = (*actual.resting, *(Resting(f.base, f.count, until) for f in left))
 
     def _delete_frontends(self, keys: Sequence[FrontendKey]) -> None:
-        self._kernel.map("frontends_v1").delete_batch(self._layouts.frontend_key.pack_all(keys))
+        packed = self._layouts.frontend_key.pack_all(keys)
+        self._kernel.map("frontends_v1").delete_batch(packed)
+        self._kernel.map("service_counts_v1").delete_batch(packed)
         self._rest(keys)
         for key in keys:
             self._replace(key, None)

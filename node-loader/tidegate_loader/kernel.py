@@ -83,6 +83,7 @@ _STRUCTS: dict[str, dict[str, str]] = {
         "freed_at": "u32",
     },
     "tg_range": {"bits": "u32", "service": "be32", "addr": "bytes[16]"},
+    "tg_service_count": {"connections": "u64", "refused": "u64"},
     "tg_node_addr": {"addr": "bytes[16]", "proof": "u32"},
     "tg_control": {"epoch": "u64", "next_id": "u64"},
 }
@@ -157,6 +158,7 @@ class Layouts:
         self.control = codecs["tg_control"]
         self.range = codecs["tg_range"]
         self.node_addr = codecs["tg_node_addr"]
+        self.service_count = codecs["tg_service_count"]
         inner = spec.maps["half_open_v2"].inner
         if inner is None:
             raise LayoutError("half_open_v2 declares no inner map")

@@ -18,7 +18,19 @@ from prometheus_client.core import (
 from prometheus_client.exposition import generate_latest
 
 from tidegate_observer.api import flow_pb2
-from tidegate_observer.flow import ICMP, ICMPV6, MAPPED, SCTP, TCP, UDP, Entry, Flow, Kind, Lost
+from tidegate_observer.flow import (
+    ICMP,
+    ICMPV6,
+    MAPPED,
+    SCTP,
+    TCP,
+    UDP,
+    Counts,
+    Entry,
+    Flow,
+    Kind,
+    Lost,
+)
 from tidegate_observer.meaning import DROP, POLICY_VERDICT, drop_reason, event_type, verdict
 
 MAX_POLICIES = 500
@@ -29,6 +41,8 @@ WORLD = 2
 PROTOCOLS = {TCP: "TCP", UDP: "UDP", SCTP: "SCTP", ICMP: "ICMPv4", ICMPV6: "ICMPv6"}
 FLAGS = ((2, "SYN"), (1, "FIN"), (4, "RST"))
 DIRECTIONS = ("INGRESS", "EGRESS")
+NO_DROPS = frozenset((0, 230, 231, 253, 254))
+"""Reasons that programs count packets under and let them pass; docs/drop-reasons.md."""
 BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 300.0)
 
 Labels = tuple[str, ...]
@@ -82,7 +96,7 @@ class Metrics:
         elif flow.counts is not None:
             self._ends[flow.counts.closed] += 1
             if flow.service is not None:
-                self._service(flow).ended(flow.counts.nanoseconds / 1e9, flow.counts.closed)
+                self._service(flow).ended(flow.counts)
 
     def _start(self, flow: Flow) -> None:
         if flow.protocol in (ICMP, ICMPV6):
@@ -151,7 +165,7 @@ class Metrics:
 
     def _programs(self) -> Iterator[Metric]:
         labels = ("reason", "direction")
-        drops = {k: v for k, v in self.programs.items() if 0 < k[0] < 250}
+        drops = {k: v for k, v in self.programs.items() if k[0] not in NO_DROPS}
         passed = {(DIRECTIONS[d],): v for (r, d), v in self.programs.items() if r == 0}
         for at, word in enumerate(("count", "bytes")):
             rows: dict[Labels, int] = Counter()
@@ -192,11 +206,22 @@ class Metrics:
             "from a flow's first packet to its last",
             labels=("namespace", "service"),
         )
+        passed = [
+            CounterMetricFamily(
+                f"tidegate_service_{word}",
+                f"{word} of its flows, when they end",
+                labels=("namespace", "service", "way"),
+            )
+            for word in ("packets", "bytes")
+        ]
         for key, service in sorted(self._services.items()):
+            for way, figures in service.passed.items():
+                for family, figure in zip(passed, figures, strict=True):
+                    family.add_metric((*key, way), figure)
             starts.add_metric(key, service.started)
             resets.add_metric(key, service.resets)
             durations.add_metric(key, service.buckets(), service.seconds)
-        yield from (starts, resets, durations)
+        yield from (starts, resets, durations, *passed)
 
 
 class _Service:
@@ -206,9 +231,19 @@ class _Service:
         self.seconds = 0.0
         self._counts = [0] * (len(BUCKETS) + 1)
 
-    def ended(self, seconds: float, how: str) -> None:
-        self.resets += how == "rst"
+        self.passed = {"request": [0, 0], "reply": [0, 0]}
+        """Of flows that have ended: packets, bytes."""
+
+    def ended(self, counts: Counts) -> None:
+        seconds = counts.nanoseconds / 1e9
+        self.resets += counts.closed == "rst"
         self.seconds += seconds
+        for way, packets, size in (
+            ("request", counts.packets, counts.bytes),
+            ("reply", counts.reply_packets, counts.reply_bytes),
+        ):
+            self.passed[way][0] += packets
+            self.passed[way][1] += size
         at = next((i for i, bound in enumerate(BUCKETS) if seconds <= bound), len(BUCKETS))
         self._counts[at] += 1
 

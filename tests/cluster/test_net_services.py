@@ -311,6 +311,13 @@ def test_lists_say_it(cluster: Cluster) -> None:
     for word in ("[NodePort]", "[NodePort, Local, two-scopes]", "[NodePort, sessionAffinity]"):
         assert word in text
     assert "[LoadBalancer, check source-range]" in text
+    cluster.ask("", NODES["node-1"][4], 30110)
+    rows = json.loads(cluster.tidegate("lb", "list", "--node", "node-1", "--stats", "-o", "json"))
+    by = {row["address"]: row for row in rows}
+    assert by[f"{NODES['node-1'][4]}:30110/TCP"]["noBackend"] > 0
+    assert by[f"{NODES['node-1'][4]}:30110/TCP"]["connections"] == 0
+    cluster.ask("", NODES["node-1"][4], 30080)
+    assert by[f"{NODES['node-1'][4]}:30080/TCP"]["service"] == "default/web"
     ranges = cluster.tidegate("lb", "list", "--node", "node-1", "--source-ranges")
     assert "default/balanced" in ranges
     assert "172.18.0.200/32" in ranges

@@ -341,3 +341,26 @@ def test_into_a_pod_nothing_is_translated(town: Town) -> None:
     town.lab.service(VIP4, 80, f.TCP, [(t.IP4["b"], 8080)])
     sent = t.tcp(t.IP4["r"], VIP4, 40000, 80, SYN)
     assert town.send("a<", sent).data == sent
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_is_asked_is_counted_once_a_flow(town: Town, version: int) -> None:
+    """Not a packet of a flow that is known, nor what a policy denies; by the frontend's port."""
+    a, vip = t.ip_of("a", version), VIP[version]
+
+    def asked(number: int = 80) -> tuple[int, int]:
+        return town.lab.asked(vip, number, f.UDP)
+
+    town.open()
+    town.lab.service(vip, 80, f.UDP, [(t.ip_of("r", version), 53)])
+    town.lab.service(vip, 81, f.UDP, [], base=9)
+    before = asked(), asked(81)
+    for sport in (40000, 40000, 40001):
+        assert town.reason("a>", packet(f.UDP, a, vip, sport, 80)) == 0
+    assert town.reason("a>", packet(f.UDP, a, vip, 40000, 81)) == t.NO_BACKEND
+    after = asked(), asked(81)
+    assert after[0] == (before[0][0] + 2, before[0][1])
+    assert after[1] == (before[1][0], before[1][1] + 1)
+    town.switch({"a>": NOTHING})
+    assert town.reason("a>", packet(f.UDP, a, vip, 40002, 80)) == POLICY
+    assert asked() == after[0]

@@ -353,3 +353,27 @@ def test_spread(lab: Lab) -> None:
                     found[number] += 1
         assert sum(found.values()) == 200
         assert min(found[n] for n in range(4)) > 20, found
+
+
+def test_what_is_asked_is_counted_once_a_socket(lab: Lab) -> None:
+    """A connection, a connected socket for datagrams, one that sends several without."""
+    with (
+        closing(server(socket.SOCK_STREAM, BACKEND4)) as listener,
+        closing(server(socket.SOCK_DGRAM, BACKEND4)) as receiver,
+        closing(client(socket.AF_INET, socket.SOCK_STREAM)) as stream,
+        closing(client(socket.AF_INET, socket.SOCK_DGRAM)) as connected,
+        closing(client(socket.AF_INET, socket.SOCK_DGRAM)) as free,
+    ):
+        serve(lab, listener)
+        lab.service(VIP4, 80, UDP, [(BACKEND4, port(receiver))], base=9)
+        stream.connect((VIP4, 80))
+        assert lab.asked(VIP4, 80, TCP) == (1, 0)
+        connected.connect((VIP4, 80))
+        connected.send(b"x")
+        for _ in range(3):
+            free.sendto(b"x", (VIP4, 80))
+        assert lab.asked(VIP4, 80, UDP) == (2, 0)
+        lab.service(VIP4, 80, UDP, [], base=9)
+        with pytest.raises(ConnectionRefusedError):
+            connected.connect((VIP4, 80))
+        assert lab.asked(VIP4, 80, UDP) == (2, 1)

@@ -125,6 +125,19 @@ def test_what_is_for_no_service_passes_untouched(edge: Edge) -> None:
         assert (seen.verdict, seen.reason, seen.data) == (PASS, None, data), why
 
 
+@pytest.mark.parametrize("backend", ["b", "r"])
+def test_what_is_asked_is_counted_once_a_flow(edge: Edge, backend: str) -> None:
+    """Also where the backend is elsewhere."""
+    edge.service(NODE4, PORT, f.UDP, [(t.IP4[backend], 80)])
+    before = edge.lab.asked(NODE4, PORT, f.UDP)
+    for sport in (40000, 40000, 40001):
+        assert edge.send(packet(f.UDP, t.IP4["w"], NODE4, sport, PORT)).reason == 0
+    edge.service(NODE4, PORT, f.UDP, [], elsewhere=False)
+    assert edge.send(packet(f.UDP, t.IP4["w"], NODE4, 40002, PORT)).reason == t.NO_BACKEND
+    connections, refused = edge.lab.asked(NODE4, PORT, f.UDP)
+    assert (connections - before[0], refused - before[1]) == (2, 1)
+
+
 def test_policy_sees_the_client(edge: Edge) -> None:
     """Of a backend here; a spoofed pod is none of them."""
     w, b = t.IP4["w"], t.IP4["b"]
@@ -205,6 +218,48 @@ def test_source_ranges(edge: Edge) -> None:
         ("198.51.100.1", e.SOURCE_RANGE),
     ):
         assert edge.send(packet(f.TCP, src, t.VIP4, 40000, 80)).reason == reason, src
+
+
+@pytest.mark.parametrize("backend", [t.IP4["b"], t.IP4["r"], NODE4])
+def test_a_range_that_is_narrowed_cuts_who_is_left_out(edge: Edge, backend: str) -> None:
+    """Whose flow is established too, and nobody else's; so does a Service that gets ranges."""
+    table = edge.maps["source_ranges_v1"]
+    edge.service(t.VIP4, 80, f.TCP, [(backend, 80)])
+    clients = ("192.0.2.8", "192.0.2.200")
+
+    def reasons(flags: int) -> list[int | None]:
+        return [edge.send(packet(f.TCP, c, t.VIP4, 40000, 80, flags)).reason for c in clients]
+
+    assert reasons(SYN) == [0, 0]
+    for client in clients:
+        answer = packet(f.TCP, backend, client, 80, 40000, SYN | ACK)
+        if backend == t.IP4["b"]:
+            assert edge.town.reason("b>", answer) == 0
+    assert reasons(ACK) == [0, 0]
+    edge.allow("192.0.2.0/25")
+    edge.service(t.VIP4, 80, f.TCP, [(backend, 80)], flags=OUTSIDE | RANGES)
+    assert reasons(ACK) == [0, e.SOURCE_RANGE]
+    for key in list(table.keys()):
+        table.discard(key)
+    assert reasons(ACK) == [e.SOURCE_RANGE] * 2
+    edge.allow("192.0.2.0/24")
+    assert reasons(ACK) == [0, 0], "and goes on where it is let in again"
+
+
+@pytest.mark.parametrize("backend", [t.IP4["b"], t.IP4["r"]])
+@pytest.mark.parametrize("port", [80, SNAT[0]])
+def test_an_address_that_goes_takes_its_flows_with_it(edge: Edge, port: int, backend: str) -> None:
+    """Also where its port is one of those that answers come back to."""
+    edge.service(t.VIP4, port, f.TCP, [(backend, 80)])
+    edge.send(packet(f.TCP, t.IP4["w"], t.VIP4, 40000, port))
+    data = packet(f.TCP, t.IP4["w"], t.VIP4, 40000, port, ACK)
+    if backend == t.IP4["b"]:
+        edge.town.send("b>", packet(f.TCP, backend, t.IP4["w"], 80, 40000, SYN | ACK))
+    assert edge.send(data).reason == 0
+    table = edge.lab.maps["frontends_v1"]
+    for key in list(table.keys()):
+        table.discard(key)
+    assert (edge.send(data).verdict, edge.send(data).data) == (PASS, data)
 
 
 def test_affinity_outside_and_in_a_pod(edge: Edge) -> None:

@@ -26,6 +26,7 @@ STRUCTS = [
     "tg_frontend_key",
     "tg_frontend",
     "tg_backend",
+    "tg_service_count",
     "tg_stream",
     "tg_ct_key",
     "tg_ct",
@@ -290,6 +291,17 @@ class Lab:
             packets = sum(self.codecs["tg_counter"].unpack(p[:16]).packets for p in parts)
             found[index // 2, index % 2] = packets
         return found
+
+    def asked(self, vip: str, port: int, protocol: int) -> tuple[int, int]:
+        """How often a frontend was asked: (somebody was there, nobody was)."""
+        key = self.codecs["tg_frontend_key"].pack(addr=addr(vip), port=port, protocol=protocol)
+        table = self.maps["service_counts_v1"]
+        try:
+            parts = table.lookup_per_cpu(key)
+        except KeyError:
+            return 0, 0
+        rows = [self.codecs["tg_service_count"].unpack(part) for part in parts]
+        return sum(r.connections for r in rows), sum(r.refused for r in rows)
 
     def flows(self) -> list[tuple[object, object]]:
         """(key, value) of every established flow."""

@@ -495,6 +495,21 @@ tg_inline int tg_choose(struct tg_run *r, struct tg_choice *choice)
 	return tg_special(&key, &r->s->asks, choice, dry_run);
 }
 
+/* A flow has got a backend of the frontend, or there is none. */
+tg_inline void tg_count_asked(struct tg_run *r, const struct tg_addr *addr, __be16 port,
+			      __u32 refused)
+{
+	struct tg_frontend_key *key = &r->s->counted;
+
+	if (dry_run)
+		return;
+	key->addr = *addr;
+	key->port = port;
+	key->protocol = r->s->p.t.protocol;
+	key->pad = 0;
+	tg_service_count(key, refused);
+}
+
 /* ---- the slow path ------------------------------------------------------------------------ */
 
 static __noinline int tg_new_flow(struct tg_run *r)
@@ -553,6 +568,7 @@ static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 	}
 	if (answer == TG_SERVICE_EMPTY || answer == TG_SERVICE_SILENT) {
 		r->s->refused = answer == TG_SERVICE_EMPTY;
+		tg_count_asked(r, &r->s->p.t.dst, r->s->p.t.dport, 1);
 		return TG_DROP_NO_BACKEND;
 	}
 	if (answer == TG_SERVICE_FOUND) {
@@ -564,7 +580,10 @@ static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 		if (found != TG_LOST)
 			return found;
 	}
-	return tg_new_flow(r);
+	found = tg_new_flow(r);
+	if (!found && answer == TG_SERVICE_FOUND)
+		tg_count_asked(r, &r->s->nat.addr, r->s->nat.port, 0);
+	return found;
 }
 
 /* 0 and r->s->forward, or an enum tg_reason. */

@@ -151,6 +151,14 @@ struct {
 	__uint(max_entries, 16384);
 } affinity_v1 SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tg_frontend_key);
+	__type(value, struct tg_service_count);
+	__uint(max_entries, 65536); /* as many as frontends */
+} service_counts_v1 SEC(".maps");
+
 /* As whom a node sends on what is not for its own pods: IPv4, IPv6. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

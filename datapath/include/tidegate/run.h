@@ -68,6 +68,7 @@ struct tg_scratch {
 	struct tg_nat nat_found;
 	struct tg_nat nat_other;
 	struct tg_asked asked;
+	struct tg_frontend_key counted;
 };
 
 struct {

@@ -77,4 +77,28 @@ tg_global int tg_service(const struct tg_frontend_key *asked, __u32 hash,
 	return tg_backend(*(volatile __u32 *)id, key.protocol, choice);
 }
 
+/* Once for each new flow or socket, never for a packet of a known one. Packets and
+ * bytes are summed up when a flow ends, by who reads of it. */
+tg_global int tg_service_count(const struct tg_frontend_key *asked, __u32 refused)
+{
+	struct tg_frontend_key key;
+	struct tg_service_count *count, first = {};
+
+	if (!asked)
+		return 0;
+	key = *asked;
+	count = bpf_map_lookup_elem(&service_counts_v1, &key);
+	if (!count) {
+		bpf_map_update_elem(&service_counts_v1, &key, &first, BPF_NOEXIST);
+		count = bpf_map_lookup_elem(&service_counts_v1, &key);
+	}
+	if (!count)
+		return 0;
+	if (refused)
+		count->refused += 1;
+	else
+		count->connections += 1;
+	return 0;
+}
+
 #endif

@@ -161,6 +161,7 @@ tg_inline int tg_sock_forward(struct bpf_sock_addr *ctx, int v6, int sends)
 	case TG_SERVICE_SILENT: /* its packets are dropped, and counted, where they leave */
 		return TG_SOCK_PROCEED;
 	case TG_SERVICE_EMPTY:
+		tg_service_count(&key, 1);
 		/* As a user of kube-proxy expects: refused, not a time-out. */
 		bpf_set_retval(-TG_ECONNREFUSED);
 		return TG_SOCK_REFUSE;
@@ -168,9 +169,15 @@ tg_inline int tg_sock_forward(struct bpf_sock_addr *ctx, int v6, int sends)
 	/* A plain IPv6 frontend has IPv6 backends; a mapped one mapped ones. */
 	if (!v6 && !tg_addr_is_v4(&choice.addr))
 		return TG_SOCK_PROCEED;
+	if (key.protocol != IPPROTO_TCP && sends &&
+	    tg_sock_keeps(bpf_get_socket_cookie(ctx), &key, &choice)) {
+		tg_sock_write(ctx, v6, &choice.addr, choice.port);
+		return TG_SOCK_PROCEED;
+	}
+	tg_service_count(&key, 0);
 	if (key.protocol == IPPROTO_TCP)
 		tg_stream_remember(bpf_get_socket_cookie(ctx), &choice, &key);
-	else if (!sends || !tg_sock_keeps(bpf_get_socket_cookie(ctx), &key, &choice))
+	else
 		tg_sock_remember(ctx, &choice, &key);
 	tg_sock_write(ctx, v6, &choice.addr, choice.port);
 	return TG_SOCK_PROCEED;

@@ -80,6 +80,18 @@ tg_inline int tg_in_ranges(__u32 service, const struct tg_addr *addr)
 	return bpf_map_lookup_elem(&source_ranges_v1, &key) != NULL;
 }
 
+/* Whether a client outside may use a frontend that has TG_FRONTEND_RANGES. `base`:
+ * of the frontend. */
+tg_global int tg_may_ask(__u32 base, const struct tg_addr *addr)
+{
+	struct tg_addr client;
+
+	if (!addr)
+		return 0;
+	client = *addr;
+	return tg_in_ranges(tg_slot((base & TG_FRONTEND_SLOT) + TG_SLOT_SERVICE), &client);
+}
+
 /* Of a frontend that `tg_service` called special: one of its backends, for this
  * client. Nothing is remembered with `dry`. An enum tg_service_answer. */
 tg_global int tg_special(const struct tg_frontend_key *asked, const struct tg_client *client,

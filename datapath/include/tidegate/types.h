@@ -261,6 +261,13 @@ enum tg_affinity_word {
 	TG_AFFINITY_UNIT = 2,   /* 4 s: 16 bits are three days */
 };
 
+/* What was asked of one frontend, on one CPU. Made when it is first asked. */
+struct tg_service_count {
+	__u64 connections; /* flows and sockets that got a backend */
+	__u64 refused;     /* those for which there was none */
+};
+TG_SIZE(struct tg_service_count, 16);
+
 /* ---- translation at the uplink --------------------------------------------- */
 
 /* A packet as it comes in. */

@@ -67,8 +67,11 @@ static __noinline int tg_net_local(struct tg_run *r, const struct tg_choice *cho
 	r->s->flags |= TG_CT_UPLINK;
 	tg_key(r);
 	reason = tg_is_syn(&r->s->p) ? TG_LOST : tg_follow_known(r, tg_lookup(r));
-	if (reason == TG_LOST)
+	if (reason == TG_LOST) {
 		reason = tg_new_flow(r);
+		if (!reason)
+			tg_count_asked(r, &r->s->nat.addr, r->s->nat.port, 0);
+	}
 	return reason ? tg_drop(r, reason) : tg_net_deliver(r);
 }
 
@@ -105,11 +108,16 @@ static __noinline int tg_net_remote(struct tg_run *r, const struct tg_choice *ch
 	if (tg_is_node(&choice->addr))
 		host = TG_NAT_HOST;
 	reason = tg_nat_make(host);
-	return reason ? tg_drop(r, reason) : tg_net_onward(r, &r->s->nat_made);
+	if (reason)
+		return tg_drop(r, reason);
+	tg_count_asked(r, &r->s->p.t.dst, r->s->p.t.dport, 0);
+	return tg_net_onward(r, &r->s->nat_made);
 }
 
-/* A packet of a flow that has entries here already; TG_NOT_OURS: it has none. */
-static __noinline int tg_net_known(struct tg_run *r)
+/* A packet of a flow that has entries here already; TG_NOT_OURS: it has none.
+ * `answers`: only those that come back count. What goes to a frontend is asked
+ * about only while there is that frontend, or a flow would outlive it. */
+static __noinline int tg_net_known(struct tg_run *r, int answers)
 {
 	struct tg_scratch *s = r->s;
 	struct tg_nat *nat;
@@ -120,10 +128,12 @@ static __noinline int tg_net_known(struct tg_run *r)
 	if (!nat)
 		return TG_NOT_OURS;
 	if (!(s->nat_found.flags & TG_NAT_REPLY)) {
-		if (s->nat_found.flags & TG_NAT_MASQUERADE)
-			return TG_NOT_OURS; /* a pod's address has come in from outside */
-		int over = tg_nat_ended(r, &s->nat_found, s->p.t.protocol) ||
-			   (tg_is_syn(&s->p) && tg_closed(s->nat_found.flags));
+		int over;
+
+		if (answers)
+			return TG_NOT_OURS;
+		over = tg_nat_ended(r, &s->nat_found, s->p.t.protocol) ||
+		       (tg_is_syn(&s->p) && tg_closed(s->nat_found.flags));
 
 		/* UDP leaves a backend that is gone; TCP stays until it ends. */
 		if (!over && s->p.t.protocol == IPPROTO_UDP)
@@ -166,7 +176,11 @@ static __noinline int tg_net_service(struct tg_run *r)
 	if (tg_service(&key, 0, choice) != TG_SERVICE_SPECIAL ||
 	    !(choice->base >> TG_FRONTEND_FLAGS & TG_FRONTEND_OUTSIDE))
 		return TG_NOT_OURS;
-	answer = tg_net_known(r);
+	/* Asked of every packet: a range that is narrowed cuts the flows it leaves out. */
+	if (choice->base >> TG_FRONTEND_FLAGS & TG_FRONTEND_RANGES &&
+	    !tg_may_ask(choice->base, &r->s->p.t.src))
+		return tg_drop(r, TG_DROP_SOURCE_RANGE);
+	answer = tg_net_known(r, 0);
 	if (answer != TG_NOT_OURS)
 		return answer;
 	answer = tg_net_established(r, choice);
@@ -177,6 +191,7 @@ static __noinline int tg_net_service(struct tg_run *r)
 	if (answer == TG_SERVICE_RANGE)
 		return tg_drop(r, TG_DROP_SOURCE_RANGE);
 	if (answer != TG_SERVICE_FOUND) {
+		tg_count_asked(r, &r->s->p.t.dst, r->s->p.t.dport, 1);
 		tg_drop(r, TG_DROP_NO_BACKEND);
 		return answer == TG_SERVICE_EMPTY && !tg_refuse(r->skb, &r->s->p) ?
 			       (int)bpf_redirect(r->skb->ifindex, 0) : TC_ACT_SHOT;
@@ -193,7 +208,7 @@ tg_inline int tg_net_answer(struct tg_run *r)
 
 	if ((port < snat_first || port > snat_last) && r->s->p.t.protocol != IPPROTO_SCTP)
 		return TG_NOT_OURS;
-	done = tg_net_known(r);
+	done = tg_net_known(r, 1);
 	if (done == TG_NOT_OURS && (r->s->p.tcp_flags & TG_TCP_ACK) &&
 	    tg_is_node(&r->s->p.t.dst) && !(r->s->p.tcp_flags & TG_TCP_SYN))
 		tg_count(r->skb, TG_REASON_NAT_LOST, 0);

@@ -29,7 +29,7 @@ def value(found: Samples, name: str, **labels: str) -> float | None:
 
 def test_what_is_counted() -> None:
     made = Metrics()
-    ended = Counts(1, 1, 1, 1, 20_000_000, "rst")
+    ended = Counts(3, 300, 2, 200, 20_000_000, "rst")
     made.add(
         [
             flow(),
@@ -40,6 +40,7 @@ def test_what_is_counted() -> None:
         ]
     )
     made.programs = {(133, 1): (5, 500), (133, 0): (2, 200), (0, 1): (9, 900), (254, 0): (7, 0)}
+    made.programs |= {(230, 0): (3, 300), (231, 1): (4, 400)}
     found = samples(made)
     drop = {"type": "Drop", "subtype": "POLICY_DENIED", "verdict": "DROPPED"}
     assert value(found, "hubble_flows_processed_total", **drop) == 2
@@ -60,6 +61,11 @@ def test_what_is_counted() -> None:
     name = "tidegate_service_duration_seconds_bucket"
     assert value(found, name, **web, le="0.01") == 0
     assert value(found, name, **web, le="0.05") == 1
+    for way, packets in (("request", 3), ("reply", 2)):
+        assert value(found, "tidegate_service_packets_total", **web, way=way) == packets
+        assert value(found, "tidegate_service_bytes_total", **web, way=way) == 100 * packets
+    dropped = [key for key in found if "cilium_drop_count_total" in str(key)]
+    assert len(dropped) == 2, "what is merely counted is no drop"
     assert value(found, "tidegate_flows_ended_total", how="rst") == 1
     assert not [key for key in found if "254" in str(key)]
 
