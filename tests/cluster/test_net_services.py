@@ -86,6 +86,73 @@ spec:
 """
 
 
+INSIDE, LEGACY = "10.96.200.1", "10.96.200.2"
+OTHERS = f"""
+apiVersion: v1
+kind: Pod
+metadata: {{name: ported, labels: {{app: ported}}}}
+spec:
+  nodeName: node-2
+  containers:
+  - name: main
+    image: x
+    ports:
+    - {{containerPort: 8080, hostPort: 8085}}
+    - {{containerPort: 5353, hostPort: 8086, protocol: UDP}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: agent, labels: {{app: agent}}}}
+spec:
+  nodeName: node-1
+  hostNetwork: true
+  containers: [{{name: main, image: x, ports: [{{containerPort: 9100}}]}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: agents}}
+spec:
+  type: NodePort
+  selector: {{app: agent}}
+  ports: [{{port: 80, targetPort: 9100, nodePort: 30160}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: inside}}
+spec:
+  clusterIP: {INSIDE}
+  internalTrafficPolicy: Local
+  selector: {{app: far}}
+  ports: [{{port: 80, targetPort: 8080}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: legacy}}
+spec:
+  type: NodePort
+  clusterIP: {LEGACY}
+  ports: [{{port: 80, targetPort: 8081, nodePort: 30170}}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: legacy-1, labels: {{kubernetes.io/service-name: legacy}}}}
+addressType: IPv4
+ports: [{{port: 8081, protocol: TCP}}]
+endpoints: [{{addresses: ["{OUTSIDE[4]}"]}}]
+"""
+OLD_SERVER = """
+import http.server, json
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps({"pod": "outside/old", "client": self.client_address[0]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_): pass
+server = http.server.HTTPServer(("", 8081), Answer)
+print("ready", flush=True)
+server.serve_forever()
+"""
 BALANCER = "status: {loadBalancer: {ingress: [{ip: 198.51.100.9, ipMode: VIP}]}}"
 FOLDER = "---".join(
     [
@@ -105,6 +172,7 @@ FOLDER = "---".join(
         ),
         service("ringed", 30130, notes="tidegate.dev/algorithm: Maglev"),
         service("balanced", 30120, "loadBalancerSourceRanges: [172.18.0.200/32]", status=BALANCER),
+        OTHERS,
     ]
 )
 
@@ -208,6 +276,57 @@ def test_traffic_policy_local(cluster: Cluster) -> None:
     assert cluster.ask("", NODES["node-1"][4], 30090) == [("timeout", "")], "not forwarded"
     (answer,) = cluster.ask("default/one", NODES["node-1"][4], 30090)
     assert answer[0] == "far", "a pod means every backend"
+
+
+def test_internal_traffic_policy_local(cluster: Cluster) -> None:
+    """A pod gets its own node's backend or none, though another node has one; whether its socket
+    is translated or its packets are."""
+    state = cluster.run_dir.read()
+    assert state is not None
+    netns = {p.name: Path(p.netns).name for p in state.pods}
+    for who, seen in (("two", "far"), ("one", "timeout")):
+        assert cluster.ask(f"default/{who}", INSIDE, 80)[0][0] == seen
+        assert cluster.ask("", INSIDE, 80, netns=netns[who])[0][0] == seen
+
+
+def test_host_port(cluster: Cluster) -> None:
+    """Of the pod's node only; the pod sees the client. Nobody but Tidegate serves it here."""
+    assert cluster.ask("", NODES["node-2"][4], 8085) == [("ported", OUTSIDE[4])]
+    assert cluster.ask("", NODES["node-2"][6], 8085) == [("ported", OUTSIDE[6])]
+    assert cluster.ask("", NODES["node-2"][4], 8086, udp=True)[0][0] == "ported"
+    assert cluster.ask("", NODES["node-1"][4], 8085) == [("ConnectionRefusedError", "")]
+    for who in ("one", "two"):
+        assert cluster.ask(f"default/{who}", NODES["node-2"][4], 8085)[0][0] == "ported"
+
+
+def test_a_backend_in_the_hosts_network(cluster: Cluster) -> None:
+    """On the node that is asked it sees the client, else that node."""
+    assert cluster.ask("", NODES["node-1"][4], 30160) == [("agent", OUTSIDE[4])]
+    assert cluster.ask("", NODES["node-2"][4], 30160) == [("agent", NODES["node-2"][4])]
+    for who in ("one", "two"):
+        (seen,) = cluster.ask(f"default/{who}", NODES["node-1"][4], 30160)
+        assert seen[0] == "agent"
+        assert seen[1].startswith("10.244.")
+
+
+def test_a_backend_outside_the_cluster(cluster: Cluster) -> None:
+    """By an EndpointSlice that people wrote."""
+    enter = ["ip", "netns", "exec", cluster.client, sys.executable, "-c", OLD_SERVER]
+    server = subprocess.Popen(enter, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        for node in ("node-1", "node-2"):
+            seen = cluster.ask("", NODES[node][4], 30170)
+            assert seen == [("old", NODES[node][4])]
+        # To pods it needs a way back: nothing is masqueraded here.
+        ip("-n", cluster.client, "route", "add", "10.244.0.0/24", "via", NODES["node-1"][4])
+        (answer,) = cluster.ask("default/one", LEGACY, 80)
+        assert answer[0] == "old"
+        assert answer[1].startswith("10.244.0.")
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def test_health_check_port(cluster: Cluster) -> None:
