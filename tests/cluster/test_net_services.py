@@ -329,6 +329,77 @@ def test_a_backend_outside_the_cluster(cluster: Cluster) -> None:
         server.communicate()
 
 
+SENDS = """
+import socket, sys, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.settimeout(0.2)
+s.connect((sys.argv[1], 53))
+last = None
+while True:
+    try:
+        s.send(b"x")
+        said = s.recv(4096).decode().split()[0].split("/")[1] + " " + s.getpeername()[0]
+    except TimeoutError:
+        continue
+    except OSError as error:
+        said = type(error).__name__
+    if said != last:
+        print(said, flush=True)
+        last = said
+    time.sleep(0.05)
+"""
+
+
+def test_a_connected_datagram_socket_outlives_its_backend(cluster: Cluster, tmp_path: Path) -> None:
+    """It is connected once and goes on sending: to another backend when its own is the Service's no
+    more (though it still runs), it is refused when there is none, and served again after."""
+    path, address = cluster.folder / "datagrams.yaml", "10.96.200.3"
+    pods = {"here": "node-2", "there": "node-1"}
+
+    def serve(*names: str) -> None:
+        labelled = (pod(n, at, "datagrams" if n in names else "idle") for n, at in pods.items())
+        spec = f"{{clusterIP: {address}, selector: {{app: datagrams}}, ports: [{port}]}}"
+        head = "apiVersion: v1\nkind: Service\nmetadata: {name: datagrams}\n"
+        written = cluster.folder / ".datagrams"
+        written.write_text("---".join([*labelled, f"\n{head}spec: {spec}\n"]))
+        written.rename(path)  # at once: half of it would be another state
+
+    port = "{port: 53, targetPort: 5353, protocol: UDP}"
+    serve(*pods)
+    until(
+        lambda: cluster.ask("default/far", address, 53, udp=True)[0][0] in pods,
+        "the Service is there",
+    )
+    said = tmp_path / "said"
+    command = [sys.executable, "-m", "tidegate_cli", "exec", "default/far", "--"]
+    with said.open("w") as file:
+        sender = subprocess.Popen(
+            [*command, sys.executable, "-c", SENDS, address],
+            stdout=file,
+            env=os.environ | {"TIDEGATE_RUN_DIR": str(cluster.run_dir.path)},
+        )
+
+    def last() -> str:
+        return (said.read_text().splitlines() or [""])[-1]
+
+    try:
+        until(lambda: last().endswith(f" {address}"), "it is answered")
+        first = last().split()[0]
+        (other,) = pods.keys() - {first}
+        for names, expected in (
+            ((other,), f"{other} {address}"),
+            ((), "ConnectionRefusedError"),
+            ((first,), f"{first} {address}"),
+            ((other,), f"{other} {address}"),
+        ):
+            serve(*names)
+            until(lambda expected=expected: last() == expected, expected)
+    finally:
+        sender.kill()
+        sender.communicate()
+        path.unlink()
+
+
 def test_health_check_port(cluster: Cluster) -> None:
     """As a load balancer asks from outside: which nodes have an endpoint of their own."""
     code = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=3).status)"

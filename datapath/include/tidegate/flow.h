@@ -510,6 +510,81 @@ tg_inline void tg_count_asked(struct tg_run *r, const struct tg_addr *addr, __be
 	tg_service_count(key, refused);
 }
 
+/* ---- connected sockets for datagrams ------------------------------------------------------- */
+
+/* Whom the frontend's datagrams of this socket go to now: who took the place of the
+ * backend that it is connected to, for as long as that one lives, else another. */
+tg_inline int tg_successor(struct tg_scratch *s)
+{
+	struct tg_sock_key *key = &s->asked.key;
+	struct tg_sock *held, next = {};
+	__u32 hash = tg_mix(tg_addr_proof(&s->p.t.src) * 31 + s->p.t.sport);
+	int answer;
+
+	key->addr = s->counted.addr;
+	key->port = s->counted.port;
+	held = bpf_map_lookup_elem(&socks_v1, key);
+	if (held) {
+		next = *held;
+		tg_barrier();
+		if (*(volatile __u64 *)&held->cookie == key->cookie && next.cookie == key->cookie &&
+		    tg_backend(next.backend, IPPROTO_UDP, &s->choice) == TG_SERVICE_FOUND &&
+		    tg_addr_equal(&s->choice.addr, &next.addr) && s->choice.port == next.port)
+			return TG_SERVICE_FOUND;
+	}
+	answer = tg_service(&s->counted, hash, &s->choice);
+	if (answer == TG_SERVICE_SPECIAL) {
+		s->asks.addr = s->p.t.src;
+		s->asks.hash = hash;
+		s->asks.outside = 0;
+		answer = tg_special(&s->counted, &s->asks, &s->choice, 0);
+	}
+	if (answer != TG_SERVICE_FOUND)
+		return answer;
+	next.cookie = key->cookie;
+	next.addr = s->choice.addr;
+	next.port = s->choice.port;
+	next.backend = s->choice.backend;
+	bpf_map_update_elem(&socks_v1, key, &next, BPF_ANY);
+	return answer;
+}
+
+/* A socket that was connected to a frontend is connected to a backend, and no hook
+ * sees what it sends: when that backend is gone its datagrams are translated to
+ * another here, as if it were the frontend they asked for. s->choice is that one;
+ * returns, and leaves in s->steered, an enum tg_service_answer. */
+tg_global int tg_steer(struct __sk_buff *skb)
+{
+	struct tg_scratch *s = tg_work();
+	struct tg_sock_key *key;
+	struct tg_sock *held;
+	__u32 id;
+
+	if (dry_run || !s)
+		return 0;
+	key = &s->asked.key;
+	__builtin_memset(key, 0, sizeof(*key));
+	key->cookie = bpf_get_socket_cookie(skb);
+	key->addr = s->p.t.dst;
+	key->port = s->p.t.dport;
+	held = key->cookie ? bpf_map_lookup_elem(&socks_v1, key) : NULL;
+	if (!held)
+		return 0;
+	id = held->backend;
+	s->counted.addr = held->addr;
+	s->counted.port = held->port;
+	s->counted.protocol = IPPROTO_UDP;
+	s->counted.pad = 0;
+	tg_barrier();
+	if (!id || *(volatile __u64 *)&held->cookie != key->cookie)
+		return 0;
+	if (tg_backend(id, IPPROTO_UDP, &s->choice) == TG_SERVICE_FOUND &&
+	    tg_addr_equal(&s->choice.addr, &key->addr) && s->choice.port == key->port)
+		return 0;
+	s->steered = tg_successor(s);
+	return s->steered;
+}
+
 /* ---- the slow path ------------------------------------------------------------------------ */
 
 static __noinline int tg_new_flow(struct tg_run *r)
@@ -555,9 +630,10 @@ tg_inline int tg_follow_known(struct tg_run *r, struct tg_ct *ct)
 static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 {
 	struct tg_choice *choice = &r->s->choice;
-	int answer = TG_SERVICE_NONE, found;
+	int answer = r->from_pod ? (int)r->s->steered : TG_SERVICE_NONE, found;
 
-	if (ct && (ct->flags & TG_CT_SERVICE) && r->from_pod && !tg_is_reply(r, ct->flags))
+	if (answer == TG_SERVICE_NONE && ct && (ct->flags & TG_CT_SERVICE) && r->from_pod &&
+	    !tg_is_reply(r, ct->flags))
 		answer = tg_chosen(r, ct, choice);
 	if (answer == TG_SERVICE_NONE) {
 		found = tg_follow_known(r, ct);
@@ -568,7 +644,8 @@ static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 	}
 	if (answer == TG_SERVICE_EMPTY || answer == TG_SERVICE_SILENT) {
 		r->s->refused = answer == TG_SERVICE_EMPTY;
-		tg_count_asked(r, &r->s->p.t.dst, r->s->p.t.dport, 1);
+		if (!r->s->steered)
+			tg_count_asked(r, &r->s->p.t.dst, r->s->p.t.dport, 1);
 		return TG_DROP_NO_BACKEND;
 	}
 	if (answer == TG_SERVICE_FOUND) {
@@ -581,7 +658,7 @@ static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 			return found;
 	}
 	found = tg_new_flow(r);
-	if (!found && answer == TG_SERVICE_FOUND)
+	if (!found && answer == TG_SERVICE_FOUND && !r->s->steered)
 		tg_count_asked(r, &r->s->nat.addr, r->s->nat.port, 0);
 	return found;
 }
@@ -593,7 +670,8 @@ tg_inline int tg_flow(struct tg_run *r)
 	int found;
 
 	tg_key(r);
-	if (dry_run == 1 || tg_is_syn(&r->s->p))
+	if (dry_run == 1 || tg_is_syn(&r->s->p) ||
+	    (r->from_pod && r->s->p.t.protocol == IPPROTO_UDP && tg_steer(r->skb)))
 		return tg_slow(r, NULL);
 	ct = tg_lookup(r);
 	if (ct && !(ct->flags & TG_CT_SERVICE) && !tg_closed(ct->flags)) {

@@ -62,6 +62,7 @@ struct tg_scratch {
 	struct tg_client asks;  /* of a service */
 	__u32 refused;          /* nobody serves it: its sender is told */
 	__u32 uplink;           /* the interface it came in by, of TG_CT_UPLINK */
+	__u32 steered;          /* enum tg_service_answer of `tg_steer`; 0: it had nothing to do */
 	struct tg_nat_key nat_key;
 	struct tg_nat_key nat_twin;
 	struct tg_nat nat_made;
@@ -105,7 +106,7 @@ tg_inline int tg_open(struct tg_run *r)
 	if (!r->s)
 		return TG_DROP_NO_NODE_TABLE;
 	__builtin_memset(r->s, 0, offsetof(struct tg_scratch, made));
-	r->s->refused = 0;
+	r->s->refused = r->s->steered = 0;
 	r->s->from_pod = r->from_pod;
 	control = bpf_map_lookup_elem(&control_v1, &zero);
 	if (!control)

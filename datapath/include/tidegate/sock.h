@@ -94,12 +94,13 @@ tg_inline int tg_stream_asked(__u64 cookie, struct tg_addr *addr, __be16 *port)
 /* Remembers which frontend the socket asked for, so that the peer's address
  * can be shown as that. */
 tg_inline void tg_sock_remember(struct bpf_sock_addr *ctx, const struct tg_choice *choice,
-				const struct tg_frontend_key *asked)
+				const struct tg_frontend_key *asked, int connects)
 {
 	struct tg_sock_key key = { .cookie = bpf_get_socket_cookie(ctx),
 				   .addr = choice->addr, .port = choice->port };
 	struct tg_sock value = { .cookie = key.cookie, .addr = asked->addr,
-				 .port = asked->port };
+				 .port = asked->port,
+				 .backend = connects ? choice->backend : 0 };
 
 	bpf_map_update_elem(&socks_v1, &key, &value, BPF_ANY);
 	key.addr = asked->addr;
@@ -178,7 +179,7 @@ tg_inline int tg_sock_forward(struct bpf_sock_addr *ctx, int v6, int sends)
 	if (key.protocol == IPPROTO_TCP)
 		tg_stream_remember(bpf_get_socket_cookie(ctx), &choice, &key);
 	else
-		tg_sock_remember(ctx, &choice, &key);
+		tg_sock_remember(ctx, &choice, &key, !sends);
 	tg_sock_write(ctx, v6, &choice.addr, choice.port);
 	return TG_SOCK_PROCEED;
 }

@@ -435,7 +435,7 @@ struct tg_sock {
 	struct tg_addr addr; /* the frontend that was asked for; or the backend */
 	__be16 port;
 	__u16 pad;
-	__u32 backend; /* id; 0: by the backend */
+	__u32 backend; /* id; by the backend only of a connected socket, else 0 */
 };
 TG_SIZE(struct tg_sock, 32);
 
