@@ -54,6 +54,7 @@ from tidegate_loader.plan import (
     Resting,
     RuleSetInForce,
     SwitchNodeTable,
+    TurnRings,
     UpsertFrontends,
     UpsertIpcache,
     UpsertMasquerade,
@@ -105,6 +106,7 @@ def _group(step: AnyStep) -> Group:
             DeleteFrontends()
             | WriteBackends()
             | WriteSlots()
+            | TurnRings()
             | UpsertFrontends()
             | FreeBackends()
             | WriteNode()
@@ -198,6 +200,10 @@ class Writer:
                 if self._actual.index is not None:
                     for base, ids in ranges.items():
                         self._actual.index.taken(base, len(ids))
+            case TurnRings(slots=turned, entries=frontends):
+                if turned:
+                    self._kernel.map("slots_v1").update_batch(_u32(turned), _u32(turned.values()))
+                self._reread_frontends(frontends)
             case UpsertFrontends(entries=frontends):
                 self._upsert_frontends(frontends)
 
@@ -419,6 +425,9 @@ class Writer:
             self._layouts.frontend_key.pack_all(entries), self._layouts.frontend.pack_all(rows)
         )
         self._rest(entries)
+        self._reread_frontends(entries)
+
+    def _reread_frontends(self, entries: dict[FrontendKey, FrontendInForce]) -> None:
         if len(entries) > FEW:
             found = self._kernel.read_frontends(self._actual.backends)
         else:

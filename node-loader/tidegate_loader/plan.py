@@ -302,6 +302,14 @@ class WriteSlots(Step, frozen=True):
     ranges: dict[int, tuple[int, ...]]
 
 
+class TurnRings(Step, frozen=True):
+    """Positions of rings that programs read meanwhile -> backend ids, and what that makes of the
+    frontends that have them."""
+
+    slots: dict[int, int]
+    entries: dict[FrontendKey, FrontendInForce]
+
+
 class UpsertFrontends(Step, frozen=True):
     entries: dict[FrontendKey, FrontendInForce]
 
@@ -333,6 +341,7 @@ AnyStep = (
     | DeleteFrontends
     | WriteBackends
     | WriteSlots
+    | TurnRings
     | UpsertFrontends
     | FreeBackends
 )
@@ -457,6 +466,8 @@ def _in_order(
         yield WriteBackends(services.backends)
     if services.slots:
         yield WriteSlots(services.slots)
+    if services.rings:
+        yield TurnRings(services.turned, services.rings)
     if services.upsert:
         yield UpsertFrontends(services.upsert)
     if services.free:

@@ -73,6 +73,10 @@ class ServicesPlan(msgspec.Struct):
     delete: tuple[FrontendKey, ...] = ()
     backends: dict[int, BackendInForce] = msgspec.field(default_factory=dict)
     slots: dict[int, tuple[int, ...]] = msgspec.field(default_factory=dict)
+    turned: dict[int, int] = msgspec.field(default_factory=dict)
+    """Positions of rings in force -> backend ids."""
+    rings: dict[FrontendKey, FrontendInForce] = msgspec.field(default_factory=dict)
+    """What these positions make of them."""
     upsert: dict[FrontendKey, FrontendInForce] = msgspec.field(default_factory=dict)
     free: dict[int, BackendInForce] = msgspec.field(default_factory=dict)
 
@@ -285,14 +289,18 @@ def plan_services(
                 problems.append(f"frontends is full: no room for {frontend_text(key)}")
                 continue
             room -= 1
-        placed = _place(key, wanted, ids, ranges)
-        if placed is None:
+        numbers = _slots(key, wanted, ids)
+        turned = None if numbers is None else _turned(key, wanted, before, numbers, index)
+        if numbers is not None and turned is not None and before is not None:
+            found.turned.update(turned)
+            found.rings[key] = FrontendInForce(before.base, before.count, wanted)
+        elif numbers is None or (base := ranges.take(len(numbers)) if numbers else 0) is None:
             problems.append(f"no room for the backends of {frontend_text(key)}")
             continue  # what is in force stays: its backends are in use
-        base, numbers = placed
-        if numbers:
-            found.slots[base] = numbers
-        found.upsert[key] = FrontendInForce(base, len(numbers), wanted)
+        else:
+            if numbers:
+                found.slots[base] = numbers
+            found.upsert[key] = FrontendInForce(base, len(numbers), wanted)
         if before is not None:
             _count(uses, index, key, before, -1)
         for address in backends_of(wanted):
@@ -323,32 +331,58 @@ def _count(
             uses[number] += by
 
 
-def _place(
-    key: FrontendKey, wanted: Wanted, ids: _Backends, ranges: _Ranges
-) -> tuple[int, tuple[int, ...]] | None:
-    """(base, what its slots hold); None: there is no room."""
-    slots: list[int] = []
-    if isinstance(wanted, Special):
-        outer = len(wanted.outside)
-        slots = [wanted.number, wanted.affinity, outer, int(wanted.elsewhere)]
-        if wanted.flags & RING:
-            slots[2] = places(outer)
-        for listed in (wanted.inside, wanted.outside):
-            numbers = _take(listed, key[2], ids)
-            if numbers is None:
-                return None
-            if wanted.flags & RING:
-                by_address = dict(zip(listed, numbers, strict=True))
-                slots += [by_address[address] for address in ring_of(listed)]
-            else:  # programs look for a client's backend by halves
-                slots += sorted(numbers)
-    else:
+def _slots(key: FrontendKey, wanted: Wanted, ids: _Backends) -> tuple[int, ...] | None:
+    """What the frontend's slots hold; None: there are no ids."""
+    if not isinstance(wanted, Special):
         numbers = _take(wanted, key[2], ids)
+        return None if numbers is None else tuple(numbers)
+    slots = _header(wanted)
+    for listed in (wanted.inside, wanted.outside):
+        numbers = _take(listed, key[2], ids)
         if numbers is None:
             return None
-        slots = numbers
-    base = ranges.take(len(slots)) if slots else 0
-    return None if base is None else (base, tuple(slots))
+        if wanted.flags & RING:
+            slots += _ring(listed, numbers)
+        else:  # programs look for a client's backend by halves
+            slots += sorted(numbers)
+    return tuple(slots)
+
+
+def _header(wanted: Special) -> list[int]:
+    outer = len(wanted.outside)
+    size = places(outer) if wanted.flags & RING else outer
+    return [wanted.number, wanted.affinity, size, int(wanted.elsewhere)]
+
+
+def _ring(listed: tuple[BackendAddress, ...], numbers: Iterable[int]) -> list[int]:
+    by_address = dict(zip(listed, numbers, strict=True))
+    return [by_address[address] for address in ring_of(listed)]
+
+
+def _turned(
+    key: FrontendKey,
+    wanted: Wanted,
+    before: FrontendInForce | None,
+    numbers: tuple[int, ...],
+    index: Index,
+) -> dict[int, int] | None:
+    """The positions that change where a ring takes another's place; None: it has to have slots of
+    its own. Programs read it meanwhile, and find a backend that is in use before or after."""
+    if before is None or not isinstance(wanted, Special) or not wanted.flags & RING:
+        return None
+    old = before.backends
+    if not isinstance(old, Special) or old.flags != wanted.flags or _header(old) != _header(wanted):
+        return None
+    held = _header(old)
+    for listed in (old.inside, old.outside):
+        known = [index.ids.get((*address, key[2])) for address in listed]
+        if None in known:
+            return None
+        held += _ring(listed, [number for number in known if number is not None])
+    if len(held) != len(numbers) or len(held) != before.count:
+        return None
+    pairs = enumerate(zip(held, numbers, strict=True), before.base)
+    return {at: new for at, (was, new) in pairs if was != new}
 
 
 def _take(listed: Iterable[BackendAddress], protocol: int, ids: _Backends) -> list[int] | None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from msgspec import UNSET, structs
 from support import loader_world as world
+from support.lab import U32
 from tidegate_api import state as api
 from tidegate_bpf import Map, ObjectFile, bpffs
 from tidegate_loader import (
@@ -154,6 +155,46 @@ def test_every_kind_is_read_back_as_it_was_meant(objects: Path, pin_dir: Path) -
     node.bring([])
     assert node.kernel.read_frontends({}) == {}
     assert node.kernel.read_ranges() == frozenset()
+
+
+def test_a_ring_is_turned_where_it_changes(objects: Path, pin_dir: Path) -> None:
+    """In place: no slots are taken for it, and those positions are written that have another
+    backend, once for each address that has such a ring. Killed half-way it is made anew."""
+    node = Node(objects, pin_dir)
+    every = [(f"10.0.0.{n}", world.NODE) for n in range(1, 9)]
+
+    def ringed(backends: list[tuple[str, str]]) -> list[Any]:
+        made = port_of("ring", 7, backends, algorithm="Maglev")
+        more = front("LoadBalancer", "198.51.100.1", 80)
+        return [structs.replace(made, frontends=[*made.frontends, more])]
+
+    node.bring(ringed(every))
+    keys = [(addresses.pack(a), p, 6) for a, p in ((NODE, 30007), ("198.51.100.1", 80))]
+    bases = [node.actual.frontends[key].base for key in keys]
+    for backends, most in ((every[1:], 1 / 8 + 0.01), (every, 1 / 8 + 0.01)):
+        made = node.bring(ringed(backends))
+        (step,) = (s for s in made.steps if isinstance(s, plan.TurnRings))
+        assert set(step.entries) == set(keys)
+        assert 0 < len(step.slots) <= most * len(keys) * maglev.RING_SIZE
+        written = [s for s in made.steps if isinstance(s, plan.WriteSlots)]
+        assert sum(len(ids) for s in written for ids in s.ranges.values()) < maglev.RING_SIZE
+        assert [node.actual.frontends[key].base for key in keys] == bases
+        index_is_as_new(node)
+    held = node.kernel.read_frontends(node.kernel.read_backends())
+    assert {key: held[key].backends for key in keys} == {key: wanted(node)[key] for key in keys}
+    # From here on only half of the next change is written.
+    node.desired = node.builder.build(state(ringed(every[:-1])), {}, UPLINKS)
+    made = plan.plan(node.desired, node.actual)
+    (step,) = (s for s in made.steps if isinstance(s, plan.TurnRings))
+    half = dict(list(step.slots.items())[::2])
+    table = node.kernel.map("slots_v1")
+    table.update_items([(U32.pack(at), U32.pack(number)) for at, number in half.items()])
+    node.actual = node.kernel.actual(None, {})
+    node.actual.reindex()
+    assert any(node.actual.frontends[key].backends is None for key in keys)
+    node.bring(ringed(every[:-1]))
+    held = node.kernel.read_frontends(node.kernel.read_backends())
+    assert {key: held[key].backends for key in keys} == {key: wanted(node)[key] for key in keys}
 
 
 def test_masquerading_is_read_back_as_it_was_meant(objects: Path, pin_dir: Path) -> None:
