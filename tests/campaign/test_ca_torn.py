@@ -13,8 +13,8 @@ between two instructions that meets the reuse of that very element.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import os
 import time
 from collections import Counter
@@ -25,6 +25,7 @@ import pytest
 from support import ca_rig, frames
 from support import loader_world as world
 from support.ca_maps import U32, codec
+from support.ca_race import race
 from support.ca_soak import SOAK, campaign
 from tidegate_api.state import AnyPeer, SetPeer
 from tidegate_bpf import SkbContext
@@ -37,7 +38,7 @@ pytestmark = [
     pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs"),
 ]
 
-CI_SECONDS = 30
+CI_SECONDS = 20
 SOAK_WRITES = 1_000_000
 SWITCH_EVERY = 20
 """Applies of addresses and services between two policy switches."""
@@ -218,22 +219,6 @@ class Reader:
             self._expect(f"flow to port {port}", got == passes, got)
 
 
-def _read_until_told(node: ca_rig.Node, told: int, out: int) -> None:
-    """The child's whole life. `told` is readable or closed when it is time to end."""
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[1]})
-    os.set_blocking(told, False)
-    reader = Reader(node)
-    while True:
-        reader.round()
-        try:
-            os.read(told, 1)
-            break
-        except BlockingIOError:
-            continue
-    with os.fdopen(out, "w") as file:
-        json.dump({"reads": reader.reads, "wrong": reader.wrong.most_common(20)}, file)
-
-
 # ---- the writer -------------------------------------------------------------------------
 
 
@@ -280,37 +265,18 @@ class Writer:
 
 
 def test_a_reader_never_sees_what_no_state_says(tmp_path: Path) -> None:
-    cpus = os.sched_getaffinity(0)
     with ca_rig.bench(tmp_path, ["node-1"]) as nodes, campaign("torn-reads", "") as figures:
         node = nodes["node-1"]
         writer = Writer(node.loader)
-        told_read, told = os.pipe()
-        results, out = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                os.close(told)
-                _read_until_told(node, told_read, out)
-            finally:
-                os._exit(0)
-        os.close(out)
-        os.close(told_read)
-        try:
-            os.sched_setaffinity(0, {min(cpus)})
-            deadline = time.monotonic() + CI_SECONDS
-            for _ in writer.turns():
-                if writer.total >= SOAK_WRITES if SOAK else time.monotonic() > deadline:
-                    break
-        finally:
-            os.close(told)
-            os.sched_setaffinity(0, cpus)
-            with os.fdopen(results) as file:
-                text = file.read()
-            os.waitpid(child, 0)
-        told_back = json.loads(text)
+        deadline = time.monotonic() + CI_SECONDS
+        reads, wrong = race(
+            lambda: contextlib.nullcontext(Reader(node)),
+            writer.turns(),
+            lambda: writer.total >= SOAK_WRITES if SOAK else time.monotonic() > deadline,
+        )
         figures.count = writer.total
         split = ", ".join(f"{n} {what}" for what, n in sorted(writer.written.items()))
-        figures.what = f"writes ({split}) under {told_back['reads']} reads"
-        figures.failures += [f"{n} times {what}" for what, n in told_back["wrong"]]
-        assert told_back["reads"] > 1000
+        figures.what = f"writes ({split}) under {reads} reads"
+        figures.failures += [f"{n} times {what}" for what, n in wrong]
+        assert reads > 1000
         assert writer.written["policy switches"] > 10

@@ -236,9 +236,14 @@ class Bookkeeper:
     def close(self) -> None:
         self.kernel.close()
 
-    def apply(self, state: maps.State, interfaces: Mapping[str, LocalInterface]) -> plan.Plan:
+    def apply(
+        self,
+        state: maps.State,
+        interfaces: Mapping[str, LocalInterface],
+        uplinks: maps.Uplinks = maps.Uplinks(),  # noqa: B008 - frozen
+    ) -> plan.Plan:
         """One cycle of the loader; afterwards nothing is left to do."""
-        desired = self.builder.build(state, interfaces)
+        desired = self.builder.build(state, interfaces, uplinks)
         self.actual.now = kernel.now()
         made = plan.plan(desired, self.actual)
         assert made.problems == ()

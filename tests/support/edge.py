@@ -153,22 +153,27 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
 
 
+def wire() -> None:
+    """This thread's namespace has an uplink with the node's addresses and known neighbours."""
+    _ip("link", "add", "up0", "index", str(UPLINK), "type", "veth", "peer", "name", "wire")
+    _ip("link", "set", "up0", "address", f.MAC_B, "up")
+    _ip("link", "set", "wire", "up")
+    _ip("addr", "add", f"{NODE4}/16", "dev", "up0")
+    _ip("addr", "add", f"{NODE6}/64", "dev", "up0", "nodad")
+    for key in ("net/ipv4/conf/all/forwarding", "net/ipv6/conf/all/forwarding"):
+        with open(os.path.join("/proc/sys", key), "w") as file:
+            file.write("1")
+    for via, everything in (("172.18.0.254", "default"), ("fd00:9::fe", "default")):
+        family = "-6" if ":" in via else "-4"
+        _ip(family, "neigh", "add", via, "lladdr", "02:00:00:00:00:fe", "dev", "up0")
+        _ip(family, "route", "add", everything, "via", via, "dev", "up0")
+
+
 @contextlib.contextmanager
 def edge() -> Iterator[Edge]:
     """In a network namespace with an uplink whose neighbours are known."""
     with t.town() as town:
-        _ip("link", "add", "up0", "index", str(UPLINK), "type", "veth", "peer", "name", "wire")
-        _ip("link", "set", "up0", "address", f.MAC_B, "up")
-        _ip("link", "set", "wire", "up")
-        _ip("addr", "add", f"{NODE4}/16", "dev", "up0")
-        _ip("addr", "add", f"{NODE6}/64", "dev", "up0", "nodad")
-        for key in ("net/ipv4/conf/all/forwarding", "net/ipv6/conf/all/forwarding"):
-            with open(os.path.join("/proc/sys", key), "w") as file:
-                file.write("1")
-        for via, everything in (("172.18.0.254", "default"), ("fd00:9::fe", "default")):
-            family = "-6" if ":" in via else "-4"
-            _ip(family, "neigh", "add", via, "lladdr", "02:00:00:00:00:fe", "dev", "up0")
-            _ip(family, "route", "add", everything, "via", via, "dev", "up0")
+        wire()
         made = Edge(town)
         try:
             yield made

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from msgspec import UNSET
@@ -45,6 +45,8 @@ class Answer:
     by: tuple[PolicyRef, int] | None = None
     isolated_by: tuple[PolicyRef, ...] = ()
     audit: tuple[PolicyRef, int] | tuple[PolicyRef, ...] | None = None
+    log: bool = False
+    """The rule `by` asks for a report."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Evaluator:
         second = _verdict(spec, matching, bool(spec.audited))
         if second.allowed:
             return enforced
-        return Answer(True, enforced.by, enforced.isolated_by, second.by or second.isolated_by)
+        return replace(enforced, audit=second.by or second.isolated_by)
 
     def identity(self, address: str) -> int:
         return self._identity(_ip(address))
@@ -175,7 +177,8 @@ def _verdict(spec: RuleSetSpec, matching: list[Term], without_baseline: bool) ->
         best = max(group, key=lambda term: (term.precedence, -term.rule))
         if best.action != "Pass":
             rule = spec.rules[best.rule]
-            return Answer(best.action == "Allow", (owners[rule.policy], rule.index), isolated)
+            by = (owners[rule.policy], rule.index)
+            return Answer(best.action == "Allow", by, isolated, log=rule.log)
     return Answer(not isolated, None, isolated)
 
 

@@ -80,6 +80,26 @@ MUTANTS = [
             "isolates = spec.isolates()",
             'isolates = frozenset({"Ingress", "Egress"})',
         ),
+        (
+            "only the first except counts",
+            "tuple(str(net) for net in ordered))",
+            "tuple(str(net) for net in ordered[:1]))",
+        ),
+        (
+            "an except is half of what it says",
+            "{ipaddress.ip_network(text) for text in excepts}",
+            "{next(n.subnets()) for n in map(ipaddress.ip_network, excepts)}",
+        ),
+        (
+            "every port of a NetworkPolicy is TCP's",
+            "PolicyPort(port.protocol, port.port, port.end_port)",
+            'PolicyPort("TCP", port.port, port.end_port)',
+        ),
+        (
+            "a namespace by its default label is every one",
+            "return PodPeer(only, None, pods)\n    return",
+            "return PodPeer(None, Selector(), pods)\n    return",
+        ),
     ),
     *_in(
         "cluster_policies",
@@ -130,6 +150,14 @@ MUTANTS = [
             "subject=_pods(spec.subject),",
             "subject=pods_in(Selector(), Selector()),",
         ),
+        ("Deny only leaves the tier", '"Deny": "Deny"', '"Deny": "Pass"'),
+        (
+            "a peer's namespaces are all",
+            "pods_in(selector(written.namespaces), Selector())",
+            "pods_in(Selector(), Selector())",
+        ),
+        ("networks match nothing", "yield block(cidr, ())", "yield block(cidr, (cidr,))"),
+        ("SCTP is read as UDP", '_numbered("SCTP", ', '_numbered("UDP", '),
     ),
     *_in(
         "traffic_policies",
@@ -173,6 +201,13 @@ MUTANTS = [
             "_selector(written.pods.namespace_selector), _selector(written.pods.pod_selector)",
             "_selector(written.pods.pod_selector), _selector(written.pods.namespace_selector)",
         ),
+        ("the type of an ICMP message is ignored", "icmp_type=written.icmp.type,", ""),
+        (
+            "the name of a port is ignored",
+            "written.port if written.port is not None else written.port_name",
+            "written.port",
+        ),
+        ("log is ignored", "        written.log,\n", "        False,\n"),
     ),
     *_in(
         "compile.precedence",
@@ -206,6 +241,11 @@ MUTANTS = [
             "a policy in audit mode isolates",
             "direction in policy.isolates and not policy.audit",
             "direction in policy.isolates",
+        ),
+        (
+            "of equal priorities the last name comes first",
+            "key=lambda policy: (policy.priority, policy.name)):",
+            "key=lambda policy: (policy.priority, [-ord(c) for c in policy.name.name])):",
         ),
     ),
     *_in(
@@ -241,6 +281,22 @@ MUTANTS = [
             "for port in rule.ports:\n            if not",
             "for port in rule.ports[:1]:\n            if not",
         ),
+        (
+            "a range starts one port late",
+            "port=port.port or 0,\n        end_port",
+            "port=(port.port or 0) + ((port.end_port or 0) > (port.port or 0)),\n        end_port",
+        ),
+        (
+            "a named port has the number of another protocol's",
+            "number = ports.get((protocol, port.port))",
+            "number = next((n for (_, name), n in ports.items() if name == port.port), None)",
+        ),
+        (
+            "the API's servers are other nodes",
+            'return "entity", peer.entity, ()',
+            'return "entity", peer.entity.replace("kube-apiserver", "remote-node"), ()',
+        ),
+        ("every rule logs where one does", "log=(number, index) in logged", "log=bool(logged)"),
     ),
     *_in(
         "compile.peers",

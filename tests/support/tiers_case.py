@@ -84,7 +84,20 @@ class Case:
         if isinstance(subject, oracle.Host):
             return ""
         found = self.evaluator.side(direction, *addresses, question.packet)
-        return "" if _agree(found, expected) else f"{direction}: {found}, not {expected}"
+        if not _agree(found, expected):
+            return f"{direction}: {found}, not {expected}"
+        if found.by is not None and found.log != self._logs(direction, _rule(found.by)):
+            return f"{direction}: {found} has another `log`"
+        return ""
+
+    def _logs(self, direction: Direction, rule: Rule) -> bool:
+        """As the rule is written."""
+        for item in self.cluster["traffic_policies"]:
+            named = Policy("TrafficPolicy", item["metadata"]["namespace"], item["metadata"]["name"])
+            if named == rule.policy:
+                written = item["spec"][direction.lower()][rule.index]
+                return bool(written.get("log", False))
+        return False
 
     def _address(self, end: oracle.End, other: oracle.End) -> str:
         if not isinstance(end, oracle.Pod):
