@@ -303,15 +303,24 @@ class Tap:
     def send(self, payload: bytes, dst: str = mac, ethertype: int = 0) -> None:
         os.write(self._device, f.eth(payload, ethertype, f.MAC_B, dst))
 
-    def receive(self, wanted: Callable[[f.Frame], bool]) -> f.Frame:
-        deadline = time.monotonic() + 5
+    def ask(self, payload: bytes, wanted: Callable[[f.Frame], bool]) -> f.Frame:
+        """Asks until it is answered: a device is not ready at once when it is up."""
+        for _ in range(30):
+            self.send(payload)
+            with contextlib.suppress(TimeoutError):
+                return self.receive(wanted, 1)
+        raise AssertionError("the kernel does not answer")
+
+    def receive(self, wanted: Callable[[f.Frame], bool], seconds: float = 30) -> f.Frame:
+        """Raises TimeoutError."""
+        deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             if not select.select([self._device], [], [], left)[0]:
                 break
             frame = f.parse(os.read(self._device, 4096))
             if wanted(frame):
                 return frame
-        raise AssertionError("the kernel did not send it")
+        raise TimeoutError("the kernel did not send it")
 
 
 def in_namespace(body: Callable[[Tap], None]) -> None:
@@ -362,8 +371,8 @@ def test_the_kernel_accepts_our_frames_and_we_accept_its(kernel: str, we: str) -
 
     def body(tap: Tap) -> None:
         # Echo: its reply proves our checksum, and we check its.
-        tap.send(f.ip(we, kernel, icmp_protocol, f.echo(we, kernel, 321)))
-        reply = tap.receive(lambda p: p.icmp_ident == 321)
+        echo = f.ip(we, kernel, icmp_protocol, f.echo(we, kernel, 321))
+        reply = tap.ask(echo, lambda p: p.icmp_ident == 321 and p.src == kernel)
         assert (reply.valid, reply.l4_check, reply.src) == (True, "ok", kernel)
         # TCP to a closed port: the kernel resets only what it could verify.
         tap.send(f.ip(we, kernel, f.TCP, f.tcp(we, kernel, 1234, 9)))
