@@ -15,6 +15,8 @@ BUILD_PACKAGES := python3-venv $(CLANG) libbpf1 libbpf-dev linux-libc-dev libc6-
 TEST_PACKAGES := iproute2 openssl qemu-system-x86 busybox-static cpio lua5.4
 # A machine that has Docker keeps its own.
 E2E_PACKAGES := debootstrap iptables iproute2 openssl gcc libc6-dev $(if $(shell command -v dockerd),,docker.io)
+# What kube-proxy runs in its modes.
+BENCH_PACKAGES := nftables iptables
 SOURCES := $(wildcard datapath/*.bpf.c)
 OBJECTS := $(SOURCES:datapath/%.bpf.c=datapath/build/%.o)
 HEADERS := $(wildcard datapath/include/tidegate/*.h)
@@ -52,6 +54,10 @@ endef
 
 .cache/e2e-packages: Makefile | .cache
 	@$(call install-packages,$(E2E_PACKAGES))
+	@touch $@
+
+.cache/bench-packages: Makefile | .cache
+	@$(call install-packages,$(BENCH_PACKAGES))
 	@touch $@
 
 $(BIN)/.installed: pyproject.toml .cache/build-packages
@@ -179,5 +185,5 @@ bench/build/rr: bench/rr.c
 	@mkdir -p bench/build
 	@gcc -O2 -Wall -Wextra -Werror -o $@ $<
 
-bench: install bench/build/bench.o bench/build/rr kube-binaries .cache/e2e-packages ## measure; writes bench/results.json
+bench: install bench/build/bench.o bench/build/rr kube-binaries .cache/e2e-packages .cache/bench-packages ## measure; writes bench/results.json
 	@$(BIN)/python bench/run.py

@@ -24,7 +24,8 @@ class Unmeasurable(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """One line of results.json. `ok`: value <= bar. `extra` joins the line: the raw figures."""
+    """One line of results.json. `ok`: value <= bar, or >= with `at_least`. `extra` joins the line:
+    the raw figures."""
 
     id: str
     what: str
@@ -33,6 +34,11 @@ class Result:
     against: str
     bar: float
     extra: Mapping[str, Any] = field(default_factory=dict)
+    at_least: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return self.value >= self.bar if self.at_least else self.value <= self.bar
 
     def line(self) -> dict[str, Any]:
         return {
@@ -42,7 +48,8 @@ class Result:
             "unit": self.unit,
             "against": self.against,
             "bar": self.bar,
-            "ok": self.value <= self.bar,
+            **({"at least": True} if self.at_least else {}),
+            "ok": self.ok,
             **self.extra,
         }
 
@@ -66,6 +73,12 @@ def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dic
         for name, run in variants.items():
             figures[name].append(run())
     return figures
+
+
+def paired(figures: Mapping[str, list[float]], one: str, other: str) -> float:
+    """The median, over the rounds, of `one` divided by `other` of the same round."""
+    pairs = zip(figures[one], figures[other], strict=True)
+    return statistics.median(a / b for a, b in pairs)
 
 
 def calibration() -> float:

@@ -32,6 +32,7 @@ MODULES = (
     "row_loader",
     "row_maglev",
     "row_services",
+    "row_proxy",
     "row_compile",
     "row_cluster",
     "row_image",
@@ -45,7 +46,8 @@ MODULES = (
 def report(line: dict[str, object]) -> None:
     mark = "ok    " if line["ok"] else "MISSED"
     print(
-        f"{mark} {line['id']:20} {line['value']:>10} {line['unit']:6} bar {line['bar']:<7}"
+        f"{mark} {line['id']:20} {line['value']:>10} {line['unit']:6}"
+        f" {'>= ' if 'at least' in line else 'bar'} {line['bar']:<7}"
         f" {line['what']} (against {line['against']})",
         flush=True,
     )

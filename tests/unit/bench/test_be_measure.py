@@ -50,6 +50,24 @@ def test_bar(reason: str, value: float, expected: bool) -> None:
     assert list(line) == ["id", "what", "value", "unit", "against", "bar", "ok", "runs"]
 
 
+@pytest.mark.parametrize(
+    ("reason", "value", "expected"),
+    [("below", 1.1499, False), ("at the bar", 1.15, True), ("above", 3.0, True)],
+)
+def test_bar_from_below(reason: str, value: float, expected: bool) -> None:
+    line = measure.Result("x", "what", value, "ratio", "y", 1.15, at_least=True).line()
+    assert expected == line["ok"], reason
+    assert line["at least"] is True
+
+
+def test_pairs_are_of_the_same_round() -> None:
+    """A machine that got twice as slow for one of three rounds changes no ratio."""
+    figures = {"ours": [1.0, 2.0, 1.0], "theirs": [3.0, 6.0, 3.0]}
+    assert measure.paired(figures, "theirs", "ours") == 3.0
+    with pytest.raises(ValueError, match="argument"):
+        measure.paired({"ours": [1.0], "theirs": [1.0, 2.0]}, "theirs", "ours")
+
+
 def test_rounds_alternate() -> None:
     order: list[str] = []
 
@@ -91,6 +109,15 @@ def test_every_row_of_the_table_has_a_measurement() -> None:
         "compile-cold",
         "compile-one",
         "svc-maglev",
+        "svc-change",
+        "svc-change-cpu",
+        "svc-cold",
+        "svc-connect",
+        "svc-connect-flat",
+        "svc-nodeport",
+        "svc-nodeport-far",
+        "svc-rate-local",
+        "svc-rate-remote",
         "e2e-policy",
         "e2e-endpoints",
         "first-packet",
