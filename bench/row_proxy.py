@@ -44,7 +44,8 @@ def filler(number: int, first: int = 0) -> list[sites.Tree]:
         f"10.{64 + (n >> 16)}.{n >> 8 & 255}.{n & 255}"
         for n in (number * 10 + (first + i) % 10 for i in range(ENDPOINTS))
     ]
-    return sites.service(f"s{number}", f"10.96.{1 + (number >> 8)}.{number & 255}", pods)
+    address = f"10.96.{1 + (number >> 8)}.{number & 255}"
+    return sites.service(f"s{number}", address, [sites.ready(pod) for pod in pods])
 
 
 def vip(number: int) -> str:
@@ -53,13 +54,13 @@ def vip(number: int) -> str:
 
 def services(size: int) -> list[sites.Tree]:
     """Those measured are made first, in the middle and last."""
-    found = sites.service("real-0", vip(0), [NEAR])
+    found = sites.service("real-0", vip(0), [sites.ready(NEAR)])
     if size == 1:
         return found
-    found += sites.service("near", "10.96.201.2", [NEAR], NEAR_PORT)
-    found += sites.service("far", FAR_VIP, [FAR], FAR_PORT)
+    found += sites.service("near", "10.96.201.2", [sites.ready(NEAR)], NEAR_PORT)
+    found += sites.service("far", FAR_VIP, [sites.ready(FAR)], FAR_PORT)
     for number in range(1, MEASURED):
-        found += sites.service(f"real-{number}", vip(number), [NEAR])
+        found += sites.service(f"real-{number}", vip(number), [sites.ready(NEAR)])
     for number in range(1, size - len(found) // 2 + 1):
         found += filler(number)
     return found

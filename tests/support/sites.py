@@ -1,6 +1,6 @@
 """Sites: nodes, pods and veths alike, for whatever serves Services there.
 
-    outside ── br0 ── node-1 ── client, near          as `tidegate up` makes them
+    outside ── br0 ── node-1 ── client, plain, near   as `tidegate up` makes them
                   └── node-2 ── far
 
 `Tidegate` is what the operator's own code makes of Services, and the loaders of a site's nodes that
@@ -9,6 +9,7 @@ get it through a run directory. Nothing here sends a packet.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from typing import Any
 
 import msgspec
 from support import town_api
-from tidegate_bpf import bpffs, mounts
+from support.ca_maps import codec
+from support.lab import U32, addr
+from tidegate_bpf import Map, bpffs, mounts
 from tidegate_bpf.netns import inside
 from tidegate_cli.standalone import cgroups, netns, network
 from tidegate_cli.standalone.rundir import Node, Pod
@@ -35,15 +38,18 @@ from tidegate_operator.publish import Publisher
 from tidegate_operator.store import FileStore
 
 OBJECTS = Path(__file__).parents[2] / "datapath" / "build"
+TCP = 6
 PORT = 8080
 """Of every Service's endpoints, unless it says another."""
 NODES = {"node-1": "172.18.0.2", "node-2": "172.18.0.3"}
 OUTSIDE = "172.18.0.200"
 PODS = {
     "client": ("node-1", "10.244.0.2"),
+    "plain": ("node-1", "10.244.0.4"),
     "near": ("node-1", "10.244.0.3"),
     "far": ("node-2", "10.244.1.2"),
 }
+"""What they do is up to their users."""
 NODE_OBJECTS = [town_api.node(name, at) for at, name in enumerate(NODES)]
 POD_OBJECTS = [town_api.pod(name, node, ip) for name, (node, ip) in PODS.items()]
 Tree = dict[str, Any]
@@ -126,12 +132,32 @@ def _outside(site: Site, fabric: str, stack: ExitStack) -> None:
 # ---- Services ------------------------------------------------------------------------------
 
 
-def service(name: str, vip: str, addresses: Sequence[str], node_port: int = 0) -> list[Tree]:
+def ready(address: str) -> Tree:
+    return {"addresses": [address], "conditions": {"ready": True}}
+
+
+def ending(address: str) -> Tree:
+    """An endpoint that still serves what it has."""
+    conditions = {"ready": False, "serving": True, "terminating": True}
+    return {"addresses": [address], "conditions": conditions}
+
+
+def service(
+    name: str,
+    vip: str,
+    endpoints: Sequence[Tree],
+    node_port: int = 0,
+    target: int = PORT,
+    port: int = 80,
+    protocols: Sequence[str] = ("TCP",),
+) -> list[Tree]:
     """A Service with its EndpointSlice; `node_port` 0: a ClusterIP only."""
-    port: Tree = {"name": "t", "port": 80, "targetPort": PORT, "protocol": "TCP"}
-    spec: Tree = {"clusterIP": vip, "clusterIPs": [vip], "ports": [port]}
+    ports: list[Tree] = [
+        {"name": p.lower(), "port": port, "targetPort": target, "protocol": p} for p in protocols
+    ]
+    spec: Tree = {"clusterIP": vip, "clusterIPs": [vip], "ports": ports}
     if node_port:
-        port["nodePort"] = node_port
+        ports[0]["nodePort"] = node_port
         spec["type"] = "NodePort"
     meta = {"name": name, "namespace": "default"}
     return [
@@ -141,8 +167,10 @@ def service(name: str, vip: str, addresses: Sequence[str], node_port: int = 0) -
             "kind": "EndpointSlice",
             "metadata": {**meta, "labels": {"kubernetes.io/service-name": name}},
             "addressType": "IPv4",
-            "ports": [{"name": "t", "port": PORT, "protocol": "TCP"}],
-            "endpoints": [{"addresses": [a], "conditions": {"ready": True}} for a in addresses],
+            "ports": [
+                {"name": p["name"], "port": target, "protocol": p["protocol"]} for p in ports
+            ],
+            "endpoints": list(endpoints),
         },
     ]
 
@@ -213,6 +241,26 @@ class Tidegate:
         """A loader on every node, once: what it did stays in force."""
         for node in self._site.nodes:
             subprocess.run([*self.command(node.name), "--once"], check=True, env=_environment())
+
+    def start(self, node: str) -> subprocess.Popen[bytes]:
+        """A loader that stays."""
+        return subprocess.Popen(self.command(node), env=_environment())
+
+    def backends(self, node: str, vip: str, port: int = 80) -> set[str]:
+        """Where the kernel of the node leads sockets that ask for the Service's TCP port."""
+        asked = codec("tg_frontend_key").pack(addr=addr(vip), port=port, protocol=TCP)
+        with ExitStack() as stack:
+            frontends, slots, backends = (
+                stack.enter_context(Map.open_pinned(str(self.pin_dir(node) / "maps" / name)))
+                for name in ("frontends_v1", "slots_v1", "backends_v1")
+            )
+            try:
+                row = codec("tg_frontend").unpack(frontends.lookup(asked))
+            except KeyError:
+                return set()
+            ids = [slots.lookup(U32.pack(at)) for at in range(row.base, row.base + row.count)]
+            found = [codec("tg_backend").unpack(backends.lookup(number)).addr for number in ids]
+        return {str(ipaddress.IPv6Address(raw).ipv4_mapped) for raw in found}
 
     def command(self, node: str) -> list[str]:
         command = [sys.executable, "-m", "tidegate_loader", "--node", node, "--log-level"]

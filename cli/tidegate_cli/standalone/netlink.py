@@ -50,8 +50,9 @@ class Batch:
         self._requests.append((f"{what} {command} {words}", bytes(self._encoder.batch)))
 
     def run(self, namespace: Path) -> None:
-        """Sends all. Raises NetworkError for the first that the kernel refuses;
+        """Sends all, once. Raises NetworkError for the first that the kernel refuses;
         those after it in the same burst have run."""
+        self._encoder.close()  # it has an event loop of its own
         with netns.inside(namespace):
             channel = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
