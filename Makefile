@@ -14,7 +14,7 @@ EXAMPLE ?= examples/shop
 BUILD_PACKAGES := python3-venv $(CLANG) libbpf1 libbpf-dev linux-libc-dev libc6-dev gcc libjansson-dev
 TEST_PACKAGES := iproute2 iperf3 openssl qemu-system-x86 busybox-static cpio lua5.4
 # A machine that has Docker keeps its own.
-E2E_PACKAGES := debootstrap iptables iproute2 openssl gcc libc6-dev $(if $(shell command -v dockerd),,docker.io)
+E2E_PACKAGES := debootstrap iperf3 iptables iproute2 openssl gcc libc6-dev $(if $(shell command -v dockerd),,docker.io)
 # What kube-proxy runs in its modes.
 BENCH_PACKAGES := nftables iptables
 SOURCES := $(wildcard datapath/*.bpf.c)

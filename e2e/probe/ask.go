@@ -25,6 +25,7 @@ const (
 	datagramSends  = 3
 	maxAtOnce      = 256
 	maxAnswerBytes = 65536
+	dialWait       = 5 * time.Second
 )
 
 // question is one line of input. Op is "probe", "resolve", "stream", "pulse", "peek" or "stop".
@@ -37,6 +38,7 @@ type question struct {
 	Seconds  float64 `json:"seconds"`  // how long to wait; of "stream" and "pulse": between two
 	Path     string  `json:"path"`     // of HTTP, with its slash
 	Stream   int     `json:"stream"`   // of "peek" and "stop": the id of the question that began it
+	Reopen   bool    `json:"reopen"`   // of "stream": another connection when the server says so
 }
 
 // result is one line of output.
@@ -52,6 +54,8 @@ type result struct {
 	Gap       float64  `json:"gap"`                 // of "peek" and "stop": the longest time without an answer, seconds
 
 	Heard map[string][2]int64 `json:"heard,omitempty"` // of a pulse; see there
+
+	last bool // the server takes no more on this connection
 }
 
 // asker holds what outlives one question.
@@ -166,7 +170,7 @@ func request(connection net.Conn, reader *bufio.Reader, q question) result {
 	if err := json.Unmarshal(body, &fields); err != nil || fields.Pod == "" {
 		return result{Body: string(body), Detail: fmt.Sprintf("status %d, no pod's name", answer.StatusCode)}
 	}
-	return result{Pod: fields.Pod, Client: fields.Client}
+	return result{Pod: fields.Pod, Client: fields.Client, last: answer.Close}
 }
 
 // echo sends again where no answer comes.
@@ -206,6 +210,7 @@ func echoOnce(q question, wait time.Duration) result {
 type stream struct {
 	connection net.Conn
 	pause      time.Duration
+	over       bool // the server has said so
 
 	mu   sync.Mutex
 	last time.Time // of the latest answer
@@ -213,14 +218,15 @@ type stream struct {
 }
 
 func (a *asker) begin(q question) result {
-	connection, err := net.DialTimeout("tcp", q.target(), 5*time.Second)
+	connection, err := net.DialTimeout("tcp", q.target(), dialWait)
 	if err != nil {
 		return result{Detail: said(err)}
 	}
 	s := &stream{connection: connection, pause: seconds(q.Seconds), last: time.Now()}
 	reader := bufio.NewReader(connection)
-	connection.SetDeadline(time.Now().Add(5 * time.Second))
+	connection.SetDeadline(time.Now().Add(dialWait))
 	first := request(connection, reader, q)
+	s.over = first.last
 	if first.Detail != "" {
 		connection.Close()
 		return first
@@ -237,7 +243,7 @@ func (a *asker) begin(q question) result {
 func (s *stream) run(reader *bufio.Reader, q question) {
 	for {
 		time.Sleep(s.pause)
-		answer := request(s.connection, reader, q)
+		answer := s.next(&reader, q)
 		s.mu.Lock()
 		s.so.Gap = max(s.so.Gap, time.Since(s.last).Seconds())
 		s.last = time.Now()
@@ -249,6 +255,24 @@ func (s *stream) run(reader *bufio.Reader, q question) {
 		s.so.Answered++
 		s.mu.Unlock()
 	}
+}
+
+// next is one request, over another connection if the last answer was the last of that one.
+func (s *stream) next(reader **bufio.Reader, q question) result {
+	if s.over && q.Reopen {
+		connection, err := net.DialTimeout("tcp", q.target(), dialWait)
+		if err != nil {
+			return result{Detail: said(err)}
+		}
+		s.mu.Lock()
+		s.connection.Close()
+		s.connection = connection
+		s.mu.Unlock()
+		*reader = bufio.NewReader(connection)
+	}
+	answer := request(s.connection, *reader, q)
+	s.over = answer.last
+	return answer
 }
 
 // look tells how a stream goes, and with "stop" ends it. A request under way counts as a gap.

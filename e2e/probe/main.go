@@ -2,7 +2,8 @@
 
 // Command probe is what runs in the pods of the e2e tests: one static program that answers and asks.
 //
-//	probe serve TCP:80 UDP:53 …   answers, until it is told to end; names itself by $POD
+//	probe serve TCP:80 UDP:53 …   answers, until it is told to end; names itself by $POD. With
+//	                              $DRAIN it takes so long, and then until its clients have gone
 //	probe ask                     reads questions, one JSON object a line; writes answers the same way
 //	probe flood ADDRESS PORT      sends UDP from its first moment on, and never waits
 //
@@ -14,6 +15,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"time"
 )
 
 func main() {
@@ -26,7 +28,8 @@ func main() {
 func run(arguments []string) error {
 	switch {
 	case len(arguments) > 0 && arguments[0] == "serve":
-		return serve(os.Getenv("POD"), arguments[1:])
+		drain, _ := time.ParseDuration(os.Getenv("DRAIN")) // nothing: at once
+		return serve(os.Getenv("POD"), drain, arguments[1:])
 	case len(arguments) == 1 && arguments[0] == "ask":
 		return ask(os.Stdin, os.Stdout)
 	case len(arguments) == 3 && arguments[0] == "flood":

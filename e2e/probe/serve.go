@@ -11,32 +11,53 @@ import (
 	"os/signal"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
+	"time"
 )
+
+const mostDraining = 20 * time.Second
 
 // server answers for one pod.
 type server struct {
-	pod string
+	pod  string
+	ends atomic.Bool  // it has been told to, and each connection is told with its next answer
+	open atomic.Int64 // connections
 
 	mu       sync.Mutex
 	received map[string]int // datagrams by the sender's address
 }
 
-// serve opens every port, then waits for a signal. Ports are written as TCP:80 or UDP:53.
-func serve(pod string, ports []string) error {
+// serve opens every port, then waits for a signal. Ports are written as TCP:80 or UDP:53. Told to
+// end it goes at once, or answers for drain longer, and then until no connection is left.
+func serve(pod string, drain time.Duration, ports []string) error {
 	s := &server{pod: pod, received: map[string]int{}}
 	for _, text := range ports {
-		if err := s.open(text); err != nil {
+		if err := s.listen(text); err != nil {
 			return err
 		}
 	}
 	end := make(chan os.Signal, 1)
 	signal.Notify(end, syscall.SIGTERM, syscall.SIGINT)
 	<-end
+	s.ends.Store(true)
+	time.Sleep(drain)
+	for last := time.Now().Add(mostDraining); drain > 0 && s.open.Load() > 0 && time.Now().Before(last); {
+		time.Sleep(10 * time.Millisecond)
+	}
 	return nil
 }
 
-func (s *server) open(text string) error {
+func (s *server) count(_ net.Conn, state http.ConnState) {
+	switch state {
+	case http.StateNew:
+		s.open.Add(1)
+	case http.StateClosed:
+		s.open.Add(-1)
+	}
+}
+
+func (s *server) listen(text string) error {
 	protocol, port, _ := strings.Cut(text, ":")
 	switch protocol {
 	case "TCP":
@@ -44,7 +65,8 @@ func (s *server) open(text string) error {
 		if err != nil {
 			return err
 		}
-		go http.Serve(listener, http.HandlerFunc(s.answer))
+		web := &http.Server{Handler: http.HandlerFunc(s.answer), ConnState: s.count}
+		go web.Serve(listener)
 		return nil
 	case "UDP":
 		socket, err := net.ListenPacket("udp", ":"+port)
@@ -59,6 +81,9 @@ func (s *server) open(text string) error {
 
 func (s *server) answer(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
+	if s.ends.Load() {
+		w.Header().Set("Connection", "close")
+	}
 	if r.URL.Path == "/received" {
 		s.mu.Lock()
 		defer s.mu.Unlock()

@@ -40,6 +40,9 @@ class Question:
     seconds: float = ANSWER_SECONDS
     path: str = ""
     stream: int = 0
+    reopen: bool = False
+    """Of a stream: where the server says that it takes no more, it goes on over another connection,
+    as clients of gRPC do."""
 
 
 @dataclass(frozen=True)
@@ -171,14 +174,19 @@ def pid(pod: Pod) -> int:
 
 
 def peers(pod: Pod) -> set[tuple[str, int]]:
+    """Whom the pod has connections to; see `connections`."""
+    return set(connections(pod))
+
+
+def connections(pod: Pod) -> list[tuple[str, int]]:
     """Address and port at the other end of every IPv4 connection of the pod, as its kernel has
     them: what a program at a cgroup translated is translated here."""
-    found = set()
+    found = []
     for line in Path(f"/proc/{pid(pod)}/net/tcp").read_text().splitlines()[1:]:
         remote, state = line.split()[2:4]
         if state == ESTABLISHED:
             address, port = remote.split(":")
-            found.add((socket.inet_ntoa(int(address, 16).to_bytes(4, "little")), int(port, 16)))
+            found.append((socket.inet_ntoa(int(address, 16).to_bytes(4, "little")), int(port, 16)))
     return found
 
 

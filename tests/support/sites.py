@@ -16,22 +16,23 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from support import town_api
 from support.ca_maps import codec
+from support.ca_rig import Compiled
 from support.lab import U32, addr
 from tidegate_bpf import Map, bpffs, mounts
 from tidegate_bpf.netns import inside
 from tidegate_cli.standalone import cgroups, netns, network
 from tidegate_cli.standalone.rundir import Node, Pod
 from tidegate_loader.local import LocalInterface, NodePaths, encode
-from tidegate_operator import identities
+from tidegate_operator import identities, publish
 from tidegate_operator.cluster import kinds
-from tidegate_operator.cluster.world import Snapshot, build
+from tidegate_operator.cluster.world import ClusterWorld, Snapshot, build
 from tidegate_operator.compile import Compiler
 from tidegate_operator.identities import EMPTY_LEDGER
 from tidegate_operator.publish import Publisher
@@ -196,6 +197,7 @@ class Tidegate:
         self._site = site
         self._run_dir, self._bpf = directory / "run", directory / "bpf"
         self._publisher, self._compiler = Publisher(FileStore(self._run_dir)), Compiler()
+        self._world: ClusterWorld | None = None
         pods = [{**pod, "metadata": {**pod["metadata"], "uid": pod["metadata"]["name"]}}
                 for pod in POD_OBJECTS]  # fmt: skip
         namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default"}}
@@ -224,23 +226,37 @@ class Tidegate:
 
     def publish(self, trees: Sequence[Tree]) -> None:
         """These Services and no others."""
-        slices = [tree for tree in trees if tree["kind"] == "EndpointSlice"]
-        services = [tree for tree in trees if tree["kind"] == "Service"]
-        self._snapshot = Snapshot(
-            nodes=self._snapshot.nodes,
-            namespaces=self._snapshot.namespaces,
-            pods=self._snapshot.pods,
-            services=_decoded(services, kinds.service),
-            slices=_decoded(slices, kinds.endpoint_slice),
+        self._snapshot = replace(self._snapshot, services={}, slices={})
+        self.change(trees)
+
+    def change(self, trees: Sequence[Tree], gone: Sequence[str] = ()) -> None:
+        """These beside what is published already, and without those of the names `gone`."""
+        names = {("default", name) for name in gone}
+        found = {}
+        for kind, held, decode in (
+            ("Service", self._snapshot.services, kinds.service),
+            ("EndpointSlice", self._snapshot.slices, kinds.endpoint_slice),
+        ):
+            fresh = _decoded([tree for tree in trees if tree["kind"] == kind], decode)
+            found[kind] = {k: v for k, v in (dict(held) | fresh).items() if k not in names}
+        self._snapshot = replace(
+            self._snapshot, services=found["Service"], slices=found["EndpointSlice"]
         )
+        self._world, _ = build(self._snapshot, self._world)
+        ledger = identities.allocate(self._world, EMPTY_LEDGER)
+        self._publisher.publish(self._compiler.compile(self._world, ledger), ledger)
+
+    def cold(self) -> Compiled:
+        """What a new operator makes of the same."""
         world, _ = build(self._snapshot)
         ledger = identities.allocate(world, EMPTY_LEDGER)
-        self._publisher.publish(self._compiler.compile(world, ledger), ledger)
+        desired = Compiler().compile(world, ledger)
+        return Compiled(world, ledger, desired, publish.render(desired, ledger))
 
-    def realise(self) -> None:
-        """A loader on every node, once: what it did stays in force."""
-        for node in self._site.nodes:
-            subprocess.run([*self.command(node.name), "--once"], check=True, env=_environment())
+    def realise(self, *nodes: str) -> None:
+        """A loader on these nodes, or all, once: what it did stays in force."""
+        for node in nodes or NODES:
+            subprocess.run([*self.command(node), "--once"], check=True, env=_environment())
 
     def start(self, node: str) -> subprocess.Popen[bytes]:
         """A loader that stays."""
