@@ -346,6 +346,26 @@ def test_ports_never_collide_and_run_out_aloud(edge: Edge) -> None:
     edge.load()
 
 
+def test_a_port_rests_as_long_as_the_backend_may_keep_its_connection(edge: Edge) -> None:
+    """A SYN of another client would meet it there and be dropped; after a reset nothing is kept."""
+    edge.net.close()
+    edge.load(snat_first=20000, snat_last=20015)
+    edge.service(NODE4, PORT, f.TCP, [(t.IP4["r"], 80)])
+    ports = {sport: flow(edge, sport)[1] for sport in range(1000, 1016)}
+    for sport, port in ports.items():
+        if sport == 1007:
+            flow(edge, sport, RST)
+            continue
+        flow(edge, sport, FIN | ACK)
+        answer = packet(f.TCP, t.IP4["r"], NODE4, 80, port, FIN | ACK)
+        assert edge.send(answer).reason == 0
+    edge.age(20)
+    assert flow(edge, 2000)[1] == ports[1007], "the only one that nobody may keep"
+    assert flow(edge, 2001)[1] in ports.values(), "rather one that rests than none"
+    edge.net.close()
+    edge.load()
+
+
 def test_a_closed_flow_chooses_anew(edge: Edge) -> None:
     edge.service(NODE4, PORT, f.TCP, [(t.IP4["r"], 80)])
     first = flow(edge, 40000)

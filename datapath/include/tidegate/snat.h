@@ -23,6 +23,10 @@ tg_inline int tg_has_ports(__u8 protocol)
 	       tg_is_icmp(protocol);
 }
 
+/* How long the other end may keep a connection that it closed first, in units of
+ * `seen`: TCP's TIME-WAIT, which is 60 s in Linux. */
+const volatile __u32 tcp_rest_life = 64;
+
 #define TG_NAT_PROOF_MASK ((1ull << TG_NAT_PROOF_BITS) - 1)
 #define TG_NAT_TRIES 32
 #define TG_EEXIST 17
@@ -118,6 +122,15 @@ static __noinline int tg_nat_ended(struct tg_run *r, const struct tg_nat *copy, 
 	return tg_nat_ends(r->s, copy, protocol);
 }
 
+/* Whether the other end may still wait for late segments of this flow, which is
+ * over: a SYN of another client from the same port it may take for one of them
+ * (RFC 7323, 5.3), and drop. */
+tg_inline int tg_nat_rests(const struct tg_nat *copy, __u8 protocol, __u32 now)
+{
+	return protocol == IPPROTO_TCP && !(copy->flags & TG_CT_RST) && tg_closed(copy->flags) &&
+	       (__s32)(now - copy->seen) <= (__s32)tcp_rest_life;
+}
+
 /* Both entries go. Whoever takes the word away is alone in it. */
 tg_inline int tg_nat_remove(struct tg_scratch *s, struct tg_nat *nat, const struct tg_nat_key *key,
 			    const struct tg_nat *copy)
@@ -152,9 +165,10 @@ tg_inline void tg_nat_touch(struct tg_run *r, struct tg_nat *nat, const struct t
 }
 
 /* Takes the entry of the way back: s->nat_key is its key, s->nat_made its value.
- * 0, or -TG_EEXIST: a living flow has it; or why there is no room. It and its
- * caller find the run's scratch by themselves, and so are verified once. */
-tg_global int tg_nat_claim(void)
+ * 0, or -TG_EEXIST: a living flow has it, or with `spares` one that rests; or why
+ * there is no room. It and its caller find the run's scratch by themselves, and so
+ * are verified once. */
+tg_global int tg_nat_claim(int spares)
 {
 	struct tg_scratch *s = tg_work();
 	struct tg_nat *held;
@@ -168,6 +182,7 @@ tg_global int tg_nat_claim(void)
 		return error;
 	held = tg_nat_find(&s->nat_key, &s->nat_found);
 	if (!held || !tg_nat_ends(s, &s->nat_found, s->nat_key.protocol) ||
+	    (spares && tg_nat_rests(&s->nat_found, s->nat_key.protocol, s->now)) ||
 	    !tg_nat_remove(s, held, &s->nat_key, &s->nat_found))
 		return -TG_EEXIST;
 	return bpf_map_update_elem(&nat_v1, &s->nat_key, &s->nat_made, BPF_NOEXIST);
@@ -219,7 +234,7 @@ tg_global int tg_nat_make(__u32 kind)
 	s->nat_key.protocol = t->protocol;
 	s->nat_key.pad[0] = s->nat_key.pad[1] = s->nat_key.pad[2] = 0;
 	if (kind & TG_NAT_HOST) {
-		error = tg_nat_claim();
+		error = tg_nat_claim(0);
 	} else {
 		if (!tg_node_source(s->p.family, &s->nat_key.dst))
 			return TG_DROP_NO_ROUTE;
@@ -227,7 +242,8 @@ tg_global int tg_nat_make(__u32 kind)
 		for (i = 0; i < TG_NAT_TRIES; i++) {
 			if (t->protocol != IPPROTO_SCTP)
 				s->nat_key.dport = bpf_htons(snat_first + (at + i * 7919u) % span);
-			error = tg_nat_claim();
+			/* Where all rest, one of them: its end may take it. */
+			error = tg_nat_claim(i < TG_NAT_TRIES / 2);
 			if (error != -TG_EEXIST || t->protocol == IPPROTO_SCTP)
 				break;
 		}
