@@ -16,6 +16,7 @@ from typing import Literal
 
 from tidegate_bpf import BpfError, LibraryMissing, ObjectFile, PermissionDenied, features
 from tidegate_bpf.features import Probe
+from tidegate_loader import datagrams
 
 from tidegate_cli import render, target
 from tidegate_cli.errors import CliError
@@ -86,6 +87,7 @@ def _examine(*more: Line) -> list[Line]:
     if lines[2].grade != "ok":  # nothing below works without libbpf
         return lines
     lines += [graded(probe, "warn") for probe in (features.jit, features.tcx, features.batch)]
+    lines.append(graded(datagrams.supported, "warn"))
     return [*lines, *_objects()]
 
 

@@ -83,6 +83,7 @@ _STRUCTS: dict[str, dict[str, str]] = {
         "freed_at": "u32",
     },
     "tg_range": {"bits": "u32", "service": "be32", "addr": "bytes[16]"},
+    "tg_sock_key": {"cookie": "u64", "addr": "bytes[16]", "port": "be16"},
     "tg_service_count": {"connections": "u64", "refused": "u64"},
     "tg_node_addr": {"addr": "bytes[16]", "proof": "u32"},
     "tg_control": {"epoch": "u64", "next_id": "u64"},
@@ -158,6 +159,7 @@ class Layouts:
         self.control = codecs["tg_control"]
         self.range = codecs["tg_range"]
         self.node_addr = codecs["tg_node_addr"]
+        self.sock_key = codecs["tg_sock_key"]
         self.service_count = codecs["tg_service_count"]
         inner = spec.maps["half_open_v2"].inner
         if inner is None:
@@ -479,6 +481,16 @@ class Kernel:
                 listed = None
             found[key] = FrontendInForce(base, size, listed)
         return found
+
+    def asked_for_service(self, cookie: int, backend: BackendAddress) -> bool:
+        """Whether the socket has that backend because it asked for a Service."""
+        address, port = backend
+        key = self.layouts.sock_key.pack(cookie=cookie, addr=address, port=port)
+        try:
+            self.map("socks_v1").lookup(key)
+        except KeyError:
+            return False
+        return True
 
     # -- for clients outside ---------------------------------------------------------------
 

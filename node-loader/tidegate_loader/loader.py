@@ -19,7 +19,7 @@ from msgspec import UNSET, structs
 from tidegate_api.state import Condition, NodeStateStatus, PeerDigests, encode
 from tidegate_bpf import BpfError, mounts
 
-from tidegate_loader import addresses, attach, cni, kernel, kubeproxy, plan, uplinks
+from tidegate_loader import addresses, attach, cni, datagrams, kernel, kubeproxy, plan, uplinks
 from tidegate_loader.apply import apply
 from tidegate_loader.local import (
     READS_FORMATS,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # an import costs what TLS costs, and on one machine nobody n
 MAX_MESSAGE = 4096
 """Characters of a condition's message: the rest repeats itself."""
 BESIDE = "what Tidegate serves never reaches it; remove it, and what rules it has left"
+UDP = socket.IPPROTO_UDP
 AUTO = Path("auto")
 """`--cgroup auto`."""
 
@@ -373,11 +374,27 @@ class Loader:
                 errors.append(f"{len(left.steps)} steps are left after applying")
                 self._actual = actual = self._read_back()
             self._count(made)
+            self._let_go(made)
         else:
             self.dirty = False
         if not self.dirty and not made.left_out:
             actual.ipcache_parts, actual.service_parts = desired.ipcache, desired.services
         return [*desired.problems, *made.problems, *errors]
+
+    def _let_go(self, made: plan.Plan) -> None:
+        """Of backends that are gone, the node's own sockets for datagrams. Where the kernel cannot
+        do it nothing is wrong: `tidegate doctor` says so."""
+        freed = [s for s in made.steps if isinstance(s, plan.FreeBackends)]
+        gone = [b.key[:2] for step in freed for b in step.entries.values() if b.key[2] == UDP]
+        if not gone or self._kernel is None:
+            return
+        try:
+            count = datagrams.destroy(gone, self._kernel.asked_for_service)
+        except OSError as error:
+            self._log.debug("sockets stay with backends that are gone", error=str(error))
+            return
+        if count:
+            self._log.info("sockets have lost their backend", destroyed=count)
 
     def _count(self, made: plan.Plan) -> None:
         switched = any(isinstance(step, plan.SwitchNodeTable) for step in made.steps)
