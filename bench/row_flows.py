@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import os
 import socket
 import statistics
@@ -25,6 +26,8 @@ from tidegate_bpf import Codec, ObjectFile, RingBuffer
 from tidegate_observer.directory import Directory, pod_labels
 from tidegate_observer.flow import End, address_bytes
 from tidegate_observer.history import History
+from tidegate_observer.informer import pod
+from tidegate_observer.people import Pod
 from tidegate_observer.records import Flows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,12 +145,48 @@ def query() -> Iterator[Result]:
     )
 
 
+class Everybody:
+    """As the API server tells of them: an implementation of `people.People`."""
+
+    def __init__(self, pods: dict[tuple[str, str], Pod]) -> None:
+        self.pods = pods
+        self.identities: dict[int, End] = {}
+        self._told = False
+
+    def fresh(self) -> bool:
+        told, self._told = self._told, True
+        return not told
+
+
+def everybody(count: int) -> Everybody:
+    """Pods of Deployments of ten each."""
+    pods = {}
+    for number in range(count):
+        app, space, suffix = f"app-{number // 10}", f"ns-{number // 10 % 50}", f"{number:x}abc"
+        owner = {"kind": "ReplicaSet", "name": f"{app}-6f9c", "controller": True}
+        labels = {f"app.kubernetes.io/{word}": app for word in ("name", "instance")}
+        labels |= {"pod-template-hash": "6f9c", "tier": "web", "team": f"team-{number % 7}"}
+        item = {
+            "metadata": {"name": f"{app}-6f9c-{suffix}", "namespace": space, "labels": labels}
+            | {"ownerReferences": [owner]},
+            "spec": {"nodeName": f"node-{number % 100}"},
+            "status": {"podIPs": [{"ip": f"10.9.{number >> 8}.{number & 255}"}]},
+        }
+        pods[space, f"{app}-6f9c-{suffix}"] = pod(json.dumps(item).encode())
+    return Everybody(pods)
+
+
 RSS = """
 import sys
 sys.path[:0] = sys.argv[1].split(":")
-from row_flows import records
+import tidegate_observer.main  # all that the process has
+from pathlib import Path
+from row_flows import everybody, records
 from tidegate_observer.history import History
+from tidegate_observer.rundir import RunDirSource
 from tidegate_observer.server import About, ObserverService, Server
+source = RunDirSource(Path("/none"), "node-1", people=everybody(10000))
+source.refresh()
 made, data, directory = records(70000)
 history = History(65536)
 step = (made.size + 8) * 1000
@@ -174,7 +213,7 @@ def rss() -> Iterator[Result]:
     size = next(int(line.split()[1]) for line in done.stdout.splitlines() if "Rss:" in line)
     yield Result(
         "flow-rss",
-        "memory of the observer with 65,536 flows",
+        "memory of the observer with 65,536 flows, in a cluster of 10,000 pods",
         size / 1024,
         "MiB",
         "nothing",

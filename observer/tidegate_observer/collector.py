@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import sys
 import time
@@ -37,8 +38,13 @@ log = structlog.get_logger()
 class Reader:
     """One node's rings, its counters of losses, and who is who on it."""
 
-    def __init__(self, spec: ObjectFile, node: str, pins: Path, source: RunDirSource) -> None:
+    def __init__(
+        self, spec: ObjectFile, node: str, pins: Path, source: RunDirSource, memory: Path
+    ) -> None:
+        """`memory`: a file that outlives this process, so that the next one tells what was lost
+        while there was none."""
         self.node = node
+        self._memory = memory
         self.source = source
         flows = Flows(spec, node, MAX_LIVE)
         self._sources = [
@@ -47,8 +53,7 @@ class Reader:
         ]
         self.tracked = Tracked(spec, node, pins, flows.live)
         self._metrics = pins / "maps" / "metrics_v1"
-        self._lost: int | None = None
-        self._looked = time.time_ns()
+        self._lost, self._looked = self._remembered()
         self._due = 0.0
 
     def read(self, offset: int) -> list[Entry]:
@@ -98,10 +103,28 @@ class Reader:
             return None
         before, self._lost = self._lost, total
         first, self._looked = self._looked, time.time_ns()
+        self._remember()
         if before is None or total <= before:
             return None
         log.warning("events lost", node=self.node, count=total - before)
         return Lost(self.node, self._looked, total - before, first)
+
+    def _remembered(self) -> tuple[int | None, int]:
+        """What an observer before this one had counted, and when it looked last. None: nobody
+        has; what is counted so far was lost before anybody looked."""
+        try:
+            lost, looked = map(int, self._memory.read_text().split())
+        except (OSError, ValueError):
+            return None, time.time_ns()
+        return lost, looked
+
+    def _remember(self) -> None:
+        temporary = self._memory.with_name(f".{self._memory.name}.tmp")
+        try:
+            temporary.write_text(f"{self._lost} {self._looked}\n")
+            os.replace(temporary, self._memory)
+        except OSError as error:
+            log.debug("cannot remember what was lost", error=str(error))
 
     def close(self) -> None:
         for _, ring in self._sources:

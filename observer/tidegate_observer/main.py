@@ -59,8 +59,15 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
     spec = ObjectFile(args.objects / "pod.o")
     kept = history.History(args.flows)
     people = _people(args)
+    beside = args.socket.parent
     readers = [
-        Reader(spec, node, pins, RunDirSource(args.run_dir, node, args.state, people))
+        Reader(
+            spec,
+            node,
+            pins,
+            RunDirSource(args.run_dir, node, args.state, people),
+            beside / f"lost-{node}",
+        )
         for node, pins in args.node
     ]
     figures = Metrics()

@@ -1,7 +1,9 @@
-"""What an observer needs on a node: to own the pins, and no capability; not to write them."""
+"""What an observer needs on a node: to own the pins, and no capability; not to write them. And what
+it says when it comes back."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -15,7 +17,8 @@ from support import frames, loader_node
 from support import loader_world as world
 from support.hubble import Hubble
 from support.loader_node import TIMEOUT, Node, ip, poll
-from tidegate_bpf import netns
+from tidegate_bpf import Map, netns
+from tidegate_observer.collector import COUNTER, LOST_REASON
 
 pytestmark = [
     pytest.mark.kernel,
@@ -33,24 +36,30 @@ def node(tmp_path: Path) -> Iterator[Node]:
         yield found
 
 
-@pytest.fixture
-def observer(node: Node, tmp_path: Path) -> Iterator[Path]:
-    """Its socket. It sees the pins read-only, and has no capability; its log is beside it."""
-    directory = tmp_path / "observer"
-    directory.mkdir()
+@contextlib.contextmanager
+def observing(node: Node, directory: Path) -> Iterator[Path]:
+    """Its socket. It sees the pins read-only, and has no capability; its log is beside it. It is
+    killed in the end."""
     found = directory / "observer.sock"
+    found.unlink(missing_ok=True)
     command = ["unshare", "-m", "sh", "-ec", READ_ONLY, "-", str(node.mount), *POWERLESS]
     command += [sys.executable, "-m", "tidegate_observer", "--node", f"{world.NODE}={node.pin_dir}"]
     command += ["--run-dir", str(node.run_dir), "--objects", str(node.objects)]
     command += ["--socket", str(found), "--metrics-file", str(directory / "figures")]
-    with (directory / "log").open("wb") as log:
+    with (directory / "log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         poll("the observer to serve", found.exists)
         yield found
     finally:
-        process.terminate()
+        process.kill()
         process.wait(TIMEOUT)
+
+
+@pytest.fixture
+def observer(node: Node, tmp_path: Path) -> Iterator[Path]:
+    with observing(node, tmp_path) as found:
+        yield found
 
 
 def _spoof(node: Node) -> None:
@@ -89,3 +98,37 @@ def test_no_capability_is_needed_and_pins_are_read_only(node: Node, observer: Pa
         lambda: figures.exists() and "\ncilium_drop_count_total{" in figures.read_text(),
     )
     assert "cannot read" not in observer.with_name("log").read_text()
+
+
+def _lose(node: Node, count: int) -> None:
+    """As the programs count what finds a ring full."""
+    key = (LOST_REASON * 2).to_bytes(4, sys.byteorder)
+    with Map.open_pinned(str(node.pin_dir / "maps" / "metrics_v1")) as counters:
+        rows = counters.split_per_cpu(counters.lookup(key))
+        packets, size = COUNTER.unpack(rows[0])
+        counters.update(key, b"".join([COUNTER.pack(packets + count, size), *rows[1:]]))
+
+
+def _lost(socket_path: Path) -> list[int]:
+    with Hubble(f"unix:{socket_path}") as client:
+        try:
+            answers = list(client.ask("/observer.Observer/GetFlows"))
+        except grpc.RpcError:
+            return []
+    return [a["lost_events"]["num_events_lost"] for a in answers if "lost_events" in a]
+
+
+def test_what_was_lost_while_there_was_none_is_told_by_the_next(node: Node, tmp_path: Path) -> None:
+    wanted = world.example()
+    node.write(wanted)
+    node.start()
+    node.wait_for(wanted, 0)
+    # Before anybody looked: of that nobody can say when it was.
+    _lose(node, 5)
+    with observing(node, tmp_path) as found:
+        poll("it has looked", (tmp_path / f"lost-{world.NODE}").exists)
+        _lose(node, 3)
+        poll("the loss is told", lambda: _lost(found) == [3])
+    _lose(node, 4)
+    with observing(node, tmp_path) as found:
+        poll("the loss is told", lambda: _lost(found) == [4])

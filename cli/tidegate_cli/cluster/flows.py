@@ -20,7 +20,7 @@ SOCKET = "/run/tidegate-observer/observer.sock"
 PIPE = ["/usr/lib/tidegate/tidegate-cni", "pipe", SOCKET]
 FRESH_SECONDS = 5.0
 """For how long it is known which pods there are."""
-READY_SECONDS = 15.0
+READY_SECONDS = 10.0
 """An exec goes by way of the API server and the node's kubelet."""
 
 

@@ -35,6 +35,9 @@ GROUP = "tidegate.dev"
 CLEANUP = ("tidegate-node-setup", "cleanup", "--root", errand.HOST)
 _RBAC, _ADMISSION = "rbac.authorization.k8s.io", "admissionregistration.k8s.io"
 OURS = (
+    Resource("apps", "v1", "deployments", "Deployment", True),
+    resources.SERVICES,
+    Resource("", "v1", "secrets", "Secret", True),
     Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", True),
     Resource(
         _ADMISSION,
