@@ -38,9 +38,9 @@ NODES = {"here-1": (cases.HERE, cases.ZONE), "here-2": (cases.HERE, ""), "there-
 """Pin directory → (name, zone)."""
 PORT = 80
 CLIENT_POD, CLIENT_OUT = "10.0.0.1", "192.0.2.8"
-ENOUGH, MOST = 24 if SOAK else 8, 400
+ENOUGH, MOST = 24 if SOAK else 8, 120
 """New flows that are asked at least, and until every backend has been seen. That MOST of them miss
-one of three backends happens once in 10^70 times."""
+one of three backends happens once in 10^20 times."""
 UPLINKS = maps.Uplinks(
     frozenset({addresses.pack(edge.NODE4)}), (addresses.pack(edge.NODE4), addresses.ZERO)
 )

@@ -12,10 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 from cluster.harness import until
+from support.asking import Places, Question
 from tidegate_cli.standalone import teardown
 from tidegate_cli.standalone.errors import PrerequisiteError
 from tidegate_cli.standalone.loaders import check
@@ -29,6 +31,7 @@ NODES = {
     "node-1": {4: "172.18.0.2", 6: "fc00:f853:ccd:e793::2"},
     "node-2": {4: "172.18.0.3", 6: "fc00:f853:ccd:e793::3"},
 }
+VIP = {4: "10.96.7.1", 6: "fd00:10:96::7:1"}
 HAIRPIN = {4: "169.254.42.1", 6: "fd74:6964:6567:6174::1"}
 ASK = """
 import json, socket, sys
@@ -55,6 +58,26 @@ for _ in range(int(count)):
         found.append([type(error).__name__, ""])
     s.close()
 print(json.dumps(found))
+"""
+
+HEARD = """
+import json, socket, sys, time
+found = set()
+socks = []
+for _ in range(32):
+    socks.append(s := socket.socket(10 if ":" in sys.argv[1] else 2, socket.SOCK_DGRAM))
+    s.connect((sys.argv[1], int(sys.argv[2])))
+    s.send(b"x")
+deadline = time.monotonic() + 1
+while time.monotonic() < deadline:
+    for s in socks:
+        s.setblocking(False)
+        try:
+            found.add(s.recv(4096).decode().split()[0].split("/")[1])
+        except OSError:
+            pass
+    time.sleep(0.02)
+print(json.dumps(sorted(found)))
 """
 
 
@@ -160,7 +183,7 @@ FOLDER = "---".join(
         pod("one", "node-1"),
         pod("two", "node-2"),
         pod("far", "node-2", "far"),
-        service("web", 30080),
+        service("web", 30080, f"clusterIP: {VIP[4]}\n  clusterIPs: [{VIP[4]}, '{VIP[6]}']"),
         service("local", 30090, "externalTrafficPolicy: Local", app="far"),
         service("sticky", 30100, "sessionAffinity: ClientIP"),
         service("empty", 30110, app="nobody"),
@@ -203,6 +226,35 @@ class Cluster:
         argv = ["ip", "netns", "exec", netns or self.client, *argv]
         found = subprocess.run(argv, capture_output=True, text=True, check=True)
         return [tuple(x) for x in json.loads(found.stdout)]
+
+    def admit(self, who: str) -> None:
+        """Only an entity, an address or the pod `far` to the pods of `web`."""
+        far = "{matchLabels: {app: far}}"
+        peers = {
+            "client": cidrs(OUTSIDE),
+            "node-1": cidrs(NODES["node-1"]),
+            "far": f"{{pods: {{namespaceSelector: {{any: true}}, podSelector: {far}}}}}",
+        }
+        peer = peers.get(who, f"{{entities: [{who}]}}")
+        temporary = self.folder / ".policy.tmp"
+        temporary.write_text(f"""
+apiVersion: tidegate.dev/v1alpha1
+kind: TrafficPolicy
+metadata: {{name: web}}
+spec:
+  subject: {{podSelector: {{matchLabels: {{app: web}}}}}}
+  isolates: [Ingress]
+  mode: Enforce
+  ingress: [{{action: Allow, peers: [{peer}], ports: [{{any: true}}]}}]
+""")
+        temporary.rename(self.folder / "policy.yaml")
+
+
+def cidrs(pair: dict[int, str]) -> str:
+    each = ", ".join(
+        f"{{cidr: '{text}/{128 if ':' in text else 32}', except: []}}" for text in pair.values()
+    )
+    return f"{{cidrs: [{each}]}}"
 
 
 def ip(*words: str) -> None:
@@ -483,30 +535,53 @@ def test_affinity(cluster: Cluster) -> None:
             assert seen <= {"one", "two"}
 
 
-def test_policy_sees_the_client_or_the_node(cluster: Cluster) -> None:
-    """A backend here: the client's address. One that another node led to: that node's."""
+SEES = [
+    # reason, who asks, what (a node's port or the ClusterIP), whom the policy lets in, who answers
+    ("outside, to a pod of this node: the client", "outside", "node-1", "world", {"one"}),
+    ("outside, to another node's: that node", "outside", "node-1", "remote-node", {"two"}),
+    ("outside: the client's own address", "outside", "node-1", "client", {"one"}),
+    ("that node's own address", "outside", "node-1", "node-1", {"two"}),
+    ("which is never the host", "outside", "node-1", "host", set()),
+    ("a pod elsewhere, to a pod of this node: the pod", "far", "node-1", "far", {"one"}),
+    ("the same, back to its own node: this node", "far", "node-1", "remote-node", {"two"}),
+    ("a pod, by the ClusterIP: the pod", "far", "vip", "far", {"one", "two"}),
+    ("a pod, by a port of its own node: the pod", "far", "node-2", "far", {"one", "two"}),
+    ("which is no node", "far", "vip", "remote-node", set()),
+    ("a pod and itself: itself, whatever the policy", "one", "vip", "world", {"one"}),
+    ("a pod with the policy's labels and the other", "one", "vip", "far", {"one"}),
+]
 
-    def only(cidr: str) -> None:
-        (cluster.folder / "policy.yaml").write_text(f"""
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: {{name: one}}
-spec:
-  podSelector: {{matchLabels: {{app: web}}}}
-  ingress: [{{from: [{{ipBlock: {{cidr: {cidr}}}}}], ports: [{{port: 8080}}]}}]
-""")
 
-    def seen() -> set[str]:
-        return {who for who, _ in cluster.ask("", NODES["node-1"][4], 30080, 16)}
+def test_what_policy_sees(cluster: Cluster) -> None:
+    """The table of docs/services.md, per packet, in both families. Each row is asked until its
+    policy is in force."""
+    state = cluster.run_dir.read()
+    assert state is not None
+    places = Places({p.name: p.netns for p in state.pods})
+    places.paths["outside"] = f"/run/netns/{cluster.client}"
+
+    def answers(who: str, to: str, expected: set[str]) -> bool:
+        pairs = [(VIP[v], 53) if to == "vip" else (NODES[to][v], 30081) for v in (4, 6)]
+        questions = [Question(who, *pair, "UDP") for pair in pairs]
+        return places.heard(questions, expected, 2.0) == [expected, expected]
 
     try:
-        only(f"{OUTSIDE[4]}/32")
-        until(lambda: seen() == {"one", "timeout"}, "the client's address opens the near one")
-        only(f"{NODES['node-1'][4]}/32")
-        until(lambda: seen() == {"two", "timeout"}, "the node's address opens the far one")
+        for admitted in dict.fromkeys(row[3] for row in SEES):
+            cluster.admit(admitted)
+            for why, who, to, _, expected in (row for row in SEES if row[3] == admitted):
+                until(partial(answers, who, to, expected), f"{why}: {expected or 'nobody'}")
+        # What the node itself asks, by its sockets.
+        for admitted, named in (("far", ["one"]), ("remote-node", ["one", "two"])):
+            cluster.admit(admitted)
+            for address in VIP.values():
+                argv = ["exec", "node/node-1", "--", sys.executable, "-c", HEARD, address, "53"]
+                until(
+                    lambda w=argv, n=named: json.loads(cluster.tidegate(*w)) == n,
+                    f"host for its own pod, another node for the other: {named}",
+                )
     finally:
-        (cluster.folder / "policy.yaml").unlink()
-    until(lambda: seen() == {"one", "two"}, "nobody is isolated")
+        (cluster.folder / "policy.yaml").unlink(missing_ok=True)
+    until(partial(answers, "outside", "node-1", {"one", "two"}), "nobody is isolated")
 
 
 def test_lists_say_it(cluster: Cluster) -> None:

@@ -25,6 +25,8 @@ GRACE_SECONDS = 0.5
 PATIENCE_SECONDS = 20.0
 AGAIN_SECONDS = 0.4
 """Then what has no answer is sent again; TCP does so by itself."""
+DATAGRAMS = 32
+"""To a Service: that none of two endpoints gets one happens once in four billion times."""
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 _ports = itertools.cycle(range(20000, 32000))
 
@@ -75,6 +77,30 @@ class Places:
             wanted = [one for one, wants in zip(asked, expected, strict=True) if wants]
             _wait(asked, wanted, seconds)
         return [one.found for one in asked]
+
+    def heard(
+        self, questions: Sequence[Question], wanted: set[str], seconds: float
+    ) -> list[set[str]]:
+        """Which pods of namespace default answer datagrams to a Service, as many as make sure that
+        each endpoint gets one. Waits for those wanted of each question, and a moment more."""
+        found: list[set[str]] = [set() for _ in questions]
+        with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+            for names, question in zip(found, questions, strict=True):
+                for _ in range(DATAGRAMS):
+                    sock = self.socket(question.who, question.family, socket.SOCK_DGRAM)
+                    stack.callback(sock.close)
+                    sock.connect((question.address, question.port))
+                    sock.send(b"x")
+                    selector.register(sock, selectors.EVENT_READ, (sock, names))
+            deadline, complete = time.monotonic() + seconds, False
+            while time.monotonic() < deadline:
+                for key, _ in selector.select(0.05):
+                    sock, names = key.data
+                    with contextlib.suppress(OSError):
+                        names.add(sock.recv(4096).split()[0].decode().removeprefix("default/"))
+                if not complete and all(names >= wanted for names in found):
+                    deadline, complete = time.monotonic() + GRACE_SECONDS, True
+        return found
 
 
 @dataclass
