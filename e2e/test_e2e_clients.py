@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 import pytest
+from support.ca_soak import scaled
 from support.waiting import until
 from tidegate_kube import Client, resources
 from tidegate_kube.kubeconfig import from_kubeconfig
@@ -32,7 +33,7 @@ BULK = {"bulk-socket": "client", "bulk-packets": "plain"}
 """Pods with iperf3, each with its Service, and who uses it."""
 CHANGES = 1000
 """Of EndpointSlices, while iperf3 runs; it runs again until there were so many."""
-SECONDS = 10
+SECONDS = scaled(10, 60)
 WAIT_SECONDS = 90.0
 
 
@@ -79,6 +80,12 @@ def bulk(name: str, node: str) -> Manifest:
     container = pod["spec"]["containers"][0]
     container |= {"command": ["/iperf3", "-s", "-4"], "args": []}
     del container["readinessProbe"]
+    return scratching(pod)
+
+
+def scratching(pod: Manifest) -> Manifest:
+    """iperf3 wants a place for files, and the image has none."""
+    pod["spec"]["containers"][0]["env"].append({"name": "TMPDIR", "value": "/dev/shm"})
     return pod
 
 
@@ -94,7 +101,7 @@ def place(tidegate: None) -> Iterator[Place]:
         service("web", 80),
         *(made for name in BULK for made in (service(name, IPERF), bulk(name, far))),
         namer,
-        pods.manifest("client", SPACE, node=near),
+        scratching(pods.manifest("client", SPACE, node=near)),
         pods.manifest("plain", SPACE, node=near),
     )
     cluster.kubectl("rollout", "status", "-n", SPACE, "deployment/web", "--timeout=90s")
@@ -179,6 +186,7 @@ def iperf3(place: Place) -> Iterator[list[subprocess.Popen[str]]]:
             server = place.pods[name]
             # One connection to speak of it, and the one that is measured.
             until(lambda s=server: len(asking.connections(s)) == 2, f"{name} is used", WAIT_SECONDS)
+            assert [client.poll() for client in clients] == [None] * len(BULK)
         yield clients
     finally:
         for client in clients:
