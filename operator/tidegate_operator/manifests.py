@@ -1,12 +1,14 @@
 """The folder: every manifest below a path, validated, each with its last valid meaning.
 
 What cannot be read or understood never takes away what was in force: a document that
-became invalid keeps its last valid version, an unreadable file, directory or folder
-keeps everything it held. Only a file or document that is really gone removes.
+became invalid keeps its last valid version, a policy that never had one fails closed, an
+unreadable file, directory or folder keeps everything it held. Only a file or document that is
+really gone removes.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import os
@@ -20,7 +22,8 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel, ValidationError
 from tidegate_api.kinds import KINDS, AnyObject
 
-from tidegate_operator import yamldoc
+from tidegate_operator import meanings, unread, yamldoc
+from tidegate_operator.policies import RulePlace
 from tidegate_operator.problems import Problem, Source, at
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -32,6 +35,10 @@ MAX_ERRORS = 10
 """Errors reported for one object."""
 
 STAYS = "the last valid version stays in force"
+CLOSED = (
+    "until then it isolates whom it selects, its rules that are not understood allow nothing, and "
+    "those that would deny or pass deny everything"
+)
 
 
 class Key(NamedTuple):
@@ -47,6 +54,15 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Closed:
+    """A policy that is not as it should be, as far as it can be read: see `unread`."""
+
+    object: meanings.WrittenPolicy
+    rules: tuple[RulePlace, ...]
+    """Those that are not understood."""
+
+
+@dataclass(frozen=True, eq=False)
 class Document:
     """One valid object. While its text does not change, `object` is the same Python
     object in every read, so readers may cache by identity."""
@@ -56,6 +72,8 @@ class Document:
     source: Source
     stale: bool = False
     """In force although the file no longer says so: its text is invalid now."""
+    closed: Closed | None = None
+    """Of a policy that was never valid: `object` is what can be read of it."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,7 @@ class _Item:
     key: Key | None = None
     object: AnyObject | None = None
     problems: tuple[Problem, ...] = ()
+    closed: Closed | None = None
     skipped: tuple[str, str] | None = None
     """(apiVersion, kind) of a kind that is none of ours."""
 
@@ -321,16 +340,27 @@ def _assemble(
     kept = [
         replace(document, stale=True)
         for document in known.held
-        if document.key not in keys and (nameless or document.key in named)
+        if document.key not in keys
+        and (nameless or document.key in named)
+        and (document.closed is None or document.key not in named)
     ]
     kept_keys = {document.key for document in kept}
+    closed = [
+        Document(item.key, item.closed.object, Source(name, index, item.line), closed=item.closed)
+        for index, item in broken
+        if item.closed is not None and item.key is not None and item.key not in keys | kept_keys
+    ]
+    closed_keys = {document.key for document in closed}
     problems = []
     for index, item in broken:
-        stays = item.key in kept_keys if item.key is not None else bool(kept)
-        for problem in item.problems:
-            problems.append(_placed(problem, name, index, item, f"; {STAYS}" if stays else ""))
+        tail = ""
+        if item.key in closed_keys:
+            tail = f"; {CLOSED}"
+        elif item.key in kept_keys or (item.key is None and kept):
+            tail = f"; {STAYS}"
+        problems += [_placed(problem, name, index, item, tail) for problem in item.problems]
     skipped = tuple(item.skipped for _, item in items if item.skipped is not None)
-    return _File(data, chunks, (*valid, *kept), tuple(problems), skipped)
+    return _File(data, chunks, (*valid, *kept, *closed), tuple(problems), skipped)
 
 
 def _placed(problem: Problem, file: str, index: int, item: _Item, tail: str) -> Problem:
@@ -439,7 +469,24 @@ def _validate(
         if len(details) > MAX_ERRORS:
             text = f"and {len(details) - MAX_ERRORS} more errors"
             problems.append(_error(text, "repair the first ones", what=what))
-        return _Item(line, key, problems=tuple(_relative(problem, line) for problem in problems))
+        return _Item(
+            line,
+            key,
+            problems=tuple(_relative(problem, line) for problem in problems),
+            closed=_closed(data, error, model) if key is not None else None,
+        )
+
+
+def _closed(data: dict[str, Any], error: ValidationError, model: type[AnyObject]) -> Closed | None:
+    """None: no policy, or not even whom it selects can be told."""
+    if not issubclass(model, meanings.WrittenPolicy):
+        return None
+    tree = copy.deepcopy(data)
+    try:
+        rules = unread.leave(tree, error, model)
+        return Closed(model.model_validate(tree), rules)
+    except (unread.Unreadable, ValidationError):
+        return None
 
 
 def _relative(problem: Problem, base: int) -> Problem:

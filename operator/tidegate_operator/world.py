@@ -276,7 +276,12 @@ class _Builder:
         for document in documents:
             assert isinstance(document.object, meanings.WrittenPolicy)
             written[PolicyName(*document.key)] = document.object
-        return meanings.policies(written, self.previous.policies)
+        closed = {
+            PolicyName(*document.key): document.closed.rules
+            for document in documents
+            if document.closed is not None
+        }
+        return meanings.policies(written, self.previous.policies, closed)
 
     def _identities(
         self, documents: Sequence[Document], relevant: Relevance

@@ -59,5 +59,7 @@ def snapshot_of(documents: Sequence[Document]) -> tuple[Snapshot, tuple[Problem,
         except kinds.DecodeError as error:
             problems.append(at(document.source, "error", str(error), object=str(key)))
             continue
+        if document.closed is not None:
+            item = msgspec.structs.replace(item, unread=document.closed.rules)
         found.setdefault(field, {})[key.namespace, key.name] = item
     return Snapshot(**found), tuple(problems)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from tidegate_api import API_VERSION, clusterpolicy, state, trafficpolicy, users
 
-from tidegate_operator import endpoints
+from tidegate_operator import endpoints, unread
 from tidegate_operator.meanings import WrittenPolicy
 from tidegate_operator.objects import (
     ContainerPort,
@@ -119,8 +119,7 @@ class PolicyFacts(msgspec.Struct, frozen=True):
     written: WrittenPolicy
     target: Target
     unread: tuple[RulePlace, ...] = ()
-    """Rules that are not understood: one that allows allows nothing, any other denies all; and
-    the policy isolates as ever."""
+    """Rules that are not understood; see the module of that name."""
     why: str = ""
 
 
@@ -435,7 +434,7 @@ def service(data: bytes) -> ServiceFacts:
         if not unknown:
             raise DecodeError(_words(error)) from error
     for path in unknown:
-        _remove(tree, path)
+        unread.remove(tree, path)
     names = tuple(".".join(map(str, path)) for path in unknown)
     return ServiceFacts(_validate(users.Service, tree), names)
 
@@ -453,55 +452,19 @@ def traffic_policy(data: bytes) -> PolicyFacts:
 
 
 def _policy(data: bytes, version: str, model: type[WrittenPolicy]) -> PolicyFacts:
-    """A policy that the API server took isolates and denies, whatever else it says: rules with
-    what a newer server knows and we do not are left unread. DecodeError: not even whom it
-    selects can be told."""
+    """A policy that the API server took isolates and denies, whatever else it says: see `unread`.
+    DecodeError: not even whom it selects can be told."""
     tree = _bare(data, version, model.__name__)
     try:
         written = model.model_validate(tree)
     except ValidationError as error:
-        unread = _leave_unread(tree, error, model)
+        try:
+            left = unread.leave(tree, error, model)
+        except unread.Unreadable:
+            raise DecodeError(_words(error)) from error
         written = _validate(model, tree)
-        return PolicyFacts(written, _target(written), unread, _words(error))
+        return PolicyFacts(written, _target(written), left, _words(error))
     return PolicyFacts(written, _target(written))
-
-
-def _unread_rule(model: type[WrittenPolicy], direction: str, rule: Any) -> dict[str, Any]:
-    """Stands where an unread rule was, so that the others keep their places. Of what it says
-    only the action counts."""
-    if model is users.NetworkPolicy:
-        return {"ports": [{"port": "unread"}]}
-    action = rule.get("action") if isinstance(rule, dict) else None
-    if model is trafficpolicy.TrafficPolicy:
-        action = "Allow" if action == "Allow" else "Deny"
-        return {"action": action, "peers": [{"any": True}], "ports": [{"any": True}]}
-    side = "from" if direction == "ingress" else "to"
-    return {"action": "Accept" if action == "Accept" else "Deny", side: [{"namespaces": {}}]}
-
-
-def _leave_unread(
-    tree: dict[str, Any], error: ValidationError, model: type[WrittenPolicy]
-) -> tuple[RulePlace, ...]:
-    """Takes what `error` is about out of `tree`; the rules that are thereby unread. A field of
-    the spec itself may change what every rule means. DecodeError: see `_policy`."""
-    unread: set[RulePlace] = set()
-    for item in error.errors(include_url=False):
-        path = item["loc"]
-        match path:
-            case ("spec", "ingress" | "egress" as direction, int() as index, *_):
-                unread.add((str(direction), index))
-            case ("spec", str(), *_) if len(path) == 2 and item["type"] == "extra_forbidden":
-                _remove(tree, path)
-                unread |= {
-                    (rules, index)
-                    for rules in ("ingress", "egress")
-                    for index in range(len(tree["spec"].get(rules) or ()))
-                }
-            case _:
-                raise DecodeError(_words(error)) from error
-    for rules, index in unread:
-        tree["spec"][rules][index] = _unread_rule(model, rules, tree["spec"][rules][index])
-    return tuple(sorted(unread))
 
 
 # ---- Our own kinds -----------------------------------------------------------------------
@@ -624,12 +587,6 @@ def _words(error: ValidationError) -> str:
     ]
     more = f"; and {len(found) - MAX_ERRORS} more" if len(found) > MAX_ERRORS else ""
     return "; ".join(found[:MAX_ERRORS]) + more
-
-
-def _remove(tree: Any, path: tuple[int | str, ...]) -> None:
-    for step in path[:-1]:
-        tree = tree[step]
-    del tree[path[-1]]
 
 
 def _target(written: WrittenPolicy | users.Identity) -> Target:
