@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from tidegate_api.users import (
     ObjectMeta,
@@ -36,7 +36,18 @@ MAX_TERMS = 16
 MAX_VALUES = 64
 """Of one expression."""
 
-Yes = Annotated[Literal[True], WithJsonSchema({"type": "boolean", "enum": [True]})]
+
+def _yes(value: object) -> object:
+    if value is not True:  # 1 is equal to it, and no JSON true
+        raise invalid("is not true", "write true, or leave it out")
+    return value
+
+
+Yes = Annotated[
+    Literal[True],
+    BeforeValidator(_yes),
+    WithJsonSchema({"type": "boolean", "enum": [True]}),
+]
 Direction = Literal["Ingress", "Egress"]
 
 
@@ -80,7 +91,21 @@ Byte = Annotated[
     Field(ge=0, le=255),
     WithJsonSchema({"type": "integer", "format": "int32", "minimum": 0, "maximum": 255}),
 ]
-LabelKey = Annotated[str, WithJsonSchema({"type": "string", "maxLength": 317, "minLength": 1})]
+_DNS_LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+# [prefix/]name, without CEL: there may be too many of them.
+LabelKey = Annotated[
+    str,
+    WithJsonSchema(
+        {
+            "type": "string",
+            "maxLength": 317,
+            "minLength": 1,
+            "pattern": rf"^({_DNS_LABEL}(\.{_DNS_LABEL})*/)?"
+            "[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
+            "allOf": [{"pattern": "^([^/]{1,253}/)?[^/]{1,63}$"}],
+        }
+    ),
+]
 _LABEL_TEXT: dict[str, Any] = {
     "type": "string",
     "maxLength": 63,
@@ -248,6 +273,12 @@ class Peer(Strict):
     """Networks."""
     identity: Subdomain | None = None
     """The name of an Identity that a user made: the pods or hosts that it stands for."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if self.entities is not None and len(set(self.entities)) != len(self.entities):
+            raise invalid("entities names one twice", "name each once")
+        return self
 
 
 # ---- Ports -----------------------------------------------------------------------------
