@@ -168,6 +168,9 @@ class Actual(msgspec.Struct):
                 self.index.rested(due)
 
     def reindex(self) -> None:
+        """Of what was read back at `now`. Slots that have rested until then are free in it; were
+        the next `wake` to give them back once more, two frontends would get them."""
+        self.resting = tuple(r for r in self.resting if r.until > self.now)
         self.index = Index(self.services())
 
     def services(self) -> Held:

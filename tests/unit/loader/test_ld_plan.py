@@ -153,6 +153,19 @@ def _desired(wanted: world.World, *numbers: int) -> maps.DesiredMaps:
     return maps.build(wanted.state(), world.interfaces(*numbers))
 
 
+@pytest.mark.parametrize("read_back", [104, 105, 107])
+def test_slots_are_free_once_whenever_the_kernel_is_read_back(read_back: int) -> None:
+    """A frontend's old slots rest until 105; twice in the gaps they went to two frontends."""
+    actual = plan.Actual(limits=LIMITS, now=100, resting=(plan.Resting(3, 2, 105),))
+    actual.reindex()
+    actual.now = read_back
+    actual.reindex()
+    actual.wake(110)
+    assert actual.index is not None
+    free = sorted(at for base, count in actual.index.gaps for at in range(base, base + count))
+    assert free == list(range(LIMITS.slots))
+
+
 def test_the_order_of_a_start_from_nothing() -> None:
     made = Fake().bring(_desired(world.example(), 1, 2))
     assert [type(s).__name__ for s in made.steps] == [
