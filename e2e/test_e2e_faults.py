@@ -5,18 +5,23 @@ asking, who must get no answer."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.ca_soak import campaign, scaled
 
 from kind import cluster
+from kind.run import Failed
 from rig import asking, install, matrix, pods, town
 
 pytestmark = pytest.mark.kind
 ROUNDS = scaled(ci=2, soak=17)
 """In each all loaders are killed: three on this cluster."""
+STALLS = 20
+"""Of etcd, about a second each."""
 
 
 def restarted(find: Callable[[], dict[str, pods.Pod]], before: dict[str, pods.Pod]) -> None:
@@ -59,6 +64,28 @@ def test_api_server_killed(traffic: None, askers: asking.Askers, place: town.Tow
     place.served(askers)
     pods.eventually(cluster.is_up, "the API server is back", 120)
     pods.apply(town.policy("stranger"), town.policy())
+    install.wait_ready()
+
+
+def test_etcd_slow(traffic: None, askers: asking.Askers, place: town.Town) -> None:
+    """It stands still most of the time, so that every write is late; nothing in force is touched
+    by that, and what is written meanwhile comes into force afterwards."""
+    node = cluster.control_plane()
+    stall = "pkill -STOP -x etcd; sleep 0.9; pkill -CONT -x etcd; sleep 0.3"
+    stalls = f"for i in $(seq {STALLS}); do {stall}; done"
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(cluster.inside, node, "sh", "-c", stalls)
+        written = 0
+        while not slow.done():
+            with contextlib.suppress(Failed):  # a request may end before etcd goes on
+                pods.apply(town.policy("nobody", *(["somebody"] if written % 2 else [])))
+                written += 1
+            place.served(askers)
+            place.refused(askers)
+        slow.result()
+    assert written
+    pods.eventually(cluster.is_up, "the API server is back", 120)
+    pods.apply(town.policy())
     install.wait_ready()
 
 

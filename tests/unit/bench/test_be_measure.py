@@ -121,7 +121,13 @@ def test_every_row_of_the_table_has_a_measurement() -> None:
         "e2e-policy",
         "e2e-endpoints",
         "first-packet",
+        "op-cold",
+        "op-one",
+        "op-rss",
+        "bytes-pod",
+        "bytes-labels",
         "loader-kind",
         "image",
+        "op-ready",
     ]
     assert [name for name in promised if f'"{name}"' not in named] == []
