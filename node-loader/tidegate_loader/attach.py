@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tidegate_bpf import (
@@ -95,10 +95,13 @@ class Programs:
         kept: Path | None = None,
         *,
         flow_events: bool = True,
+        meanwhile: Callable[[Mapping[str, Program]], None] | None = None,
     ) -> None:
         """`known`: object file -> hash of what is pinned (`Realised.objects`). Objects
         that are not there are left out. `kept`: where the objects last loaded are kept, so
         that maps of their layouts can be read; None: what those hold is not carried over.
+        `meanwhile`: called with the first object's programs where nothing was pinned, once
+        they and the maps that all objects share are; it has to return at once.
         LayoutError, VerifierError, BpfError; UnlistedObject: nothing has been loaded or
         replaced."""
         self.hashes: dict[str, str] = {}
@@ -107,6 +110,7 @@ class Programs:
         sums = checked(objects)
         for name in ("maps", "progs", "links"):
             (pin_dir / name).mkdir(parents=True, exist_ok=True)
+        empty = not any(any((pin_dir / name).iterdir()) for name in ("maps", "links"))
         for name, full in sums.items():
             # Programs with other knobs are other programs.
             self.hashes[name] = full[:32] + ("" if flow_events else QUIET)
@@ -115,6 +119,8 @@ class Programs:
             if known.get(name) == self.hashes[name]:
                 pinned = _open_all(pin_dir, spec)
             self.programs.update(pinned or _load(pin_dir, spec, flow_events))
+            if empty and meanwhile is not None and name == OBJECTS[0]:
+                meanwhile(dict(self.programs))
         self.migrations = self._migrations(pin_dir / "maps", kept)
         """Maps of other layouts that a loader before this one left, and their successors."""
         self._kept = kept

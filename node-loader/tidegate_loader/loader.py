@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import datetime
 import socket
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,17 @@ from msgspec import UNSET, structs
 from tidegate_api.state import Condition, NodeStateStatus, PeerDigests, encode
 from tidegate_bpf import BpfError, mounts
 
-from tidegate_loader import addresses, attach, cni, datagrams, kernel, kubeproxy, plan, uplinks
+from tidegate_loader import (
+    addresses,
+    ahead,
+    attach,
+    cni,
+    datagrams,
+    kernel,
+    kubeproxy,
+    plan,
+    uplinks,
+)
 from tidegate_loader.apply import apply
 from tidegate_loader.local import (
     READS_FORMATS,
@@ -31,7 +40,7 @@ from tidegate_loader.local import (
     read_realised,
     write_realised,
 )
-from tidegate_loader.maps import Builder, DesiredMaps, MapsError, Part, State, Uplinks
+from tidegate_loader.maps import Builder, DesiredMaps, MapsError, State, Uplinks
 from tidegate_loader.plan import Actual, NodeEntry
 from tidegate_loader.rules import RuleSetError
 from tidegate_loader.source import Source, Stalled
@@ -102,45 +111,48 @@ class Loader:
         self._paths.detached.unlink(missing_ok=True)
         # The kernel verifies programs and reads maps without the interpreter's lock: read the
         # state meanwhile.
-        foresight = _Foresight(self._source, self._builder)
+        options = self._options
+        foresight = ahead.Foresight(self._source, self._builder)
+        empty = ahead.Empty(options.pin_dir, foresight, options.force_clsact)
         foresight.start()
         try:
-            programs = attach.Programs(
-                self._options.objects,
-                self._options.pin_dir,
-                self._realised.objects,
-                self._paths.loaded,
-                flow_events=self._options.flow_events,
-            )
-            if "pod.o" not in programs.specs:
-                raise BpfError(2, f"no pod.o in {self._options.objects}")
-            layouts = kernel.Layouts(programs.specs["pod.o"])
-            self._programs = programs
-            self._kernel = kernel.Kernel(self._options.pin_dir, layouts)
-            dumped = self._kernel.dump_ipcache()
+            self._load(foresight, empty)
         finally:
             foresight.join()
-        self._attacher = attach.Attacher(
-            self._options.pin_dir, programs.programs, self._options.force_clsact
+            empty.join()
+
+    def _load(self, foresight: ahead.Foresight, empty: ahead.Empty) -> None:
+        options = self._options
+        programs = attach.Programs(
+            options.objects,
+            options.pin_dir,
+            self._realised.objects,
+            self._paths.loaded,
+            flow_events=options.flow_events,
+            meanwhile=empty.start,
         )
+        if "pod.o" not in programs.specs:
+            raise BpfError(2, f"no pod.o in {options.objects}")
+        layouts = kernel.Layouts(programs.specs["pod.o"])
+        self._programs = programs
+        self._kernel = kernel.Kernel(options.pin_dir, layouts)
+        empty.filled()
+        dumped = self._kernel.dump_ipcache()
+        foresight.join()
+        self._attacher = attach.Attacher(options.pin_dir, programs.programs, options.force_clsact)
         if programs.migrations:
             self._look(foresight, dumped)
             return
-        gating = threading.Thread(target=self._gate_ahead, args=(foresight.interfaces,))
-        gating.start()
+        gating = ahead.Gating(self._attacher, foresight)
+        if not empty.started:
+            gating.start()
         try:
-            self._attach_sockets(self._options.cgroup)
+            self._attach_sockets(options.cgroup)
             self._attach_uplinks()
             self._look(foresight, dumped)
         finally:
-            gating.join()
-
-    def _gate_ahead(self, interfaces: Mapping[str, LocalInterface]) -> None:
-        """Each new link waits for an RCU grace period, and takes no CPU meanwhile. What goes
-        wrong is said by the cycle, which asks for the same."""
-        now = {uid: i for uid, i in interfaces.items() if not i.adopted}
-        with contextlib.suppress(OSError):
-            self._attacher.interfaces(now)
+            if not empty.started:
+                gating.join()
 
     def _try_to_move(self) -> list[str]:
         try:
@@ -164,7 +176,7 @@ class Loader:
         programs.migrated()
         self._log.info("moved to maps of another layout", left=names, carried=carried)
 
-    def _look(self, foresight: _Foresight, dumped: tuple[bytes, bytes]) -> None:
+    def _look(self, foresight: ahead.Foresight, dumped: tuple[bytes, bytes]) -> None:
         """What the kernel holds; `dumped`: its addresses. Where nothing is in force yet, addresses
         are filled in already: until there is a node table no program looks at them."""
         assert self._kernel is not None
@@ -563,35 +575,6 @@ class Loader:
                 )
             )
         return found
-
-
-class _Foresight(threading.Thread):
-    """Fills the memories of a source and a builder, which are its own until it is joined.
-
-    What is wrong with the state is said by the cycle that comes to it."""
-
-    def __init__(self, source: Source, builder: Builder) -> None:
-        super().__init__(daemon=True)
-        self._source = source
-        self._builder = builder
-        self.interfaces: Mapping[str, LocalInterface] = {}
-        """Those that the first cycle will gate."""
-        self.parts: tuple[Part, ...] = ()
-        self.ipcache: dict[bytes, int] | None = None
-        """All parts: what the kernel holds if nothing changed since it was last written."""
-
-    def run(self) -> None:
-        with contextlib.suppress(Stalled, MapsError, RuleSetError, OSError):
-            interfaces, _ = self._source.interfaces()
-            state = self._source.state()
-            if state.node.spec.mode == "Detached":
-                return
-            self.interfaces = interfaces
-            self.parts = self._builder.build(state, interfaces).ipcache
-            merged: dict[bytes, int] = {}
-            for part in self.parts:
-                merged.update(part)
-            self.ipcache = merged
 
 
 def _is_gone(interface: LocalInterface) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import gc
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +17,9 @@ from support import loader_world as world
 from support.loader_node import TIMEOUT, Node, ip, poll
 from support.other_version import compile_object
 from tidegate_api import state as api
-from tidegate_bpf import Link, ObjectFile, attach_tcx, clsact, mounts, netns
-from tidegate_loader import addresses, kernel
+from tidegate_bpf import Link, ObjectFile, VerifierError, attach_tcx, clsact, mounts, netns
+from tidegate_loader import addresses, kernel, log
+from tidegate_loader.loader import Loader
 
 pytestmark = [
     pytest.mark.kernel,
@@ -247,3 +251,53 @@ def test_socket_programs_attach_to_a_cgroup(node: Node) -> None:
             assert link.info.id == before
     finally:
         cgroup.rmdir()
+
+
+REFUSED = r"""
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+SEC("tc") int from_net(struct __sk_buff *skb) { return *(volatile int *)(long)skb->len; }
+char _license[] SEC("license") = "GPL";
+"""
+
+
+def test_an_object_that_does_not_load_is_named_and_the_next_start_finds_its_way(node: Node) -> None:
+    """The first object's gates and addresses may be there already."""
+    node.add_interface(1)
+    node.write(world.example())
+    source = node.objects / "net.bpf.c"
+    source.write_text(REFUSED)
+    compile_object(source, node.objects / "net.o")
+    node.start("--once")
+    assert node.process is not None
+    assert node.process.wait(TIMEOUT) == 1
+    assert "from_net" in node.log.read_text()
+    assert not node.realised().endpoints
+    assert not (node.pin_dir / "node_table").exists()
+    (node.objects / "net.o").unlink()
+    node.start()
+    node.wait_for(world.example(), 1)
+
+
+def test_an_empty_node_that_refuses_an_object_is_left_without_threads_and_descriptors(
+    node: Node,
+) -> None:
+    node.add_interface(1)
+    node.write(world.example())
+    source = node.objects / "net.bpf.c"
+    source.write_text(REFUSED)
+    compile_object(source, node.objects / "net.o")
+    options = argparse.Namespace(
+        node=world.NODE, pin_dir=node.pin_dir, objects=node.objects, force_clsact=False,
+        cgroup=None, flow_events=True,
+    )  # fmt: skip
+
+    def left() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    with netns.inside(f"/run/netns/{node.namespace}"):
+        before = left()
+        with pytest.raises(VerifierError, match="from_net"):
+            Loader(node.paths, options, log.logger(world.NODE, "warning"))
+        assert left() == before
