@@ -66,16 +66,20 @@ class Places:
         return made
 
     def ask(
-        self, questions: Sequence[Question], expected: Sequence[bool], seconds: float
+        self,
+        questions: Sequence[Question],
+        expected: Sequence[bool],
+        seconds: float,
+        grace: float = GRACE_SECONDS,
     ) -> list[str]:
         """Per question "answered", "refused" (it came through, and nobody serves it) or "". Waits
-        for all that are expected, at most `seconds`; the others have had at least as long."""
+        for all that are expected, at most `seconds`, and `grace` for the others."""
         with contextlib.ExitStack() as stack:
             asked = [_Asked(self, q) for q in questions]
             for one in asked:
                 stack.callback(one.sock.close)
             wanted = [one for one, wants in zip(asked, expected, strict=True) if wants]
-            _wait(asked, wanted, seconds)
+            _wait(asked, wanted, seconds, grace)
         return [one.found for one in asked]
 
     def heard(
@@ -156,7 +160,7 @@ class _Asked:
             self.found = error.strerror or "failed"
 
 
-def _wait(asked: list[_Asked], wanted: list[_Asked], seconds: float) -> None:
+def _wait(asked: list[_Asked], wanted: list[_Asked], seconds: float, grace: float) -> None:
     with selectors.DefaultSelector() as selector:
         for one in asked:
             tcp = one.question.protocol == "TCP"
@@ -170,7 +174,7 @@ def _wait(asked: list[_Asked], wanted: list[_Asked], seconds: float) -> None:
                     selector.unregister(key.fileobj)
             now = time.monotonic()
             if rest is None and all(one.found for one in wanted):
-                rest = now + GRACE_SECONDS
+                rest = now + grace
             if now - begun > seconds or (rest is not None and now > rest):
                 return
             if now - sent > AGAIN_SECONDS:
