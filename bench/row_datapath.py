@@ -24,6 +24,8 @@ ROUNDS = 100
 BURST_NS = 2_000_000
 """A round's length: shorter than a time slice, so that most rounds are nobody else's."""
 DENIED = 10_000
+EVERY_EVENT = 1 << 62
+"""A limit of denials that none of them meets."""
 """Denials a burst: their events fit into the ring, which is emptied after each burst."""
 ADDRESSES = 1000
 LOCAL = 100
@@ -264,7 +266,9 @@ def new_worst() -> Iterator[Result]:
 def deny() -> Iterator[Result]:
     with pinned(), ExitStack() as stack:
         bench = Bench(stack)
-        lab = bench.lab(remote_pods(FIRST, ADDRESSES), plain_rules(), fresh_port=81)
+        lab = bench.lab(
+            remote_pods(FIRST, ADDRESSES), plain_rules(), fresh_port=81, denial_burst_ns=EVERY_EVENT
+        )
         ring = stack.enter_context(RingBuffer(lab.maps["events_v1"]))
         frame = syn(text(FIRST), 81)
         expect(lab, "fresh_flow", frame, DROP)
@@ -278,8 +282,16 @@ def deny() -> Iterator[Result]:
         if delivered != ROUNDS * DENIED + 1:
             raise AssertionError(f"{delivered} events for {ROUNDS * DENIED + 1} denials")
         cost = costs(figures)
-        what = "denied new flow, its event delivered"
-        yield result("tc-deny", what, cost, 12.0)
+        # A flood of one kind, of which nearly every denial is only counted.
+        flood = bench.lab(
+            remote_pods(FIRST, ADDRESSES), plain_rules(), fresh_port=81, fresh_count=1
+        )
+        counted = interleaved(
+            {name: timed(flood, name, frame, DENIED) for name in PROGRAMS}, ROUNDS
+        )
+        found = result("tc-deny", "denied new flow, its event delivered", cost, 12.0)
+        found.extra["counted"] = round(costs(counted)["flow"] / cost["empty"], 2)
+        yield found
 
 
 # ---- services ----------------------------------------------------------------------------

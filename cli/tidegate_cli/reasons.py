@@ -34,6 +34,7 @@ TEXT: dict[int, str] = {
     229: "No free port to send on with the node's address",
     230: "Answer whose translation was forgotten",
     231: "Masqueraded",
+    252: "Event aggregated",
     253: "Policy denied in audit mode",
     254: "Events lost",
 }

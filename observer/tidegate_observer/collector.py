@@ -17,6 +17,7 @@ from tidegate_bpf import BpfError, Map, ObjectFile
 from tidegate_observer import rings
 from tidegate_observer.flow import Entry, Flow, Lost
 from tidegate_observer.history import History
+from tidegate_observer.limits import Limits
 from tidegate_observer.metrics import Metrics
 from tidegate_observer.policylog import PolicyLog
 from tidegate_observer.records import Denials, Flows
@@ -47,9 +48,11 @@ class Reader:
         self._memory = memory
         self.source = source
         flows = Flows(spec, node, MAX_LIVE)
+        self.limits = Limits(spec, node, pins)
+        denials = Denials(spec, node, self.limits.seen)
         self._sources = [
             (records, rings.Ring(pins / "maps" / name, records.size))
-            for name, records in (("events_v1", Denials(spec, node)), ("flows_v1", flows))
+            for name, records in (("events_v1", denials), ("flows_v1", flows))
         ]
         self.tracked = Tracked(spec, node, pins, flows.live)
         self._metrics = pins / "maps" / "metrics_v1"
@@ -72,6 +75,7 @@ class Reader:
             data = ring.read()
             if data:
                 found += records.flows(data, offset, self.source.directory)
+        found += self.limits.sweep(offset, self.source.directory)
         if self._sources[1][1].open:
             found += self.tracked.sweep(offset)
         return found

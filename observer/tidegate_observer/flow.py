@@ -14,6 +14,9 @@ import msgspec
 MAPPED = bytes(10) + b"\xff\xff"
 """What an IPv4 address begins with in the kernel's 128 bits."""
 
+NOBODY = bytes(16)
+"""No address."""
+
 TCP, UDP, SCTP, ICMP, ICMPV6 = 6, 17, 132, 1, 58
 
 
@@ -98,7 +101,7 @@ class Flow(msgspec.Struct, gc=False):
     """16 bytes each, IPv4 mapped; the destination after translation to a backend."""
     source_port: int
     destination_port: int
-    """Of ICMP: the type and the code, where they are known."""
+    """Of ICMP: what tells its flows apart (`icmp`)."""
     protocol: int
     tcp_flags: int
     interface: int
@@ -112,6 +115,8 @@ class Flow(msgspec.Struct, gc=False):
     counts: Counts | None = None
     cookie: int = 0
     cgroup: int = 0
+    more: int = 0
+    """Other than 0: this stands for so many denials like it that were not told one by one."""
 
 
 class Lost(msgspec.Struct, frozen=True, gc=False):

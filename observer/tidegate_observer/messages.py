@@ -7,6 +7,7 @@ from typing import Any
 from google.protobuf import any_pb2, struct_pb2, wrappers_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from tidegate_observer import icmp
 from tidegate_observer.api import flow_pb2
 from tidegate_observer.flow import (
     ICMP,
@@ -27,13 +28,10 @@ from tidegate_observer.meaning import CLUSTER, drop_reason, meaning, theirs
 _FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
 _SHOWN = (1, 4, 0, 2, 3, 5, 6, 7)
 """Bits in the order in which people are used to reading them: SYN, ACK, FIN, RST, …"""
-ICMP_NAMES = {0: "EchoReply", 3: "DestinationUnreachable", 8: "EchoRequest", 11: "TimeExceeded"}
-ICMPV6_NAMES = {
-    1: "DestinationUnreachable",
-    3: "TimeExceeded",
-    128: "EchoRequest",
-    129: "EchoReply",
-}
+
+
+MAX_COUNT = (1 << 32) - 1
+"""Of a `uint32`."""
 
 
 def timestamp(nanoseconds: int) -> Timestamp:
@@ -85,6 +83,12 @@ def flow_message(flow: Flow, uuid: str) -> flow_pb2.Flow:
         made.egress_allowed_by.extend(_policies(flow.egress))
         made.ingress_allowed_by.extend(_policies(flow.ingress))
     made.policy_log.extend(_asked(flow))
+    if flow.more:
+        count = min(flow.more, MAX_COUNT)
+        if flow.direction:
+            made.aggregate.egress_flow_count = count
+        else:
+            made.aggregate.ingress_flow_count = count
     if flow.counts is not None:
         made.extensions.CopyFrom(_counts(flow))
     return made
@@ -117,9 +121,11 @@ def _protocol(flow: Flow, made: flow_pb2.Flow) -> None:
     elif flow.protocol == SCTP:
         made.l4.SCTP.CopyFrom(flow_pb2.SCTP(**ports))
     elif flow.protocol == ICMP:
-        made.l4.ICMPv4.CopyFrom(flow_pb2.ICMPv4(type=8))
+        kind, code = icmp.type_code(flow)
+        made.l4.ICMPv4.CopyFrom(flow_pb2.ICMPv4(type=kind, code=code))
     elif flow.protocol == ICMPV6:
-        made.l4.ICMPv6.CopyFrom(flow_pb2.ICMPv6(type=128))
+        kind, code = icmp.type_code(flow)
+        made.l4.ICMPv6.CopyFrom(flow_pb2.ICMPv6(type=kind, code=code))
 
 
 def _policies(decision: Decision | None) -> list[flow_pb2.Policy]:
@@ -164,6 +170,10 @@ def summary(flow: Flow) -> str:
     else:
         names = {UDP: "UDP", SCTP: "SCTP", ICMP: "ICMPv4", ICMPV6: "ICMPv6"}
         text = names.get(flow.protocol, f"IP protocol {flow.protocol}")
+        if icmp.is_icmp(flow):
+            text += f" {icmp.text(flow)}"
+    if flow.more:
+        text += f"; {flow.more} more like this one"
     counts = flow.counts
     if counts is not None:
         text += (

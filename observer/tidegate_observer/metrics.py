@@ -17,6 +17,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import generate_latest
 
+from tidegate_observer import icmp
 from tidegate_observer.api import flow_pb2
 from tidegate_observer.flow import (
     ICMP,
@@ -38,6 +39,8 @@ MAX_SERVICES = 500
 MAX_PORTS = 200
 OTHER = "other"
 WORLD = 2
+LIMITED = 252
+"""TG_REASON_EVENT_LIMITED."""
 PROTOCOLS = {TCP: "TCP", UDP: "UDP", SCTP: "SCTP", ICMP: "ICMPv4", ICMPV6: "ICMPv6"}
 FLAGS = ((2, "SYN"), (1, "FIN"), (4, "RST"))
 DIRECTIONS = ("INGRESS", "EGRESS")
@@ -99,8 +102,9 @@ class Metrics:
                 self._service(flow).ended(flow.counts)
 
     def _start(self, flow: Flow) -> None:
-        if flow.protocol in (ICMP, ICMPV6):
-            self._icmp["IPv4" if flow.protocol == ICMP else "IPv6", "EchoRequest"] += 1
+        if icmp.is_icmp(flow):
+            kind = icmp.name(flow.protocol, icmp.type_code(flow)[0])
+            self._icmp["IPv4" if flow.protocol == ICMP else "IPv6", kind] += 1
             return
         key = flow.protocol, flow.destination_port
         if key not in self._ports and len(self._ports) >= MAX_PORTS:
@@ -110,14 +114,15 @@ class Metrics:
             self._service(flow).started += 1
 
     def _deny(self, flow: Flow) -> None:
-        self._drops[drop_reason(flow), flow.protocol] += 1
+        count = flow.more or 1
+        self._drops[drop_reason(flow), flow.protocol] += count
         decision = flow.egress or flow.ingress
         for policy in decision.policies if decision is not None else ():
             direction = "egress" if flow.egress is not None else "ingress"
             key = policy.kind, policy.namespace, policy.name, direction
             if key not in self._denied and len(self._denied) >= MAX_POLICIES:
                 key = OTHER, OTHER, OTHER, direction
-            self._denied[key] += 1
+            self._denied[key] += count
 
     def _service(self, flow: Flow) -> _Service:
         assert flow.service is not None
@@ -174,6 +179,10 @@ class Metrics:
             yield _counter(f"cilium_drop_{word}", "dropped, by the programs", labels, rows)
             forward = {key: value[at] for key, value in passed.items()}
             yield _counter(f"cilium_forward_{word}", "forwarded", ("direction",), forward)
+        limited = {(DIRECTIONS[d],): v[0] for (r, d), v in self.programs.items() if r == LIMITED}
+        yield _counter(
+            "tidegate_denials_aggregated", "not told one by one", ("direction",), limited
+        )
         entries, size, seconds = self.tracked
         yield _gauge("cilium_bpf_map_pressure", "filled", {("ct",): entries / size}, "map_name")
         yield _gauge("cilium_bpf_map_capacity", "entries", {("ct",): size}, "map_name")

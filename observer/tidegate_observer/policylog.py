@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tidegate_observer import icmp
 from tidegate_observer.flow import ICMP, ICMPV6, SCTP, TCP, UDP, End, Flow, Kind, address_text
 
 PROTOCOLS = {TCP: "tcp", UDP: "udp", SCTP: "sctp", ICMP: "icmp", ICMPV6: "icmp"}
@@ -80,14 +81,14 @@ class PolicyLog:
         key = (
             flow.source_address,
             flow.destination_address,
-            flow.destination_port,
+            icmp.type_code(flow) if icmp.is_icmp(flow) else flow.destination_port,
             flow.protocol,
             flow.direction,
             decision.policies,
         )
         held = self._denials.get(key)
         if held is not None:
-            held.line["count"] += 1
+            held.line["count"] += flow.more or 1
         elif len(self._denials) < self._settings.max_aggregated:
             self._denials[key] = _Denial(self._line(flow, "deny"), now)
         else:
@@ -113,15 +114,14 @@ class PolicyLog:
             "connection": {
                 "src_ip": address_text(flow.source_address),
                 "dest_ip": address_text(flow.destination_address),
-                "src_port": flow.source_port,
-                "dest_port": flow.destination_port,
+                **_ports(flow),
                 "protocol": PROTOCOLS.get(flow.protocol, str(flow.protocol)),
                 "direction": DIRECTIONS[flow.direction & 1],
             },
             "disposition": disposition,
             "src": _end(flow.source),
             "dest": _end(flow.destination),
-            "count": 1,
+            "count": flow.more or 1,
         }
         policies = [
             {"kind": p.kind, "name": p.name, **({"namespace": p.namespace} if p.namespace else {})}
@@ -182,6 +182,14 @@ class PolicyLog:
             os.replace(path, f"{path}.1")
         else:
             path.unlink()
+
+
+def _ports(flow: Flow) -> dict[str, int]:
+    """ICMP has none: type and code stand for them."""
+    if icmp.is_icmp(flow):
+        kind, code = icmp.type_code(flow)
+        return {"icmp_type": kind, "icmp_code": code}
+    return {"src_port": flow.source_port, "dest_port": flow.destination_port}
 
 
 def _end(end: End) -> dict[str, str]:

@@ -14,7 +14,8 @@ from tidegate_bpf import LayoutError, ObjectFile
 from tidegate_bpf.btf import Layout
 
 from tidegate_observer.directory import Directory
-from tidegate_observer.flow import Counts, Flow, Kind
+from tidegate_observer.flow import NOBODY, Counts, Flow, Kind
+from tidegate_observer.limits import AUDIT, LOG, MAX_KINDS, DenialKind
 
 RECORD_HEADER = 8
 """Bytes of the kernel's before each record."""
@@ -27,9 +28,6 @@ PORTS: list[int] = (
     else list(range(65536))
 )
 """A port as the machine loads it → as people write it; one int for all flows that have it."""
-
-NOBODY = bytes(16)
-"""No address."""
 
 
 def reader(layout: Layout, names: Sequence[str], header: int = RECORD_HEADER) -> struct.Struct:
@@ -73,9 +71,6 @@ EVENT = (
     "flags",
 )
 """Members of struct tg_event that a flow is made of."""
-
-AUDIT, LOG = 1, 2
-"""enum tg_event_flags: it passed, and policies in audit mode deny it, or its rule asks for this."""
 
 
 FLOW_EVENT = (
@@ -236,9 +231,13 @@ class Denials:
     """struct tg_event: packets that were dropped, by a policy or for what they are; and flows that
     passed, of which a policy wants to tell."""
 
-    def __init__(self, spec: ObjectFile, node: str) -> None:
+    def __init__(
+        self, spec: ObjectFile, node: str, seen: dict[DenialKind, Flow] | None = None
+    ) -> None:
+        """`seen`: where the last denial of each kind is kept (`limits.Limits`)."""
         layout = spec.layout("tg_event")
         self._node = node
+        self.seen: dict[DenialKind, Flow] = {} if seen is None else seen
         self.size = layout.size
         self._struct = reader(layout, EVENT)
 
@@ -249,6 +248,9 @@ class Denials:
         end, decision = directory.end, directory.decision
         egress_of, denied = 1, Kind.DENIED.value
         audited = Kind.AUDITED.value
+        seen = self.seen
+        if len(seen) > MAX_KINDS:
+            seen.clear()
         for (
             time,
             interface,
@@ -271,24 +273,25 @@ class Denials:
                 continue  # its flow is told of as every other
             verdict = decision(rule_set, rule, flags == AUDIT) if rule_set else None
             leaves = direction == egress_of
-            found.append(
-                Flow(
-                    node,
-                    time + offset,
-                    audited if flags & AUDIT else denied,
-                    reason,
-                    direction,
-                    source,
-                    destination,
-                    PORTS[sport],
-                    PORTS[dport],
-                    protocol,
-                    tcp_flags,
-                    interface,
-                    end(source, source_identity, endpoint if leaves else 0),
-                    end(destination, destination_identity, 0 if leaves else endpoint),
-                    verdict if leaves else None,
-                    None if leaves else verdict,
-                )
+            flow = Flow(
+                node,
+                time + offset,
+                audited if flags & AUDIT else denied,
+                reason,
+                direction,
+                source,
+                destination,
+                PORTS[sport],
+                PORTS[dport],
+                protocol,
+                tcp_flags,
+                interface,
+                end(source, source_identity, endpoint if leaves else 0),
+                end(destination, destination_identity, 0 if leaves else endpoint),
+                verdict if leaves else None,
+                None if leaves else verdict,
             )
+            what = reason | direction << 8 | flags << 16
+            seen[rule_set, rule, source_identity, destination_identity, endpoint, what] = flow
+            found.append(flow)
         return found

@@ -17,6 +17,7 @@ from support import town as t
 from support.lab import U32, addr
 from support.town import IP4, Town, segment
 from tidegate_bpf import RingBuffer
+from tidegate_observer import icmp
 from tidegate_observer.directory import Directory
 from tidegate_observer.flow import Flow
 from tidegate_observer.records import Flows
@@ -165,6 +166,17 @@ def test_other_protocols_start_once(town: Town) -> None:
     for _ in range(3):
         assert town.reason("a>", f.packet(IP4["a"], IP4["b"], f.UDP)) == 0
     assert kinds(town.told()) == [START]
+
+
+def test_icmp_that_is_no_echo_is_told_by_type_and_code(town: Town) -> None:
+    town.open()
+    town.told()
+    frame = f.eth(f.ip(IP4["a"], IP4["b"], f.ICMP, f.icmp(13, 5)))
+    assert town.reason("a>", frame) == 0
+    flows = Flows(town.lab.file, "node-1")
+    with RingBuffer(town.lab.maps["flows_v1"]) as ring:
+        (found,) = flows.flows(ring.read_fixed(flows.size), 0, Directory())
+    assert icmp.type_code(found) == (13, 5)
 
 
 def test_a_full_ring_loses_and_counts(town: Town) -> None:

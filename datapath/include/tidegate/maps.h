@@ -25,6 +25,8 @@ struct tg_anchors {
 	struct tg_half_open_set half_open_set;
 	struct tg_event event;
 	struct tg_flow_event flow_event;
+	struct tg_limit limit;
+	enum tg_limit_size limit_size;
 	enum tg_node_kind node_kind;
 	enum tg_peer_kind peer_kind;
 	enum tg_peer_word peer_word;
@@ -249,6 +251,22 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 20);
 } events_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct tg_limit_set);
+	__uint(max_entries, TG_LIMIT_SETS);
+} limits_v1 SEC(".maps");
+
+/* By set * TG_LIMIT_WAYS + way. In the kernel, so that it lives as long as what it
+ * counts, whoever reads. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct tg_limit_said);
+	__uint(max_entries, TG_LIMIT_SETS * TG_LIMIT_WAYS);
+} limits_said_v1 SEC(".maps");
 
 /* Apart from the denials, so that neither crowds out the other. */
 struct {

@@ -5,6 +5,7 @@
 
 #include <linux/pkt_cls.h>
 #include <tidegate/conntrack.h>
+#include <tidegate/limit.h>
 #include <tidegate/nat.h>
 #include <tidegate/policy.h>
 #include <tidegate/refuse.h>
@@ -70,6 +71,7 @@ struct tg_scratch {
 	struct tg_nat nat_other;
 	struct tg_asked asked;
 	struct tg_frontend_key counted;
+	struct tg_denial_kind kind;
 };
 
 struct {
@@ -152,18 +154,29 @@ tg_inline void tg_answer(struct tg_run *r, __u32 reason)
 	r->skb->priority = audited->audit ? audited->audit_rule : (__u32)TG_RULE_NONE;
 }
 
-/* Whose policy said no; else where the packet was. */
-tg_inline int tg_direction(const struct tg_run *r)
+/* `endpoint`: of the pod at this interface, 0: none; `what`: enum tg_reason |
+ * enum tg_direction << 8 | enum tg_event_flags << 16. */
+#define TG_WHAT(reason, direction, flags) ((reason) | (__u32)(direction) << 8 | (flags) << 16)
+
+tg_inline const struct tg_verdict *tg_verdict_of(const struct tg_scratch *s, __u32 what)
 {
-	if (r->s->ingress.reason)
-		return TG_INGRESS;
-	return r->s->egress.reason || r->from_pod ? TG_EGRESS : TG_INGRESS;
+	return (what >> 8 & 0xff) == TG_EGRESS ? &s->egress : &s->ingress;
 }
 
-/* `direction`: whose verdict it tells of; `flags`: enum tg_event_flags;
- * `endpoint`: the id of the pod at this interface, 0 for none. */
-tg_global int tg_event(struct __sk_buff *skb, __u32 reason, __u32 direction, __u32 flags,
-		       __u32 endpoint)
+/* Whose verdict it is. */
+tg_inline __u32 tg_subject(const struct tg_scratch *s, __u32 endpoint, __u32 what)
+{
+	if (!tg_verdict_of(s, what)->reason && !(what >> 16))
+		return endpoint;
+	return (what >> 8 & 0xff) == TG_EGRESS ? s->made.src_endpoint : s->made.dst_endpoint;
+}
+
+tg_inline __u32 tg_deciding_rule(const struct tg_verdict *v, __u32 what)
+{
+	return what >> 16 & TG_EVENT_AUDIT ? v->audit_rule : v->rule;
+}
+
+tg_global int tg_event(struct __sk_buff *skb, __u32 endpoint, __u32 what)
 {
 	struct tg_scratch *s = tg_work();
 	const struct tg_verdict *v;
@@ -171,17 +184,14 @@ tg_global int tg_event(struct __sk_buff *skb, __u32 reason, __u32 direction, __u
 
 	if (!s)
 		return 0;
-	v = direction == TG_EGRESS ? &s->egress : &s->ingress;
+	v = tg_verdict_of(s, what);
 	e = bpf_ringbuf_reserve(&events_v1, sizeof(*e), 0);
 	if (!e) {
 		tg_count(skb, TG_REASON_EVENT_LOST, s->from_pod);
 		return 0;
 	}
-	e->direction = direction;
-	e->endpoint = endpoint;
-	if (v->reason || flags)
-		e->endpoint = direction == TG_EGRESS ? s->made.src_endpoint :
-						       s->made.dst_endpoint;
+	e->direction = what >> 8;
+	e->endpoint = tg_subject(s, endpoint, what);
 	e->time = bpf_ktime_get_coarse_ns();
 	e->ifindex = skb->ifindex;
 	e->length = skb->len;
@@ -190,47 +200,80 @@ tg_global int tg_event(struct __sk_buff *skb, __u32 reason, __u32 direction, __u
 	e->sport = s->p.t.sport;
 	e->dport = s->p.t.dport;
 	e->protocol = s->p.t.protocol;
-	e->reason = reason;
+	e->reason = what;
 	e->tcp_flags = s->p.tcp_flags;
 	e->src_identity = s->src_identity;
 	e->dst_identity = s->dst_identity;
 	e->rule_set = v->rule_set;
-	e->rule = flags & TG_EVENT_AUDIT ? v->audit_rule : v->rule;
-	e->flags = flags;
+	e->rule = tg_deciding_rule(v, what);
+	e->flags = what >> 16;
 	/* Readers poll; waking one per denial would let a flood buy CPU time. */
 	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
 	return 0;
 }
 
-tg_inline int tg_drop(struct tg_run *r, __u32 reason)
+/* An event, unless there are too many of its kind. */
+tg_inline void tg_offer(struct __sk_buff *skb, struct tg_scratch *s, __u32 endpoint, __u32 what)
 {
-	int direction = tg_direction(r);
+	const struct tg_verdict *v = tg_verdict_of(s, what);
+	struct tg_denial_kind *kind = &s->kind;
 
-	tg_answer(r, reason);
-	if (!dry_run) {
-		tg_count(r->skb, reason, direction == TG_EGRESS);
-		tg_event(r->skb, reason, direction, 0, r->ep ? r->ep->id : 0);
-	}
-	return TC_ACT_SHOT;
+	kind->rule_set = v->rule_set;
+	kind->rule = tg_deciding_rule(v, what);
+	kind->src_identity = s->src_identity;
+	kind->dst_identity = s->dst_identity;
+	kind->endpoint = tg_subject(s, endpoint, what);
+	kind->what = what;
+	if (tg_limited(kind))
+		tg_count(skb, TG_REASON_EVENT_LIMITED, (what >> 8 & 0xff) == TG_EGRESS);
+	else
+		tg_event(skb, endpoint, what);
 }
 
-/* What the ends' policies want said of a flow that passes. */
-tg_global int tg_report(struct __sk_buff *skb)
+/* A packet that is dropped for `reason`. */
+tg_global int tg_denied(struct __sk_buff *skb, __u32 endpoint, __u32 reason)
 {
 	struct tg_scratch *s = tg_work();
 	__u32 direction;
 
 	if (!s)
 		return 0;
-	for (direction = TG_INGRESS; direction <= TG_EGRESS; direction++) {
-		const struct tg_verdict *v = direction == TG_EGRESS ? &s->egress : &s->ingress;
+	/* Whose policy said no; else where the packet was. */
+	if (s->ingress.reason)
+		direction = TG_INGRESS;
+	else
+		direction = s->egress.reason || s->from_pod ? TG_EGRESS : TG_INGRESS;
+	tg_count(skb, reason & 0xff, direction == TG_EGRESS);
+	tg_offer(skb, s, endpoint, TG_WHAT(reason & 0xff, direction, 0));
+	return 0;
+}
 
-		if (v->audit) {
+tg_inline int tg_drop(struct tg_run *r, __u32 reason)
+{
+	tg_answer(r, reason);
+	if (!dry_run)
+		tg_denied(r->skb, r->ep ? r->ep->id : 0, reason);
+	return TC_ACT_SHOT;
+}
+
+/* What the ends' policies want said of a flow that passes: audits, then what a rule logs. */
+tg_global int tg_report(struct __sk_buff *skb)
+{
+	struct tg_scratch *s = tg_work();
+	__u32 at;
+
+	if (!s)
+		return 0;
+	for (at = 0; at < 4; at++) {
+		__u32 direction = at & 1, flags = at & 2 ? TG_EVENT_LOG : TG_EVENT_AUDIT;
+		const struct tg_verdict *v = direction == TG_EGRESS ? &s->egress : &s->ingress;
+		__u32 reason = flags == TG_EVENT_LOG ? TG_FORWARDED : v->audit;
+
+		if (flags == TG_EVENT_LOG ? !v->log : !v->audit)
+			continue;
+		if (flags == TG_EVENT_AUDIT)
 			tg_count(skb, TG_REASON_AUDIT, direction == TG_EGRESS);
-			tg_event(skb, v->audit, direction, TG_EVENT_AUDIT, 0);
-		}
-		if (v->log)
-			tg_event(skb, TG_FORWARDED, direction, TG_EVENT_LOG, 0);
+		tg_offer(skb, s, 0, TG_WHAT(reason, direction, flags));
 	}
 	return 0;
 }

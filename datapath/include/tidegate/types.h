@@ -495,6 +495,7 @@ enum tg_reason {
 	TG_DROP_NAT_FULL = 229,
 	TG_REASON_NAT_LOST = 230,  /* counted, not a drop */
 	TG_REASON_MASQUERADED = 231, /* counted, not a drop */
+	TG_REASON_EVENT_LIMITED = 252, /* counted, not a drop: an event that its kind had too many of */
 	TG_REASON_AUDIT = 253,      /* counted, not a drop: a policy in audit mode denies it */
 	TG_REASON_EVENT_LOST = 254, /* counted, not a drop */
 	TG_REASON_MAX = 256,
@@ -533,6 +534,45 @@ struct tg_event {
 	__u32 flags; /* enum tg_event_flags */
 };
 TG_SIZE(struct tg_event, 80);
+
+/* What denials have in common that are counted together: the rule, both ends by
+ * identity, the subject, and `what`: reason | direction << 8 | flags << 16. No
+ * port and no address: whoever sends would choose how many kinds there are. */
+struct tg_denial_kind {
+	__u32 rule_set;
+	__u32 rule;
+	__u32 src_identity;
+	__u32 dst_identity;
+	__u32 endpoint;
+	__u32 what;
+};
+TG_SIZE(struct tg_denial_kind, 24);
+
+/* One kind's allowance of events, and how many it went without. */
+struct tg_limit {
+	__u64 serial; /* counts the kinds that had this place; odd: being written; 0: none yet */
+	struct tg_denial_kind kind;
+	__u64 until;      /* coarse CLOCK_MONOTONIC ns: an event may be sent while this is near */
+	__u64 suppressed; /* of this kind, since it has the place */
+};
+TG_SIZE(struct tg_limit, 48);
+
+enum tg_limit_size {
+	TG_LIMIT_WAYS = 4,
+	TG_LIMIT_SETS = 512,
+};
+
+struct tg_limit_set {
+	struct tg_limit way[TG_LIMIT_WAYS];
+};
+TG_SIZE(struct tg_limit_set, 192);
+
+/* The reader's: how much of `suppressed` it has told. The programs do not look. */
+struct tg_limit_said {
+	__u64 serial;
+	__u64 said;
+};
+TG_SIZE(struct tg_limit_said, 16);
 
 enum tg_flow_kind {
 	TG_FLOW_START = 0, /* it was judged and let through */

@@ -102,3 +102,12 @@ def test_served_by_http() -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             assert answer.headers["Content-Type"].startswith("text/plain")
             assert b"hubble_drop_total" in answer.read()
+
+
+def test_denials_that_were_only_counted_are_in_the_figures() -> None:
+    made = Metrics()
+    made.add([flow(), flow(more=41)])
+    found = samples(made)
+    drops = [n for key, n in found.items() if key[0] == "hubble_drop_total"]
+    denied = [n for key, n in found.items() if key[0] == "tidegate_policy_denied_total"]
+    assert drops == denied == [42]

@@ -131,3 +131,10 @@ def test_hostile_names_stay_in_their_line(tmp_path: Path) -> None:
     (line,) = lines(path)
     assert line["disposition"] == "deny"
     assert path.read_text().rstrip("\n").isprintable()
+
+
+def test_denials_that_were_only_counted_are_in_the_count(tmp_path: Path) -> None:
+    log, path = made(tmp_path)
+    log.add([flow(), flow(more=41)], 0.0)
+    log.flush(1.0, every=True)
+    assert [line["count"] for line in lines(path)] == [42]

@@ -20,8 +20,9 @@ from tidegate_api.state import (
 from tidegate_bpf import Codec, ObjectFile
 from tidegate_observer.directory import L4_ONLY, NO_RULE, Directory
 from tidegate_observer.flow import Kind, Service, address_bytes
+from tidegate_observer.messages import flow_message
 from tidegate_observer.records import Denials, Flows
-from unit.observer.flows import DB, WEB
+from unit.observer.flows import DB, WEB, flow
 
 SPEC = ObjectFile(Path(__file__).parents[3] / "datapath" / "build" / "pod.o")
 NOBODY = bytes(16)
@@ -177,3 +178,10 @@ def test_rule_sets_outlive_their_switch_for_a_while(directory: Directory) -> Non
     assert 999 in directory.rule_sets
     assert 1 not in directory.rule_sets
     assert len(directory.rule_sets) == 257
+
+
+def test_denials_that_were_only_counted_say_how_many() -> None:
+    made = flow_message(flow(more=41), "1")
+    assert made.Summary.endswith("; 41 more like this one")
+    assert made.aggregate.ingress_flow_count == 41
+    assert not flow_message(flow(), "1").HasField("aggregate")
