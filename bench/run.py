@@ -40,6 +40,7 @@ MODULES = (
     "row_policy_cost",
     "row_kind",
     "row_flows",
+    "row_flow_loss",
 )
 
 

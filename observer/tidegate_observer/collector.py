@@ -50,10 +50,12 @@ class Reader:
         flows = Flows(spec, node, MAX_LIVE)
         self.limits = Limits(spec, node, pins)
         denials = Denials(spec, node, self.limits.seen)
-        self._sources = [
-            (records, rings.Ring(pins / "maps" / name, records.size))
+        self._records: tuple[Denials | Flows, ...] = (denials, flows)
+        self._rings = [
+            rings.Ring(pins / "maps" / name, records.size)
             for name, records in (("events_v1", denials), ("flows_v1", flows))
         ]
+        self.drain = rings.Drain(self._rings)
         self.tracked = Tracked(spec, node, pins, flows.live)
         self._metrics = pins / "maps" / "metrics_v1"
         self._lost, self._looked = self._remembered()
@@ -64,19 +66,18 @@ class Reader:
         nanoseconds. BpfError."""
         found: list[Entry] = []
         if time.monotonic() >= self._due:
-            for _, ring in self._sources:
-                ring.reopen()
+            self.drain.reopen()
             self.source.refresh()
             lost = self._losses()
             if lost is not None:
                 found.append(lost)
             self._due = time.monotonic() + REFRESH_SECONDS
-        for records, ring in self._sources:
-            data = ring.read()
+        for number, records in enumerate(self._records):
+            data = self.drain.take(number)
             if data:
                 found += records.flows(data, offset, self.source.directory)
         found += self.limits.sweep(offset, self.source.directory)
-        if self._sources[1][1].open:
+        if self._rings[1].open and not self.drain.more:
             found += self.tracked.sweep(offset)
         return found
 
@@ -131,8 +132,7 @@ class Reader:
             log.debug("cannot remember what was lost", error=str(error))
 
     def close(self) -> None:
-        for _, ring in self._sources:
-            ring.close()
+        self.drain.close()
 
 
 class Collector:
@@ -168,6 +168,8 @@ class Collector:
             self._figures.add(found)
             if self._policy_log is not None:
                 self._logged(found)
+        if any(reader.drain.more for reader in self._readers):
+            pause = 0.0
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + COUNT_SECONDS
             self._count()
@@ -212,6 +214,11 @@ class Collector:
         return sorted({end.namespace for end in ends if end.pod})
 
     def close(self) -> None:
+        """Once what has been read is where it belongs: in the policy log, too."""
+        for reader in self._readers:
+            reader.drain.stop()
+        while any(reader.drain.more for reader in self._readers):
+            self.step()
         for reader in self._readers:
             reader.close()
         if self._policy_log is not None:

@@ -1,6 +1,8 @@
-"""Records of one fixed size out of a pinned ring buffer, a batch at a time.
+"""Records of one fixed size out of pinned ring buffers, a batch at a time.
 
-Knows no meaning of a record. One process reads a ring: `locked` keeps a second one out.
+Knows no meaning of a record. One process reads a ring: `locked` keeps a second one out. A thread
+empties the rings into memory, because a ring holds half a second of a busy node and whoever makes
+something of the records is sometimes away for longer: looking through a table, waiting for a file.
 """
 
 from __future__ import annotations
@@ -8,10 +10,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tidegate_bpf import Map, RingBuffer
+from tidegate_bpf import BpfError, Map, RingBuffer
+
+DRAIN_SECONDS = 0.025
+MAX_BUFFERED = 32 << 20
+"""Bytes held in memory for one ring, four seconds of 50,000 flows a second; beyond, the ring fills
+and the programs count what they lose."""
+BATCH = 4 << 20
+"""Bytes taken at once, or a little more: what is made of them is held at once, too."""
 
 
 class Ring:
@@ -55,6 +66,79 @@ class Ring:
             ring.close()
         if held is not None:
             held.close()
+
+
+class Drain:
+    """Empties rings, of which each has its own queue. `reopen`, `take` and `close` are for one
+    thread."""
+
+    def __init__(self, rings: Sequence[Ring]) -> None:
+        self._rings = list(rings)
+        self._queues: list[deque[bytes]] = [deque() for _ in rings]
+        self._held = [0 for _ in rings]
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._error: BpfError | ValueError | None = None
+        self._thread: threading.Thread | None = None
+
+    def reopen(self) -> None:
+        """Opens what is pinned now; the first time, begins to read. BpfError."""
+        with self._lock:
+            for ring in self._rings:
+                ring.reopen()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
+            self._thread.start()
+
+    def take(self, number: int) -> bytes:
+        """Whole records of that ring, oldest first, a batch of them; b"": there is none. BpfError,
+        ValueError: reading failed, and goes on."""
+        with self._lock:
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+            queue, taken, size = self._queues[number], [], 0
+            while queue and size < BATCH:
+                taken.append(queue.popleft())
+                size += len(taken[-1])
+            self._held[number] -= size
+        return b"".join(taken)
+
+    @property
+    def more(self) -> bool:
+        """Whether a batch was not all."""
+        return any(self._queues)
+
+    def read(self) -> None:
+        """Empties the rings once, as the thread does all the time."""
+        with self._lock:
+            for number, ring in enumerate(self._rings):
+                if self._held[number] >= MAX_BUFFERED:
+                    continue
+                try:
+                    data = ring.read()
+                except (BpfError, ValueError) as error:
+                    self._error = error
+                    continue
+                if data:
+                    self._queues[number].append(data)
+                    self._held[number] += len(data)
+
+    def _run(self) -> None:
+        while not self._stop.wait(DRAIN_SECONDS):
+            self.read()
+
+    def stop(self) -> None:
+        """Nothing is read any more; what was may be taken."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def close(self) -> None:
+        """Closes the rings; what was not taken is gone."""
+        self.stop()
+        for ring in self._rings:
+            ring.close()
 
 
 @contextlib.contextmanager
