@@ -297,7 +297,8 @@ def iperf() -> Iterator[None]:
 
     space = ["ip", "netns", "exec", packets.namespace(packets.SERVER)]
     with subprocess.Popen(
-        [*space, "iperf3", "-s", "-p", str(packets.PORT)], stdout=subprocess.DEVNULL
+        [*space, "iperf3", "-s", "-B", packets.SERVER.ip4, "-p", str(packets.PORT)],
+        stdout=subprocess.DEVNULL,
     ) as process:
         try:
             deadline = time.monotonic() + packets.WAIT_SECONDS

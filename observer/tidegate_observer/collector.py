@@ -20,6 +20,7 @@ from tidegate_observer.history import History
 from tidegate_observer.limits import Limits
 from tidegate_observer.metrics import Metrics
 from tidegate_observer.policylog import PolicyLog
+from tidegate_observer.pressure import Pressure
 from tidegate_observer.records import Denials, Flows
 from tidegate_observer.rundir import RunDirSource
 from tidegate_observer.tracked import MAX_LIVE, Tracked
@@ -56,6 +57,7 @@ class Reader:
             for name, records in (("events_v1", denials), ("flows_v1", flows))
         ]
         self.drain = rings.Drain(self._rings)
+        self.pressure = Pressure(spec, pins)
         self.tracked = Tracked(spec, node, pins, flows.live)
         self._metrics = pins / "maps" / "metrics_v1"
         self._lost, self._looked = self._remembered()
@@ -188,17 +190,23 @@ class Collector:
     def _count(self) -> None:
         """What is asked of the kernel and not told by it."""
         total: Counter[tuple[int, int, int]] = Counter()
+        used: Counter[str] = Counter()
+        room: Counter[str] = Counter()
         for reader in self._readers:
             try:
                 for (reason, direction), values in reader.counters().items():
                     for at, value in enumerate(values):
                         total[reason, direction, at] += value
+                for name, (entries, size) in reader.pressure.look().items():
+                    used[name] += entries
+                    room[name] += size
             except BpfError as error:
                 log.debug("cannot count", node=reader.node, error=str(error))
         self._figures.programs = {
             (reason, direction): (total[reason, direction, 0], total[reason, direction, 1])
             for reason, direction, _ in total
         }
+        self._figures.maps = {name: (used[name], size) for name, size in room.items()}
         tracked = [reader.tracked for reader in self._readers]
         self._figures.tracked = (
             sum(t.entries for t in tracked),

@@ -84,6 +84,10 @@ class Counts(msgspec.Struct, frozen=True, gc=False):
     """From its first packet to its last."""
     closed: str
     """"fin", "rst", "idle", or "unknown": its entry had to make room for another."""
+    handshake: int = 0
+    """Nanoseconds from its first packet to the first answer, within a sixteenth; 0: unknown."""
+    first_byte: int = 0
+    """To the first byte of TCP that came back; 0: none came, or unknown."""
 
 
 class Flow(msgspec.Struct, gc=False):

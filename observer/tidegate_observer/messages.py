@@ -145,6 +145,8 @@ def _counts(flow: Flow) -> any_pb2.Any:
     """A well-known type: a client that does not know us can still print it."""
     counts, made, packed = flow.counts, struct_pb2.Struct(), any_pb2.Any()
     assert counts is not None
+    latencies = {"handshakeSeconds": counts.handshake, "firstByteSeconds": counts.first_byte}
+    made.update({name: value / 10**9 for name, value in latencies.items() if value})
     made.update(
         {
             "packets": counts.packets,

@@ -4,6 +4,7 @@ our own where they have none. Every label has few values: what would be one more
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ from tidegate_observer.flow import (
     Lost,
 )
 from tidegate_observer.meaning import DROP, POLICY_VERDICT, drop_reason, event_type, verdict
+from tidegate_observer.pressure import Usage
 
 MAX_POLICIES = 500
 MAX_SERVICES = 500
@@ -44,9 +46,16 @@ LIMITED = 252
 PROTOCOLS = {TCP: "TCP", UDP: "UDP", SCTP: "SCTP", ICMP: "ICMPv4", ICMPV6: "ICMPv6"}
 FLAGS = ((2, "SYN"), (1, "FIN"), (4, "RST"))
 DIRECTIONS = ("INGRESS", "EGRESS")
-NO_DROPS = frozenset((0, 230, 231, 253, 254))
+NO_DROPS = frozenset((0, 230, 231, LIMITED, 253, 254))
 """Reasons that programs count packets under and let them pass; docs/drop-reasons.md."""
-BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 300.0)
+BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 300.0)
+
+TIMES = {
+    "duration": "from a flow's first packet to its last",
+    "handshake": "from a flow's first packet to the first answer",
+    "first_byte": "from a flow's first packet to the first byte of the answer, of TCP",
+}
+"""What is measured of a Service's flows, each a histogram of seconds."""
 
 Labels = tuple[str, ...]
 
@@ -69,6 +78,8 @@ class Metrics:
         """(reason, direction) → (packets, bytes), as the programs count; set from outside."""
         self.tracked = (0, 1, 0.0)
         """Entries of the table of flows, its size, seconds that looking through it took."""
+        self.maps: Usage = {}
+        """Of all nodes together, but for the table of flows."""
         self.sweeps = 0
         self.held = (0, 1)
         """Flows held by the observer, and how many it can hold."""
@@ -116,12 +127,15 @@ class Metrics:
     def _deny(self, flow: Flow) -> None:
         count = flow.more or 1
         self._drops[drop_reason(flow), flow.protocol] += count
+        if flow.service is not None:
+            self._service(flow).refused += count
         decision = flow.egress or flow.ingress
         for policy in decision.policies if decision is not None else ():
             direction = "egress" if flow.egress is not None else "ingress"
-            key = policy.kind, policy.namespace, policy.name, direction
+            reason = _reason(drop_reason(flow))
+            key = policy.kind, policy.namespace, policy.name, direction, reason
             if key not in self._denied and len(self._denied) >= MAX_POLICIES:
-                key = OTHER, OTHER, OTHER, direction
+                key = OTHER, OTHER, OTHER, direction, reason
             self._denied[key] += count
 
     def _service(self, flow: Flow) -> _Service:
@@ -184,8 +198,11 @@ class Metrics:
             "tidegate_denials_aggregated", "not told one by one", ("direction",), limited
         )
         entries, size, seconds = self.tracked
-        yield _gauge("cilium_bpf_map_pressure", "filled", {("ct",): entries / size}, "map_name")
-        yield _gauge("cilium_bpf_map_capacity", "entries", {("ct",): size}, "map_name")
+        maps = {(name,): held for name, held in {**self.maps, "ct": (entries, size)}.items()}
+        filled = {name: used / room for name, (used, room) in maps.items()}
+        yield _gauge("cilium_bpf_map_pressure", "filled", filled, "map_name")
+        rooms = {name: room for name, (_, room) in maps.items()}
+        yield _gauge("cilium_bpf_map_capacity", "entries", rooms, "map_name")
         name = "cilium_datapath_conntrack_gc"
         yield _gauge(f"{name}_entries", "tracked flows", {("alive",): entries}, "status")
         yield _gauge(
@@ -194,7 +211,7 @@ class Metrics:
         yield _counter(f"{name}_runs", "looks", ("status",), {("completed",): self.sweeps})
 
     def _own(self) -> Iterator[Metric]:
-        labels = ("kind", "namespace", "policy", "direction")
+        labels = ("kind", "namespace", "policy", "direction", "reason")
         yield _counter("tidegate_policy_denied", "denied, by policy", labels, self._denied)
         ends = {(how,): count for how, count in self._ends.items()}
         yield _counter("tidegate_flows_ended", "flows that ended", ("how",), ends)
@@ -210,9 +227,9 @@ class Metrics:
         resets = CounterMetricFamily(
             "tidegate_service_resets", "of them reset", labels=("namespace", "service")
         )
-        durations = HistogramMetricFamily(
-            "tidegate_service_duration_seconds",
-            "from a flow's first packet to its last",
+        refused = CounterMetricFamily(
+            "tidegate_service_refused",
+            "of a Service without backends",
             labels=("namespace", "service"),
         )
         passed = [
@@ -223,38 +240,36 @@ class Metrics:
             )
             for word in ("packets", "bytes")
         ]
+        histograms = {
+            name: HistogramMetricFamily(
+                f"tidegate_service_{name}_seconds", text, labels=("namespace", "service")
+            )
+            for name, text in TIMES.items()
+        }
         for key, service in sorted(self._services.items()):
             for way, figures in service.passed.items():
                 for family, figure in zip(passed, figures, strict=True):
                     family.add_metric((*key, way), figure)
             starts.add_metric(key, service.started)
             resets.add_metric(key, service.resets)
-            durations.add_metric(key, service.buckets(), service.seconds)
-        yield from (starts, resets, durations, *passed)
+            refused.add_metric(key, service.refused)
+            for name, family in histograms.items():
+                times = service.times[name]
+                family.add_metric(key, times.buckets(), times.seconds)
+        yield from (starts, resets, refused, *histograms.values(), *passed)
 
 
-class _Service:
+class _Times:
+    """A histogram."""
+
     def __init__(self) -> None:
-        self.started = 0
-        self.resets = 0
         self.seconds = 0.0
         self._counts = [0] * (len(BUCKETS) + 1)
 
-        self.passed = {"request": [0, 0], "reply": [0, 0]}
-        """Of flows that have ended: packets, bytes."""
-
-    def ended(self, counts: Counts) -> None:
-        seconds = counts.nanoseconds / 1e9
-        self.resets += counts.closed == "rst"
+    def add(self, nanoseconds: int) -> None:
+        seconds = nanoseconds / 1e9
         self.seconds += seconds
-        for way, packets, size in (
-            ("request", counts.packets, counts.bytes),
-            ("reply", counts.reply_packets, counts.reply_bytes),
-        ):
-            self.passed[way][0] += packets
-            self.passed[way][1] += size
-        at = next((i for i, bound in enumerate(BUCKETS) if seconds <= bound), len(BUCKETS))
-        self._counts[at] += 1
+        self._counts[bisect.bisect_left(BUCKETS, seconds)] += 1
 
     def buckets(self) -> list[tuple[str, float]]:
         total, found = 0, []
@@ -262,6 +277,30 @@ class _Service:
             total += count
             found.append((bound, float(total)))
         return found
+
+
+class _Service:
+    def __init__(self) -> None:
+        self.started = 0
+        self.resets = 0
+        self.refused = 0
+        self.times = {name: _Times() for name in TIMES}
+        self.passed = {"request": [0, 0], "reply": [0, 0]}
+        """Of flows that have ended: packets, bytes."""
+
+    def ended(self, counts: Counts) -> None:
+        self.resets += counts.closed == "rst"
+        for way, packets, size in (
+            ("request", counts.packets, counts.bytes),
+            ("reply", counts.reply_packets, counts.reply_bytes),
+        ):
+            self.passed[way][0] += packets
+            self.passed[way][1] += size
+        self.times["duration"].add(counts.nanoseconds)
+        if counts.handshake:
+            self.times["handshake"].add(counts.handshake)
+        if counts.first_byte:
+            self.times["first_byte"].add(counts.first_byte)
 
 
 TYPES = {DROP: "Drop", 4: "Trace", POLICY_VERDICT: "PolicyVerdict"}

@@ -92,6 +92,8 @@ FLOW_EVENT = (
     "kind",
     "direction",
     "tcp_flags",
+    "handshake",
+    "first_byte",
     "ifindex",
     "src_identity",
     "dst_identity",
@@ -104,7 +106,15 @@ FLOW_EVENT = (
 )
 """Members of struct tg_flow_event."""
 FLOW_START = 0
+NO_BACKEND = 158
 RST = 4
+
+
+LATENCIES = [0] + [
+    1000 * code if code < 8 else 500 * ((2 * (8 + code % 8) + 1) << code // 8 - 1)
+    for code in range(1, 256)
+]
+"""What `tg_latency` made of a time → nanoseconds, the middle of what it may have been."""
 
 
 def flow_key(
@@ -154,6 +164,8 @@ class Flows:
             kind,
             direction,
             tcp_flags,
+            handshake,
+            first_byte,
             interface,
             source_identity,
             destination_identity,
@@ -204,6 +216,8 @@ class Flows:
                     reply_size,
                     max(0, time - start) if start else 0,
                     "rst" if tcp_flags & RST else "fin",
+                    LATENCIES[handshake],
+                    LATENCIES[first_byte],
                 )
                 flow = Flow(
                     node,
@@ -291,6 +305,8 @@ class Denials:
                 verdict if leaves else None,
                 None if leaves else verdict,
             )
+            if reason == NO_BACKEND:
+                flow.service = directory.service(destination, PORTS[dport], protocol)
             what = reason | direction << 8 | flags << 16
             seen[rule_set, rule, source_identity, destination_identity, endpoint, what] = flow
             found.append(flow)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tidegate_bpf import BpfError, Map, ObjectFile
 
 from tidegate_observer.flow import TCP, Counts, Flow, Kind
-from tidegate_observer.records import flow_key, reader
+from tidegate_observer.records import LATENCIES, flow_key, reader
 
 MAX_LIVE = 65536
 """Flows that are followed to their end on a node; of those beyond only TCP's ends are told."""
@@ -41,6 +41,8 @@ _ENTRY = (
     "word",
     "seen",
     "flags",
+    "handshake",
+    "first_byte",
     "start",
     "packets",
     "bytes",
@@ -114,7 +116,7 @@ class Tracked:
         for keys, values in self._tables():
             rows = zip(self._key.iter_unpack(keys), self._entry.iter_unpack(values), strict=True)
             for (a, b, aport, bport, protocol), entry in rows:
-                word, seen, flags, start, packets, size, reply_packets, reply_size = entry
+                word, seen, flags, handshake, first_byte, start, *amounts = entry
                 if word in (FREE, BUSY) or flags & SERVICE or not start:
                     continue
                 if flags & BEGAN_A:
@@ -124,7 +126,17 @@ class Tracked:
                 age = (now - seen) & 0xFFFFFFFF
                 expired = not age >> 31 and age > life(protocol, flags)
                 lasted = max(0, (seen << 30) - start)
-                counts = Counts(packets, size, reply_packets, reply_size, lasted, "idle")
+                packets, size, reply_packets, reply_size = amounts
+                counts = Counts(
+                    packets,
+                    size,
+                    reply_packets,
+                    reply_size,
+                    lasted,
+                    "idle",
+                    LATENCIES[handshake],
+                    LATENCIES[first_byte],
+                )
                 yield key, (expired, seen, counts)
 
     def _tables(self) -> Iterator[tuple[bytes, bytes]]:

@@ -7,6 +7,7 @@ the last FIN; a stale entry's counters taken for a new flow's.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tidegate_bpf import RingBuffer
 from tidegate_observer import icmp
 from tidegate_observer.directory import Directory
 from tidegate_observer.flow import Flow
-from tidegate_observer.records import Flows
+from tidegate_observer.records import LATENCIES, Flows
 from tidegate_observer.tracked import GRACE_NS, MAX_LIVE, Tracked
 
 pytestmark = [
@@ -166,6 +167,63 @@ def test_other_protocols_start_once(town: Town) -> None:
     for _ in range(3):
         assert town.reason("a>", f.packet(IP4["a"], IP4["b"], f.UDP)) == 0
     assert kinds(town.told()) == [START]
+
+
+def reply(payload: bytes) -> bytes:
+    """Of b to a."""
+    data = f.tcp(IP4["b"], IP4["a"], 80, 40000, ACK, payload=payload)
+    return f.eth(f.ip(IP4["b"], IP4["a"], f.TCP, data))
+
+
+def ago(town: Town, name: str, seconds: float) -> None:
+    """The flows of this pod began so much earlier."""
+    town.edit(town.share(name), start=lambda start: start - int(seconds * 1e9))
+
+
+def within(code: int, least: float, most: float) -> None:
+    """A sixteenth is what a byte cannot say."""
+    assert least * 15 / 16 <= LATENCIES[code] / 1e9 <= most * 17 / 16
+
+
+def test_an_end_says_when_the_first_answer_and_the_first_byte_came(town: Town) -> None:
+    town.open(ALLOW)
+    began = time.monotonic()
+    send(town, SYN)
+    ago(town, "a", 1)
+    send(town, SYN | ACK, back=True)
+    answered = time.monotonic() - began
+    send(town, ACK)
+    send(town, ACK, back=True)  # nothing in it
+    town.edit(town.lab.maps["ct_v2"], start=lambda start: start - 2 * 10**9)
+    data = reply(b"x")
+    assert town.reason("b>", data) == 0
+    came = time.monotonic() - began
+    town.edit(town.lab.maps["ct_v2"], start=lambda start: start - 50 * 10**9)
+    assert town.reason("b>", data) == 0
+    town.told()
+    send(town, RST)
+    (event,) = town.told()
+    within(event.handshake, 1, 1 + answered)
+    within(event.first_byte, 3, 3 + came)
+
+
+def test_a_flow_that_began_under_other_programs_has_no_first_byte(town: Town) -> None:
+    town.open(ALLOW)
+    town.handshake("a", "b", 4)
+    town.edit(town.lab.maps["ct_v2"], handshake=lambda _: 0)
+    data = reply(b"x")
+    assert town.reason("b>", data) == 0
+    town.told()
+    send(town, RST)
+    (event,) = town.told()
+    assert (event.handshake, event.first_byte) == (0, 0)
+
+
+def test_latencies_fit_into_a_byte() -> None:
+    assert LATENCIES[1:8] == [1000 * n for n in range(1, 8)]
+    assert sorted(LATENCIES) == LATENCIES
+    for code in range(8, 255):
+        assert LATENCIES[code + 1] / LATENCIES[code] <= 1.13
 
 
 def test_icmp_that_is_no_echo_is_told_by_type_and_code(town: Town) -> None:

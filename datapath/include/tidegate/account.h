@@ -27,6 +27,42 @@ tg_inline void tg_account(struct tg_ct *ct, const struct __sk_buff *skb, int rep
 	}
 }
 
+/* How long ago that was, in a byte: microseconds with three bits behind the first one,
+ * shifted: a value of 8 and more is (8 + its low three bits) << (the rest - 1). */
+tg_global int tg_latency(__u64 since)
+{
+	__u64 took = (bpf_ktime_get_ns() - since) / 1000;
+	__u32 shift = 0, step;
+
+	if (took >> 34)
+		return 0xff;
+	for (step = 16; step; step >>= 1)
+		if (took >> (shift + step + 3))
+			shift += step;
+	if (took >> 3 >> shift)
+		return (shift + 1) << 3 | (took >> shift & 7);
+	return took ? took : 1;
+}
+
+/* Whether the flow waits for the first byte of an answer. A flow whose first answer
+ * was not timed began under other programs: its start says nothing of that. */
+tg_inline int tg_awaits(const struct tg_ct *ct, __u8 protocol)
+{
+	return flow_events && protocol == IPPROTO_TCP && !ct->first_byte && ct->handshake;
+}
+
+/* A segment of TCP against the way the flow began: the first with a byte in it? */
+tg_global int tg_first_byte(struct __sk_buff *skb, struct tg_ct *ct, __u32 l4)
+{
+	__u8 offset;
+
+	if (!ct || tg_load(skb, l4 + 12, &offset, 1))
+		return 0;
+	if (skb->len > l4 + (offset >> 4) * 4u)
+		ct->first_byte = tg_latency(ct->start);
+	return 0;
+}
+
 /* The frontend that the socket asked for, where the socket was translated. */
 tg_inline int tg_frontend_asked(struct tg_asked *asked)
 {
@@ -104,6 +140,8 @@ tg_global int tg_tell(struct __sk_buff *skb, const struct tg_ct *ct, __u32 kind,
 	e->kind = kind;
 	e->direction = !s->from_pod == !reply ? TG_INGRESS : TG_EGRESS;
 	e->tcp_flags = s->p.tcp_flags;
+	e->handshake = ct->handshake;
+	e->first_byte = ct->first_byte;
 	e->ifindex = skb->ifindex;
 	e->src_identity = e->dst_identity = TG_IDENTITY_UNSAID;
 	e->src_endpoint = ct->src_endpoint;
@@ -129,6 +167,8 @@ tg_global int tg_settle(struct __sk_buff *skb, struct tg_ct *ct, int reply)
 	if (tg_read_word(ct) != tg_word(s->epoch, s->proof))
 		return 0;
 	tg_account(ct, skb, reply);
+	if (reply && !dry_run && tg_awaits(ct, s->p.t.protocol))
+		tg_first_byte(skb, ct, s->p.l4);
 	if (flow_events && ended)
 		tg_tell(skb, ct, TG_FLOW_END, reply);
 	return 1;

@@ -43,7 +43,8 @@ tg_inline int tg_plain_ports(struct __sk_buff *skb, __u32 l4, struct tg_tuple *t
 }
 
 /* What to do with the packet of this tuple. */
-tg_inline int tg_fast_flow(struct __sk_buff *skb, int from_pod, const struct tg_tuple *t)
+tg_inline int tg_fast_flow(struct __sk_buff *skb, int from_pod, const struct tg_tuple *t,
+			 __u32 l4)
 {
 	const struct tg_forward *sender, *receiver;
 	struct tg_control *control;
@@ -74,6 +75,8 @@ tg_inline int tg_fast_flow(struct __sk_buff *skb, int from_pod, const struct tg_
 	if (tg_read_word(ct) != word)
 		return TG_LONG_WAY;
 	tg_account(ct, skb, !began);
+	if (!began && tg_awaits(ct, t->protocol))
+		tg_first_byte(skb, ct, l4);
 	return tg_deliver(skb, from_pod, &forward);
 }
 
@@ -96,7 +99,7 @@ static __noinline int tg_fast(struct __sk_buff *skb, int from_pod)
 		tg_addr_v4(&t.dst, ip->daddr);
 		t.protocol = ip->protocol;
 		if (tg_plain_ports(skb, ETH_HLEN + sizeof(*ip), &t))
-			return tg_fast_flow(skb, from_pod, &t);
+			return tg_fast_flow(skb, from_pod, &t, ETH_HLEN + sizeof(*ip));
 	} else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
 		struct ipv6hdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
 
@@ -109,7 +112,7 @@ static __noinline int tg_fast(struct __sk_buff *skb, int from_pod)
 			return TG_LONG_WAY;
 		t.protocol = ip->nexthdr;
 		if (tg_plain_ports(skb, ETH_HLEN + sizeof(*ip), &t))
-			return tg_fast_flow(skb, from_pod, &t);
+			return tg_fast_flow(skb, from_pod, &t, ETH_HLEN + sizeof(*ip));
 	}
 	return TG_LONG_WAY;
 }

@@ -162,7 +162,7 @@ tg_inline int tg_save(struct tg_run *r, struct tg_ct *ct)
 	if (dry_run)
 		return 0;
 	if (flow_events)
-		ct->start = bpf_ktime_get_coarse_ns();
+		ct->start = bpf_ktime_get_ns();
 	tg_account(ct, r->skb, 0);
 	set = tg_share_set(r, r->ep);
 	if (!set)
@@ -374,6 +374,8 @@ tg_global int tg_replied(struct tg_ct *ct)
 
 	if (dry_run || !s || !ct || (__sync_fetch_and_or(&ct->flags, TG_CT_REPLIED) & TG_CT_REPLIED))
 		return 0;
+	if (flow_events && ct->start)
+		ct->handshake = tg_latency(ct->start);
 	if (!(ct->flags & TG_CT_NAT))
 		return 0;
 	tg_client_key(s, ct, 1);

@@ -369,8 +369,9 @@ struct tg_ct {
 	struct tg_forward to_src;
 	__u32 backend; /* id, with TG_CT_NAT or TG_CT_SERVICE */
 	__be16 nat_port;
-	__u16 pad;
-	__u64 start; /* CLOCK_MONOTONIC, coarse, nanoseconds; 0: it is not told of */
+	__u8 handshake;  /* from its first packet to the first answer, as tg_latency has it; 0: unknown */
+	__u8 first_byte; /* to the first byte of TCP that came back */
+	__u64 start; /* CLOCK_MONOTONIC, nanoseconds; 0: it is not told of */
 	/* As its originator sent it, and what came back; GSO segments each. Not
 	 * atomic: two CPUs that carry one direction at once may lose a packet. */
 	__u64 packets;
@@ -584,8 +585,8 @@ enum tg_flow_kind {
 /* The start or the end of a flow. Source and destination are those of its first
  * packet, after translation to a backend. */
 struct tg_flow_event {
-	__u64 time;   /* CLOCK_MONOTONIC, coarse, nanoseconds, as start */
-	__u64 start;  /* with the ports it names the flow */
+	__u64 time;   /* CLOCK_MONOTONIC, coarse, nanoseconds */
+	__u64 start;  /* not coarse; with the ports it names the flow */
 	__u64 cookie; /* of the socket that began it, and its cgroup; 0: unknown, or an end */
 	__u64 cgroup;
 	__u64 packets; /* as in struct tg_ct */
@@ -602,7 +603,8 @@ struct tg_flow_event {
 	__u8 kind;      /* enum tg_flow_kind */
 	__u8 direction; /* of the pod that began it, or, where that is not here, was sent to */
 	__u8 tcp_flags; /* of the packet that began or ended it */
-	__u16 pad;
+	__u8 handshake; /* as in struct tg_ct */
+	__u8 first_byte;
 	__u32 ifindex;
 	__u32 src_identity; /* TG_IDENTITY_UNSAID in an end */
 	__u32 dst_identity;

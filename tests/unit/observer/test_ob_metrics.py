@@ -54,7 +54,12 @@ def test_what_is_counted() -> None:
     assert value(found, "cilium_drop_bytes_total", **one) == 500
     assert value(found, "cilium_forward_count_total", direction="EGRESS") == 9
     by = {"kind": "NetworkPolicy", "namespace": "data", "policy": "default-deny"}
-    assert value(found, "tidegate_policy_denied_total", **by, direction="ingress") == 2
+    assert (
+        value(
+            found, "tidegate_policy_denied_total", **by, direction="ingress", reason="POLICY_DENIED"
+        )
+        == 2
+    )
     web = {"namespace": "shop", "service": "web"}
     assert value(found, "tidegate_service_connections_total", **web) == 1
     assert value(found, "tidegate_service_resets_total", **web) == 1
@@ -102,6 +107,23 @@ def test_served_by_http() -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             assert answer.headers["Content-Type"].startswith("text/plain")
             assert b"hubble_drop_total" in answer.read()
+
+
+def test_golden_signals_of_a_service() -> None:
+    made = Metrics()
+    ended = Counts(1, 1, 1, 1, 20_000_000, "fin", 300_000, 2_000_000)
+    unanswered = Counts(1, 1, 0, 0, 0, "idle")
+    for counts in (ended, ended, unanswered):
+        made.add([started(kind=Kind.END, service=SHOP_WEB, counts=counts)])
+    made.add([flow(service=SHOP_WEB, reason=158, ingress=None, more=3)])
+    found = samples(made)
+    web = {"namespace": "shop", "service": "web"}
+    for name, low, high in (("handshake", "0.0001", "0.0005"), ("first_byte", "0.001", "0.005")):
+        bucket = f"tidegate_service_{name}_seconds_bucket"
+        assert value(found, bucket, **web, le=low) == 0
+        assert value(found, bucket, **web, le=high) == value(found, bucket, **web, le="+Inf") == 2
+    assert value(found, "tidegate_service_duration_seconds_bucket", **web, le="+Inf") == 3
+    assert value(found, "tidegate_service_refused_total", **web) == 3
 
 
 def test_denials_that_were_only_counted_are_in_the_figures() -> None:
