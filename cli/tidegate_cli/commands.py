@@ -27,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
     _answer(subparsers)
     _probe(subparsers)
     _lists(subparsers)
+    _trace(subparsers)
     _compile(subparsers)
     _doctor(subparsers)
     observe.add_parser(subparsers, _later("observe.command", "observe"))
@@ -174,6 +175,32 @@ def _duration(text: str) -> float:
     if not number.isdecimal() or int(number) * unit > MAX_WAIT:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 30, 90s or 2m")
     return float(int(number) * unit)
+
+
+def _trace(subparsers: Any) -> None:
+    text = "tell of packets one by one, for a while"
+    group = subparsers.add_parser("trace", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    more = "See them with `tidegate observe --follow --type trace`."
+    start = _command(
+        verbs, "start", _later("trace", "start"), "begin, in place of what is traced now", more
+    )
+    add = start.add_argument
+    add("--pod", metavar="NS/NAME", help="what this pod sends or gets")
+    add("--ip", metavar="IP", help="an end has this address")
+    add("--identity", type=int, metavar="N", help="an end has this identity, by its address")
+    add("--port", type=int, metavar="PORT", help="an end has this port")
+    add("--protocol", metavar="WORD", help="tcp, udp, icmp, icmpv6, sctp")
+    add(
+        "--for",
+        dest="seconds",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="for how long, at most 3600 (default: 60)",
+    )
+    _command(verbs, "stop", _later("trace", "stop"), "stop at once")
+    _command(verbs, "list", _later("trace", "show"), "what is traced on each node")
 
 
 def _compile(subparsers: Any) -> None:

@@ -21,10 +21,11 @@ from tidegate_observer.limits import Limits
 from tidegate_observer.metrics import Metrics
 from tidegate_observer.policylog import PolicyLog
 from tidegate_observer.pressure import Pressure
-from tidegate_observer.records import Denials, Flows
+from tidegate_observer.records import Denials, Flows, Traces
 from tidegate_observer.rundir import RunDirSource
 from tidegate_observer.tracked import MAX_LIVE, Tracked
 
+RINGS = ("events_v1", "flows_v1", "traces_v1")
 POLL_SECONDS = 0.05
 """Programs wake nobody: a flood of denials must not buy CPU time."""
 REFRESH_SECONDS = 1.0
@@ -51,10 +52,10 @@ class Reader:
         flows = Flows(spec, node, MAX_LIVE)
         self.limits = Limits(spec, node, pins)
         denials = Denials(spec, node, self.limits.seen)
-        self._records: tuple[Denials | Flows, ...] = (denials, flows)
+        self._records: list[Denials | Flows | Traces] = [denials, flows, Traces(spec, node)]
         self._rings = [
             rings.Ring(pins / "maps" / name, records.size)
-            for name, records in (("events_v1", denials), ("flows_v1", flows))
+            for name, records in zip(RINGS, self._records, strict=True)
         ]
         self.drain = rings.Drain(self._rings)
         self.pressure = Pressure(spec, pins)

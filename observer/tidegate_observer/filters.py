@@ -326,10 +326,12 @@ def _versions(values: Sequence[object]) -> Test:
 
 
 def _replies(values: Sequence[object]) -> Test:
-    """Every event is told in the direction its flow began."""
-    return (lambda _flow: True) if False in values else (lambda _flow: False)
+    """But for traced packets every event is told in the direction its flow began."""
+    return lambda flow: (flow.how == HOW_REPLY) in values
 
 
+HOW_REPLY = 3
+"""TG_HOW_REPLY."""
 _FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR", "NS")
 
 

@@ -30,6 +30,8 @@ class Kind(IntEnum):
     """A packet was dropped; `reason` says why."""
     AUDITED = 3
     """Let through, but denied by policies in audit mode."""
+    TRACED = 4
+    """A packet that somebody asked for, seen at `point`."""
 
 
 class End(msgspec.Struct, frozen=True, gc=False):
@@ -119,6 +121,10 @@ class Flow(msgspec.Struct, gc=False):
     counts: Counts | None = None
     cookie: int = 0
     cgroup: int = 0
+    point: int = 0
+    """Of a traced packet: enum tg_trace_point."""
+    how: int = 0
+    """Of a traced packet: enum tg_trace_how."""
     more: int = 0
     """Other than 0: this stands for so many denials like it that were not told one by one."""
 

@@ -85,6 +85,8 @@ def event_type(flow: Flow) -> tuple[int, int]:
         return DROP, drop_reason(flow)
     if flow.kind == Kind.AUDITED or (flow.kind == Kind.START and deciding(flow) is not None):
         return POLICY_VERDICT, 0
+    if flow.kind == Kind.TRACED:
+        return TRACE, flow.point
     return TRACE, TO_ENDPOINT if flow.destination.id else TO_STACK
 
 
@@ -92,6 +94,7 @@ def meaning(flow: Flow) -> Meaning:
     kind, sub = event_type(flow)
     point = 0
     if kind == TRACE:
-        point = flow_pb2.TO_ENDPOINT if sub == TO_ENDPOINT else flow_pb2.TO_STACK
+        # As of `flow_pb2`, but for this one.
+        point = flow_pb2.TO_ENDPOINT if sub == TO_ENDPOINT else sub
     decided = deciding(flow) if kind == POLICY_VERDICT else None
     return Meaning(verdict(flow), kind, sub, point, decided.match if decided else 0)

@@ -78,6 +78,12 @@ def flow_message(flow: Flow, uuid: str) -> flow_pb2.Flow:
     elif flow.kind == Kind.AUDITED:
         made.egress_denied_by.extend(_policies(flow.egress))
         made.ingress_denied_by.extend(_policies(flow.ingress))
+    elif flow.kind == Kind.TRACED:
+        made.trace_reason = flow.how  # type: ignore[assignment]
+        if not flow.how:
+            made.ClearField("is_reply")
+        else:
+            made.is_reply.value = flow.how == flow_pb2.REPLY
     else:
         made.trace_reason = flow_pb2.NEW if flow.kind == Kind.START else flow_pb2.ESTABLISHED
         made.egress_allowed_by.extend(_policies(flow.egress))

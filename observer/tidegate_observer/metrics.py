@@ -303,13 +303,14 @@ class _Service:
             self.times["first_byte"].add(counts.first_byte)
 
 
+POINTS = {0: "to-endpoint", 3: "to-stack", 5: "from-endpoint", 11: "to-network"}
 TYPES = {DROP: "Drop", 4: "Trace", POLICY_VERDICT: "PolicyVerdict"}
 
 
 def _subtype(kind: int, sub: int) -> str:
     if kind == DROP:
         return _reason(sub)
-    return {0: "to-endpoint", 3: "to-stack"}.get(sub, str(sub)) if kind == 4 else ""
+    return POINTS.get(sub, str(sub)) if kind == 4 else ""
 
 
 def _reason(number: int) -> str:

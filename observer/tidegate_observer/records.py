@@ -311,3 +311,68 @@ class Denials:
             seen[rule_set, rule, source_identity, destination_identity, endpoint, what] = flow
             found.append(flow)
         return found
+
+
+TRACE = (
+    "time",
+    "src",
+    "dst",
+    "sport",
+    "dport",
+    "protocol",
+    "point",
+    "how",
+    "tcp_flags",
+    "ifindex",
+    "length",
+)
+"""Members of struct tg_trace."""
+FROM_ENDPOINT = 5
+
+
+class Traces:
+    """struct tg_trace: packets that somebody asked for."""
+
+    def __init__(self, spec: ObjectFile, node: str) -> None:
+        layout = spec.layout("tg_trace")
+        self._node = node
+        self.size = layout.size
+        self._struct = reader(layout, TRACE)
+
+    def flows(self, data: bytes, offset: int, directory: Directory) -> list[Flow]:
+        """As of `Denials`."""
+        found = []
+        for (
+            time,
+            source,
+            destination,
+            sport,
+            dport,
+            protocol,
+            point,
+            how,
+            tcp_flags,
+            interface,
+            _length,
+        ) in self._struct.iter_unpack(data):
+            found.append(
+                Flow(
+                    self._node,
+                    time + offset,
+                    Kind.TRACED.value,
+                    0,
+                    1 if point == FROM_ENDPOINT else 0,
+                    source,
+                    destination,
+                    PORTS[sport],
+                    PORTS[dport],
+                    protocol,
+                    tcp_flags,
+                    interface,
+                    directory.who(source),
+                    directory.who(destination),
+                    point=point,
+                    how=how,
+                )
+            )
+        return found

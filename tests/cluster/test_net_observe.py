@@ -331,3 +331,24 @@ def test_the_command_line_prints_them(town: Town) -> None:
         )
 
     until(shown, "the denial is shown")
+
+
+def test_packets_are_traced_for_whom_asks(town: Town, hubble: Hubble) -> None:
+    port = FIRST_PORT + 8000
+    words = ["--pod", "default/ally", "--protocol", "udp", "--for", "600"]
+    began = town.tidegate("trace", "start", *words)
+    assert began.returncode == 0, began.stderr
+    wanted = [{"event_type": [{"type": 4}], "source_port": [str(port)]}]
+
+    def points() -> list[str]:
+        return [flow["trace_observation_point"] for flow in hubble.flows(whitelist=wanted)]
+
+    send(town, "ally", "server", port, 4)
+    # The flow's own start is a trace to the stack, too.
+    until(lambda: sorted(points()) == ["FROM_ENDPOINT", "TO_STACK", "TO_STACK"], "it is told")
+    listed = town.tidegate("trace", "list", "-o", "json").stdout
+    (row,) = next(rows for rows in json.loads(listed).values() if rows)
+    assert row["protocol"] == "UDP"
+    assert 0 < row["secondsLeft"] <= 600
+    assert town.tidegate("trace", "stop").returncode == 0
+    assert not any(json.loads(town.tidegate("trace", "list", "-o", "json").stdout).values())

@@ -35,6 +35,8 @@ STRUCTS = [
     "tg_counter",
     "tg_event",
     "tg_flow_event",
+    "tg_trace",
+    "tg_trace_filter",
 ]
 U32 = struct.Struct("=I")
 SHAPES, LANES = 12, 3

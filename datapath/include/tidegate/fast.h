@@ -77,7 +77,7 @@ tg_inline int tg_fast_flow(struct __sk_buff *skb, int from_pod, const struct tg_
 	tg_account(ct, skb, !began);
 	if (!began && tg_awaits(ct, t->protocol))
 		tg_first_byte(skb, ct, l4);
-	return tg_deliver(skb, from_pod, &forward);
+	return tg_deliver(skb, from_pod, &forward, began ? TG_HOW_ESTABLISHED : TG_HOW_REPLY);
 }
 
 /* What to do with TCP and UDP without IP options, extension headers, fragments

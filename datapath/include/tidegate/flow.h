@@ -318,6 +318,7 @@ tg_global int tg_follow_ct(struct __sk_buff *skb, const struct tg_endpoint *ep, 
 			return reason;
 	}
 	s->forward = reply ? ct->to_src : ct->to_dst;
+	s->how = reply ? TG_HOW_REPLY : TG_HOW_ESTABLISHED;
 	to.addr = ct->nat_addr;
 	to.port = ct->nat_port;
 	if (!dry_run && !tg_settle(skb, ct, reply))
@@ -599,6 +600,7 @@ static __noinline int tg_new_flow(struct tg_run *r)
 	if (reason)
 		return reason;
 	r->s->forward = s->made.to_dst;
+	r->s->how = TG_HOW_NEW;
 	tg_report_verdict(r->skb, s);
 	return tg_save(r, &s->made);
 }

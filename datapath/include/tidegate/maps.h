@@ -26,6 +26,9 @@ struct tg_anchors {
 	struct tg_event event;
 	struct tg_flow_event flow_event;
 	struct tg_limit limit;
+	struct tg_trace trace;
+	enum tg_trace_point trace_point;
+	enum tg_trace_how trace_how;
 	enum tg_limit_size limit_size;
 	enum tg_node_kind node_kind;
 	enum tg_peer_kind peer_kind;
@@ -267,6 +270,19 @@ struct {
 	__type(value, struct tg_limit_said);
 	__uint(max_entries, TG_LIMIT_SETS * TG_LIMIT_WAYS);
 } limits_said_v1 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct tg_trace_filter);
+	__uint(max_entries, 1);
+} trace_filter_v1 SEC(".maps");
+
+/* Apart from all else: of these there may be as many as packets. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} traces_v1 SEC(".maps");
 
 /* Apart from the denials, so that neither crowds out the other. */
 struct {

@@ -68,8 +68,11 @@ tg_inline int tg_long_way(struct __sk_buff *skb, int from_pod)
 
 tg_inline int tg_pod(struct __sk_buff *skb, int from_pod)
 {
-	int done = tg_fast(skb, from_pod);
+	int done;
 
+	if (from_pod && !dry_run && tg_tracing())
+		tg_trace(skb, TG_FROM_ENDPOINT, TG_HOW_UNSAID);
+	done = tg_fast(skb, from_pod);
 	return done == TG_LONG_WAY ? tg_long_way(skb, from_pod) : done;
 }
 

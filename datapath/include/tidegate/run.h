@@ -10,6 +10,7 @@
 #include <tidegate/policy.h>
 #include <tidegate/refuse.h>
 #include <tidegate/special.h>
+#include <tidegate/trace.h>
 
 /* A copy loaded with dry_run writes no map and no event, and answers in
  * skb->cb and skb->mark: 1 judges as if the flow were new, 2 asks conntrack. */
@@ -41,6 +42,7 @@ struct tg_scratch {
 	__u64 proof;
 	__u32 set; /* in a share */
 	__u32 now;
+	__u32 how;   /* enum tg_trace_how */
 	__u32 host;  /* generated on this node, towards the pod */
 	__u32 from_pod;
 	__u64 node;  /* where this run's node table lies */
@@ -293,13 +295,16 @@ tg_inline int tg_no_mac(const __u8 mac[6])
 }
 
 /* Into the pod at `forward`, or on to the stack. */
-tg_inline int tg_deliver(struct __sk_buff *skb, int from_pod, const struct tg_forward *forward)
+tg_inline int tg_deliver(struct __sk_buff *skb, int from_pod, const struct tg_forward *forward,
+			 __u32 how)
 {
 	const __u32 *macs = (const __u32 *)forward->pod_mac;
 	struct ethhdr *eth;
 	__u32 *to;
 
 	tg_count(skb, TG_FORWARDED, from_pod);
+	if (!dry_run && tg_tracing())
+		tg_trace(skb, from_pod && !forward->ifindex ? TG_TO_STACK : TG_TO_ENDPOINT, how);
 	if (!from_pod || !forward->ifindex)
 		return TG_PASS;
 	/* Back out of the uplink: the answer of a NodePort has an address of the node. */
@@ -319,7 +324,7 @@ tg_inline int tg_deliver(struct __sk_buff *skb, int from_pod, const struct tg_fo
 tg_inline int tg_forward_packet(struct tg_run *r)
 {
 	tg_answer(r, TG_FORWARDED);
-	return tg_deliver(r->skb, r->from_pod, &r->s->forward);
+	return tg_deliver(r->skb, r->from_pod, &r->s->forward, r->s->how);
 }
 
 tg_inline void tg_set_forward(struct tg_forward *forward, const struct tg_endpoint *ep)

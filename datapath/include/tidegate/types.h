@@ -575,6 +575,50 @@ struct tg_limit_said {
 };
 TG_SIZE(struct tg_limit_said, 16);
 
+/* Which packets are told of one by one. All zero: none. */
+struct tg_trace_filter {
+	__u64 until; /* CLOCK_MONOTONIC, nanoseconds: for no longer; 0: nothing is traced */
+	struct tg_addr ip4;     /* one end has one of the two; both all zero: whatever they have */
+	struct tg_addr ip6;
+	__u32 identity;         /* one end has it; 0: whatever they have */
+	__be16 port;            /* one end has it; 0 */
+	__u8 protocol;          /* 0: any */
+	__u8 pad;
+};
+TG_SIZE(struct tg_trace_filter, 48);
+
+/* Where a packet was seen: numbers that people know as sub types of a trace. */
+enum tg_trace_point {
+	TG_TO_ENDPOINT = 0,
+	TG_TO_STACK = 3,
+	TG_FROM_ENDPOINT = 5,
+	TG_FROM_NETWORK = 10,
+	TG_TO_NETWORK = 11,
+};
+
+enum tg_trace_how {
+	TG_HOW_UNSAID = 0, /* it was seen before anybody asked */
+	TG_HOW_NEW = 1,
+	TG_HOW_ESTABLISHED = 2,
+	TG_HOW_REPLY = 3, /* against the way the flow began */
+};
+
+/* A packet, as it was there. */
+struct tg_trace {
+	__u64 time; /* CLOCK_MONOTONIC, nanoseconds */
+	struct tg_addr src;
+	struct tg_addr dst;
+	__be16 sport; /* of ICMP: type << 8 | code */
+	__be16 dport;
+	__u8 protocol;
+	__u8 point; /* enum tg_trace_point */
+	__u8 how;   /* enum tg_trace_how */
+	__u8 tcp_flags;
+	__u32 ifindex;
+	__u32 length;
+};
+TG_SIZE(struct tg_trace, 56);
+
 enum tg_flow_kind {
 	TG_FLOW_START = 0, /* it was judged and let through */
 	TG_FLOW_END = 1,   /* both ends have closed it, or one has reset it */

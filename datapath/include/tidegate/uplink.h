@@ -34,6 +34,8 @@ tg_inline int tg_send(struct tg_run *r)
 	if (verdict & TG_LEAVE_DROP)
 		return tg_drop(r, verdict & (TG_LEAVE_DROP - 1));
 	tg_count(r->skb, TG_FORWARDED, 0);
+	if (tg_tracing())
+		tg_trace(r->skb, TG_TO_NETWORK, TG_HOW_UNSAID);
 	return verdict;
 }
 
@@ -42,9 +44,12 @@ tg_inline int tg_send(struct tg_run *r)
 static __noinline int tg_net_deliver(struct tg_run *r)
 {
 	const struct tg_forward *forward = &r->s->forward;
-	struct ethhdr *eth = tg_at(r->skb, 0, sizeof(*eth));
+	struct ethhdr *eth;
 
 	tg_count(r->skb, TG_FORWARDED, 0);
+	if (tg_tracing())
+		tg_trace(r->skb, TG_TO_ENDPOINT, r->s->how);
+	eth = tg_at(r->skb, 0, sizeof(*eth));
 	if (!eth || !forward->ifindex || tg_no_mac(forward->pod_mac))
 		return TG_PASS;
 	__builtin_memcpy(eth->h_dest, forward->pod_mac, ETH_ALEN);
