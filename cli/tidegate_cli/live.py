@@ -46,6 +46,8 @@ _CT = [
     "to_src",
     "backend",
     "nat_port",
+    "handshake",
+    "first_byte",
     "start",
     "packets",
     "bytes",
