@@ -10,11 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import structlog
 from tidegate_bpf import BpfError, Map, ObjectFile
 
-from tidegate_observer import rings
+from tidegate_observer import agent, rings
 from tidegate_observer.flow import Entry, Flow, Lost
 from tidegate_observer.history import History
 from tidegate_observer.limits import Limits
@@ -60,6 +61,9 @@ class Reader:
         self.drain = rings.Drain(self._rings)
         self.pressure = Pressure(spec, pins)
         self.tracked = Tracked(spec, node, pins, flows.live)
+        self._watch = agent.Watch(node)
+        self.changed: list[agent.AgentEvent] = []
+        """What changed on the node since this was last taken."""
         self._metrics = pins / "maps" / "metrics_v1"
         self._lost, self._looked = self._remembered()
         self._due = 0.0
@@ -71,6 +75,7 @@ class Reader:
         if time.monotonic() >= self._due:
             self.drain.reopen()
             self.source.refresh()
+            self.changed += self._watch.look(self.source.directory, time.time_ns())
             lost = self._losses()
             if lost is not None:
                 found.append(lost)
@@ -152,6 +157,8 @@ class Collector:
         self._history = kept
         self._figures = figures
         self._policy_log = policy_log
+        self.agent = agent.history()
+        """Agent events."""
         self._due = 0.0
 
     def step(self) -> float:
@@ -165,6 +172,9 @@ class Collector:
             except (BpfError, ValueError) as error:
                 log.warning("cannot read", node=reader.node, error=str(error))
                 pause = RETRY_SECONDS
+        for reader in self._readers:
+            changed, reader.changed = reader.changed, []
+            self.agent.extend(cast("list[Any]", changed))
         if found:
             found.sort(key=_time)
             self._history.extend(found)

@@ -39,6 +39,8 @@ class Directory:
         self.identities: dict[int, End] = {}
         self.rule_sets: dict[int, RuleSet] = {}
         self.services: dict[FrontendKey, Service] = {}
+        self.current: frozenset[int] = frozenset()
+        """Of `rule_sets`, those in force."""
         self._decisions: dict[tuple[int, int, bool], Decision | None] = {}
         self._strangers: dict[int, End] = {}
         self._missing = missing
@@ -110,7 +112,7 @@ class Directory:
     def in_force(self, numbers: Iterable[int]) -> None:
         """Forgets rule sets that have not been in force for long; their ids are never used again.
         What was recorded before a switch is read after it, so the last ones stay."""
-        kept = set(numbers)
+        kept = self.current = frozenset(numbers)
         retired = sorted(number for number in self.rule_sets if number not in kept)
         gone = set(retired[:-MAX_RETIRED])
         for number in gone:

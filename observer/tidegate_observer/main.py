@@ -79,6 +79,7 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
         namespaces=collector.namespaces,
         peers=_peers(people, args.listen) if people is not None and args.listen else None,
         secure=bool(args.listen),
+        agent=collector.agent,
         instance=secrets.randbits(64),
     )
     service = ObserverService(kept, about)
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
                     service.streams.cut_stuck()
                     shown.write(args.metrics_file)
                 kept.close()
+                collector.agent.close()
         finally:
             collector.close()
             if people is not None:

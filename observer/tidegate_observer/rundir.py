@@ -25,6 +25,9 @@ WAIT_SECONDS = {"address": 0.5, "rule set": 2.0}
 true writes it down a moment later, and on a node that is busy later than that. An address may be
 of somebody who is never named; a rule set in force always is."""
 STEP_SECONDS = 0.01
+REREAD_SECONDS = 0.1
+"""How often the files are read again for what is not known, once there is no more waiting:
+strangers by the thousand must not make the observer read files by the thousand."""
 UNKNOWN_SECONDS = 5.0
 """For how long a number that nobody explained is not asked for again."""
 MAX_UNKNOWN = 4096
@@ -76,6 +79,7 @@ class RunDirSource:
         self._rule_sets: dict[str, RuleSet] = {}
         self._unknown: dict[tuple[str, bytes | int], float] = {}
         self._waited = dict.fromkeys(WAIT_SECONDS, -UNKNOWN_SECONDS)
+        self._reread = -REREAD_SECONDS
 
     # ---- reading -------------------------------------------------------------------
 
@@ -191,11 +195,15 @@ class RunDirSource:
             return False
         held: Mapping[Any, object]
         while True:
+            patient = time.monotonic() < self._patient_until(what, now)
+            if not patient and time.monotonic() - self._reread < REREAD_SECONDS:
+                break
             self.refresh()
+            self._reread = time.monotonic()
             held = self.directory.rule_sets if what == "rule set" else self.directory.addresses
             if which in held:
                 return True
-            if time.monotonic() >= self._patient_until(what, now):
+            if not patient:
                 break
             time.sleep(STEP_SECONDS)
         if len(self._unknown) >= MAX_UNKNOWN:

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import structlog
 
-from tidegate_observer import filters, messages
+from tidegate_observer import agent, filters, messages
 from tidegate_observer.api import flow_pb2, observer_pb2, peer_pb2, relay_pb2
 from tidegate_observer.flow import Flow, Lost
 from tidegate_observer.history import History
@@ -50,6 +50,8 @@ class About:
     """Node → address of every observer, as asked now; None: `nodes`, at `address`."""
     secure: bool = False
     """`address` and those of `peers` are served with TLS."""
+    agent: History = field(default_factory=agent.history)
+    """Agent events."""
     instance: int = 0
     """Makes the flows' ids those of this process."""
     started: float = field(default_factory=time.monotonic)
@@ -207,10 +209,7 @@ class ObserverService:
     def get_agent_events(
         self, request: observer_pb2.GetAgentEventsRequest, context: grpc.ServicerContext
     ) -> Iterator[observer_pb2.GetAgentEventsResponse]:
-        """There is no agent that makes any."""
-        while request.follow and context.is_active() and not self._history.closed:
-            time.sleep(WAIT_SECONDS)
-        yield from ()
+        yield from agent.stream(self._about.agent, request, context.is_active)
 
     def get_debug_events(
         self, request: observer_pb2.GetDebugEventsRequest, context: grpc.ServicerContext

@@ -69,7 +69,7 @@ STATE = ("ct_v2", "frags_v1", "metrics_v1", "socks_v1", "streams_v1")
 
 def dump(town: Town, names: Iterable[str]) -> dict[str, tuple[bytes, bytes]]:
     lab = town.lab
-    unread = ("events_v1", "flows_v1", "scratch")
+    unread = ("events_v1", "flows_v1", "traces_v1", "scratch")
     tables = {name: lab.maps[name] for name in names if name not in unread}
     tables |= {f"share {key}": share for key, share in lab.shares.items()}
     return {name: table.dump() for name, table in tables.items()}
