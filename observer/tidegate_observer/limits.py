@@ -7,6 +7,7 @@ so that an observer that follows another says neither less nor twice. Writes not
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import struct
 import sys
@@ -95,7 +96,8 @@ class Limits:
             changed.append(place)
             if not place.kind[5] >> 16 & LOG:
                 found.append(self._entry(place.kind, more, when, directory))
-        if changed:
+        # Without it this observer still knows; the next one would say it again.
+        with contextlib.suppress(BpfError):
             self._write(changed)
         return found
 

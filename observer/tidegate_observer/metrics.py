@@ -253,9 +253,9 @@ class Metrics:
             starts.add_metric(key, service.started)
             resets.add_metric(key, service.resets)
             refused.add_metric(key, service.refused)
-            for name, family in histograms.items():
+            for name, histogram in histograms.items():
                 times = service.times[name]
-                family.add_metric(key, times.buckets(), times.seconds)
+                histogram.add_metric(key, times.buckets(), times.seconds)
         yield from (starts, resets, refused, *histograms.values(), *passed)
 
 
