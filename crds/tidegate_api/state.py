@@ -99,6 +99,12 @@ DIGEST_ANNOTATION = "tidegate.dev/digest"
 the spec is in force."""
 
 
+TRIGGER_ANNOTATION = "tidegate.dev/last-change-trigger-time"
+"""On a StateSlice of services that was written because endpoints have changed: when the first of
+them did (RFC 3339), as its EndpointSlice's `endpoints.kubernetes.io/last-change-trigger-time` says.
+No part of the spec: what is compiled does not depend on it."""
+
+
 class OwnerReference(Model, forbid_unknown_fields=False, frozen=True):
     """The object without which this one goes: an API server collects it."""
 

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import datetime
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,6 +43,7 @@ from tidegate_loader.local import (
 )
 from tidegate_loader.maps import Builder, DesiredMaps, MapsError, State, Uplinks
 from tidegate_loader.plan import Actual, NodeEntry
+from tidegate_loader.programming import Latency
 from tidegate_loader.rules import RuleSetError
 from tidegate_loader.source import Source, Stalled
 
@@ -94,6 +96,7 @@ class Loader:
         self._gated: dict[str, LocalInterface] = {}
         self._ungated = False
         """An interface is there that could not be gated: its endpoint is in no node table."""
+        self._latency = Latency(time.time())
         self._standing: list[str] = []
         self._beside = kubeproxy.traces()
         """Problems of the machine, found at the start."""
@@ -301,6 +304,7 @@ class Loader:
         self.realised_now = in_force and stalled is None
         self._report(stalled, problems)
         if self.realised_now:
+            self._measure()
             self._keep()
             if self._api is not None and self._state is not None:
                 self._api.realised(self._source.names(self._state))
@@ -392,6 +396,15 @@ class Loader:
         if not self.dirty and not made.left_out:
             actual.ipcache_parts, actual.service_parts = desired.ipcache, desired.services
         return [*desired.problems, *made.problems, *errors]
+
+    def _measure(self) -> None:
+        if self._state is None:
+            return
+        self._latency.realised(self._state.services, time.time())
+        figures = self._latency.figures
+        if figures is not None and figures != self._realised.programming:
+            self._realised = structs.replace(self._realised, programming=figures)
+            self._write()
 
     def _let_go(self, made: plan.Plan) -> None:
         """Of backends that are gone, the node's own sockets for datagrams. Where the kernel cannot

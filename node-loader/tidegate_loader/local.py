@@ -70,6 +70,16 @@ class Counters(Model, frozen=True):
     """Entries for which a map has no room now: what they would allow is not allowed."""
 
 
+class Programming(Model, frozen=True):
+    """How long changes of endpoints took until they were in force here: the Kubernetes SLI "network
+    programming latency", from the time that their EndpointSlice says to that of the read-back."""
+
+    counts: list[int] = msgspec.field(default_factory=list)
+    """Of each bucket of `programming.BUCKETS`, and of what is above all of them."""
+    seconds: float = 0.0
+    """Of all of them."""
+
+
 class Realised(Model, frozen=True):
     """nodes/<node>/realised.json: what was read back from the kernel, by name."""
 
@@ -86,6 +96,8 @@ class Realised(Model, frozen=True):
     objects: dict[str, str] = msgspec.field(default_factory=dict)
     """Loaded object file -> hash of its content."""
     counters: Counters = Counters()
+    programming: Programming | UnsetType = UNSET
+    """Absent until a change was measured; since the loader started."""
     digest: str | UnsetType = UNSET
     """Digest of the NodeState spec in force; absent until one was equal."""
     peer_sets: str | UnsetType = UNSET

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from tidegate_api.state import NodeStateStatus, RuleSet, digest, encode
+from tidegate_api.state import TRIGGER_ANNOTATION, NodeStateStatus, RuleSet, digest, encode
 from tidegate_kube import Client, Invalid, KubeError, NotFound, Reflector
 from tidegate_kube.backoff import Backoff
 from tidegate_kube.resources import NODE_STATES, RULE_SETS, STATE_SLICES, Resource
@@ -51,9 +51,14 @@ KINDS: Mapping[str, Resource] = {
 """Directory of `objects/` -> kind."""
 
 
+class _Noted(msgspec.Struct, frozen=True, omit_defaults=True):
+    trigger: str | UnsetType = msgspec.field(name=TRIGGER_ANNOTATION, default=UNSET)
+
+
 class _Meta(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     generation: int | UnsetType = UNSET
+    annotations: _Noted | UnsetType = UNSET
 
 
 class _Object(msgspec.Struct, frozen=True, rename="camel"):
@@ -82,7 +87,11 @@ _rule_set_decoder = msgspec.json.Decoder(RuleSet)
 
 def as_file(data: bytes) -> bytes:
     """An object of the API as `objects/` holds it. MsgspecError: it is none of ours."""
-    return encode(_decoder.decode(data))
+    found = _decoder.decode(data)
+    if found.metadata.annotations == _Noted():
+        meta = msgspec.structs.replace(found.metadata, annotations=UNSET)
+        found = msgspec.structs.replace(found, metadata=meta)
+    return encode(found)
 
 
 class Mirror:

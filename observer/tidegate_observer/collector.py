@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -223,6 +224,11 @@ class Collector:
             sum(t.entries for t in tracked),
             sum(t.size for t in tracked) or 1,
             sum(t.seconds for t in tracked),
+        )
+        measured = [reader.source.programming for reader in self._readers]
+        self._figures.programming = (
+            [sum(counts) for counts in zip_longest(*(m.counts for m in measured), fillvalue=0)],
+            sum(m.seconds for m in measured),
         )
         self._figures.sweeps = sum(t.sweeps for t in tracked)
         self._figures.held = (self._history.held, self._history.size)

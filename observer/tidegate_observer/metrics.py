@@ -8,6 +8,7 @@ import bisect
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 from prometheus_client.core import (
@@ -46,6 +47,14 @@ LIMITED = 252
 PROTOCOLS = {TCP: "TCP", UDP: "UDP", SCTP: "SCTP", ICMP: "ICMPv4", ICMPV6: "ICMPv6"}
 FLAGS = ((2, "SYN"), (1, "FIN"), (4, "RST"))
 DIRECTIONS = ("INGRESS", "EGRESS")
+PROGRAMMING = (
+    0.25,
+    0.5,
+    *(float(n) for n in range(1, 60)),
+    *(float(n) for n in range(60, 120, 5)),
+    *(float(n) for n in range(120, 301, 30)),
+)
+"""As kube-proxy has them, and the loader (`tidegate_loader.programming`)."""
 NO_DROPS = frozenset((0, 230, 231, LIMITED, 253, 254))
 """Reasons that programs count packets under and let them pass; docs/drop-reasons.md."""
 BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 300.0)
@@ -80,6 +89,8 @@ class Metrics:
         """Entries of the table of flows, its size, seconds that looking through it took."""
         self.maps: Usage = {}
         """Of all nodes together, but for the table of flows."""
+        self.programming: tuple[list[int], float] = ([], 0.0)
+        """Changes of endpoints by how long they took (PROGRAMMING, and above); seconds of all."""
         self.sweeps = 0
         self.held = (0, 1)
         """Flows held by the observer, and how many it can hold."""
@@ -257,6 +268,22 @@ class Metrics:
                 times = service.times[name]
                 histogram.add_metric(key, times.buckets(), times.seconds)
         yield from (starts, resets, refused, *histograms.values(), *passed)
+        yield self._programming()
+
+    def _programming(self) -> Metric:
+        counts, seconds = self.programming
+        made = HistogramMetricFamily(
+            "kubeproxy_network_programming_duration_seconds",
+            "from the time that an EndpointSlice says to its change being in force",
+            labels=(),
+        )
+        total, buckets = 0, []
+        bounds = (*map(str, PROGRAMMING), "+Inf")
+        for bound, count in zip_longest(bounds, counts[: len(bounds)], fillvalue=0):
+            total += count
+            buckets.append((str(bound), float(total)))
+        made.add_metric((), buckets, seconds)
+        return made
 
 
 class _Times:

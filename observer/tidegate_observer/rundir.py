@@ -49,11 +49,17 @@ class _RuleSet(msgspec.Struct, frozen=True):
     name: str
 
 
+class Programming(msgspec.Struct, frozen=True):
+    counts: list[int] = []
+    seconds: float = 0.0
+
+
 class _Realised(msgspec.Struct, frozen=True, rename="camel"):
     """What realised.json says that matters here; other members pass."""
 
     endpoints: dict[str, _Endpoint] = {}
     rule_sets: dict[str, _RuleSet] = {}
+    programming: Programming = Programming()
 
 
 class RunDirSource:
@@ -80,6 +86,11 @@ class RunDirSource:
         self._unknown: dict[tuple[str, bytes | int], float] = {}
         self._waited = dict.fromkeys(WAIT_SECONDS, -UNKNOWN_SECONDS)
         self._reread = -REREAD_SECONDS
+
+    @property
+    def programming(self) -> Programming:
+        """Network programming latency, as the node's loader has measured it."""
+        return self._ids.programming
 
     # ---- reading -------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from tidegate_api.state import (
     FORMAT,
     NEWEST_FORMAT,
     TABLES,
+    TRIGGER_ANNOTATION,
     Identity,
     IdentitySpec,
     IPCacheEntry,
@@ -138,10 +139,14 @@ def shards_for(keys: int, entries: int) -> int:
 
 
 def slice_object(
-    table: Table, place: tuple[int, int, int], revision: int, content: Mapping[str, Any]
+    table: Table,
+    place: tuple[int, int, int],
+    revision: int,
+    content: Mapping[str, Any],
+    triggered: str = "",
 ) -> StateSlice:
     """One shard; `place` is (epoch, shard, shards), `content` key -> entry, for services
-    key -> list of entries."""
+    key -> list of entries. `triggered`: see TRIGGER_ANNOTATION."""
     epoch, shard, shards = place
     entries: list[Any] = []
     for key in sorted(content):
@@ -150,7 +155,11 @@ def slice_object(
     return StateSlice(
         api_version=API_VERSION,
         kind="StateSlice",
-        metadata=Meta(name=slice_name(table, *place), labels={TABLE_LABEL: table}),
+        metadata=Meta(
+            name=slice_name(table, *place),
+            labels={TABLE_LABEL: table},
+            annotations={TRIGGER_ANNOTATION: triggered} if triggered else UNSET,
+        ),
         spec=StateSliceSpec(
             format=_format_of(table, entries),
             table=table,
@@ -339,6 +348,9 @@ def _content(spec: StateSliceSpec) -> dict[str, Any]:
             return found
 
 
+NO_TRIGGERS: Mapping[str, str] = {}
+
+
 class Publisher:
     """The only writer of a store's objects. Starts from what is there, and before each
     publish takes over what somebody else made of it meanwhile: that is repaired."""
@@ -378,9 +390,11 @@ class Publisher:
         ledger: Ledger,
         problems: Sequence[Problem] = (),
         now: float = 0.0,
+        triggers: Mapping[str, str] | None = None,
     ) -> tuple[str, ...]:
         """Make the store hold `desired`; the paths written or removed, in order. `now`: a
-        monotonic clock, for the grace period.
+        monotonic clock, for the grace period. `triggers`: key of a service -> when endpoints of
+        it changed, of those that have since the last publish.
 
         Referents first: identities, rule sets and peer sets before the node states that
         name them, node states before the facts that use their identities. Removals
@@ -410,7 +424,7 @@ class Publisher:
             self._write_table("ipcache", wanted, split)
         self._write_nodes(desired.nodes, missing)
         self._write_table("ipcache", desired.ipcache, facts)
-        self._write_table("services", desired.services)
+        self._write_table("services", desired.services, triggers=triggers or NO_TRIGGERS)
         self._write_table("peers", self._needed(desired))
         self._remove_nodes(desired.nodes)
         self._remove_rule_sets(desired.rule_sets, now)
@@ -588,7 +602,11 @@ class Publisher:
         self._tables[table] = _TableState(content, [*parts], [*items], revision, epoch, epoch)
 
     def _write_table(
-        self, table: Table, wanted: Mapping[str, Any], differing: set[str] | None = None
+        self,
+        table: Table,
+        wanted: Mapping[str, Any],
+        differing: set[str] | None = None,
+        triggers: Mapping[str, str] = NO_TRIGGERS,
     ) -> None:
         """`differing`: what `_differing` says of it, where it is known."""
         state = self._tables[table]
@@ -596,8 +614,11 @@ class Publisher:
         parts: dict[int, dict[str, Any]] = {}
         if differing is None:
             differing = _differing(state.content, wanted)
+        first: dict[int, str] = {}
         for key in differing:
             shard = shard_of(key, shards)
+            if key in triggers:
+                first[shard] = min(first.get(shard, triggers[key]), triggers[key])
             part = parts.setdefault(shard, dict(state.shards[shard] or {}))
             if key in wanted:
                 part[key] = wanted[key]
@@ -609,7 +630,13 @@ class Publisher:
         if parts:
             state.revision += 1
         items = {
-            shard: slice_object(table, (state.epoch, shard, shards), state.revision, parts[shard])
+            shard: slice_object(
+                table,
+                (state.epoch, shard, shards),
+                state.revision,
+                parts[shard],
+                first.get(shard, ""),
+            )
             for shard in sorted(parts)
         }
         for shard, item in items.items():

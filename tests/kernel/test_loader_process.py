@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import UNSET
 from support import loader_node
 from support import loader_world as world
 from support.loader_node import TIMEOUT, Node, ip, poll
@@ -301,3 +302,32 @@ def test_an_empty_node_that_refuses_an_object_is_left_without_threads_and_descri
         with pytest.raises(VerifierError, match="from_net"):
             Loader(node.paths, options, log.logger(world.NODE, "warning"))
         assert left() == before
+
+
+def test_how_long_a_change_of_endpoints_took_is_written_down(node: Node) -> None:
+    """Once, of what says when it changed."""
+    wanted = world.example()
+    node.write(wanted)
+    node.start()
+    node.wait_for(wanted, 0)
+    assert node.realised().programming is UNSET
+    wanted.services = [world.service("late", "10.96.9.9", 80, [("10.0.0.9", 80)])]
+    wanted.revision = 2
+    peers, state = wanted.peers, wanted.state()
+    for item in (
+        *world.slices("peers", peers, wanted.shards, 2),
+        *state.ipcache,
+        *(world.triggered(item) for item in state.services),
+    ):
+        world.write_object(node.run_dir / "objects" / "stateslices", item.metadata.name, item)
+    world.write_object(node.run_dir / "objects" / "nodestates", world.NODE, state.node)
+
+    def measured() -> int:
+        found = node.realised().programming
+        return 0 if found is UNSET else sum(found.counts)
+
+    poll("it is measured", lambda: measured() == wanted.shards)
+    assert node.process is not None
+    node.process.send_signal(signal.SIGUSR1)
+    node.wait_for(wanted, 0)
+    assert measured() == wanted.shards

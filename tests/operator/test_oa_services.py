@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from support.operator_town import Town
 from support.town_api import apply, node, objects
 from tidegate_api import users
-from tidegate_api.state import ServicePort, StateSlice
+from tidegate_api.state import TRIGGER_ANNOTATION, ServicePort, StateSlice
 from tidegate_kube import Client, KubeError
 
 pytestmark = pytest.mark.apiserver
@@ -173,3 +173,41 @@ def _we_take(model: type[users.Service] | type[users.EndpointSlice], tree: Tree)
     except ValidationError:
         return False
     return True
+
+
+def triggered(client: Client) -> dict[str, str]:
+    """Of the shards that say a time: by the Services in them."""
+    return {
+        port.name: times[TRIGGER_ANNOTATION]
+        for item in objects(client, StateSlice).values()
+        for port in item.spec.services or ()
+        if (times := item.metadata.annotations or {}).get(TRIGGER_ANNOTATION)
+    }
+
+
+def test_when_endpoints_changed_goes_with_what_is_written(town: Town) -> None:
+    """The first change of a shard's; and nothing is written for the time alone, nor by an operator
+    that starts anew."""
+    client = town.client
+
+    def change(address: str, when: str) -> None:
+        made = endpoints("timed", {"addresses": [address], "nodeName": "n1"})
+        annotations = {"endpoints.kubernetes.io/last-change-trigger-time": when}
+        made["metadata"]["annotations"] = annotations if when else {}
+        apply(client, made)
+        town.settled()
+
+    apply(client, node("n1", 0))
+    apply(client, service("timed"))
+    change("10.244.0.9", "2026-01-02T03:04:05Z")
+    change("10.244.0.10", "2026-01-02T03:04:06Z")
+    assert triggered(client) == {"timed": "2026-01-02T03:04:06Z"}
+    held = objects(client, StateSlice)
+    change("10.244.0.10", "2026-01-02T03:04:07Z")
+    town.restart()
+    town.settled()
+    assert {n: i.metadata.resource_version for n, i in objects(client, StateSlice).items()} == {
+        n: i.metadata.resource_version for n, i in held.items()
+    }
+    change("10.244.0.11", "")
+    assert triggered(client) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -195,6 +196,13 @@ class World(msgspec.Struct):
         ]
         for directory, item in listed:
             write_object(run_dir / "objects" / directory, item.metadata.name, item)  # type: ignore[attr-defined]
+
+
+def triggered(item: api.StateSlice) -> api.StateSlice:
+    """As if its endpoints had changed just now."""
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    meta = msgspec.structs.replace(item.metadata, annotations={api.TRIGGER_ANNOTATION: now})
+    return msgspec.structs.replace(item, metadata=meta)
 
 
 def write_object(directory: Path, name: str, item: object) -> None:

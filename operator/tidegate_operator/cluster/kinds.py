@@ -99,6 +99,8 @@ class SliceFacts(msgspec.Struct, frozen=True):
 
     service: str
     endpoints: EndpointList
+    triggered: str = ""
+    """When what it tells of has changed, as its writer says; "": it does not."""
 
 
 class ServiceFacts(msgspec.Struct, frozen=True):
@@ -294,8 +296,16 @@ class _Port(_Camel, frozen=True):
     port: int | None = None
 
 
+class _Trigger(msgspec.Struct, frozen=True):
+    time: str = msgspec.field(name="endpoints.kubernetes.io/last-change-trigger-time", default="")
+
+
+class _SliceMeta(_Meta, frozen=True):
+    annotations: _Trigger | None = None
+
+
 class _EndpointSlice(_Camel, frozen=True):
-    metadata: _Meta
+    metadata: _SliceMeta
     address_type: str = ""
     endpoints: list[_Endpoint] | None = None
     ports: list[_Port] | None = None
@@ -398,7 +408,9 @@ def endpoint_slice(data: bytes) -> SliceFacts:
         elif one is not None:
             listed.append(one)
     return SliceFacts(
-        intern(owner), EndpointList(family, ports, tuple(listed), tuple(sorted(refused)))
+        intern(owner),
+        EndpointList(family, ports, tuple(listed), tuple(sorted(refused))),
+        found.metadata.annotations.time if found.metadata.annotations is not None else "",
     )
 
 

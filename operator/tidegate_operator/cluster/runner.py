@@ -309,7 +309,8 @@ class Runner:
         self._ledger = ledger
         found = (*problems, *desired.problems)
         try:
-            written = self._publisher.publish(desired, ledger, found, compiled)
+            triggers = world.triggers(before.snapshot, snapshot)
+            written = self._publisher.publish(desired, ledger, found, compiled, triggers)
         except NumberTaken as error:
             for name, item in error.taken.items():
                 self._ledger = identities.give_way(self._ledger, int(name), publish.key_of(item))

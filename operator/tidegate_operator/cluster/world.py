@@ -439,6 +439,21 @@ def _by_service(
     return found
 
 
+def triggers(before: Snapshot, now: Snapshot) -> dict[str, str]:
+    """Key of a service -> when the first of its EndpointSlices that are others than `before` has
+    changed, as they say (RFC 3339, in UTC: in the order of time). Nothing of what is read first:
+    nobody knows how long it has been so."""
+    if not before.slices:
+        return {}
+    found: dict[str, str] = {}
+    for key in changed(before.slices, now.slices):
+        item = now.slices[key]
+        if item.service and item.triggered:
+            name = f"{key[0]}/{item.service}"
+            found[name] = min(found.get(name, item.triggered), item.triggered)
+    return found
+
+
 def _endpoints(
     served: dict[ObjectName, Service],
     by_service: Mapping[ObjectName, Mapping[Key, EndpointList]],

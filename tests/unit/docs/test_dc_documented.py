@@ -93,7 +93,7 @@ def test_every_metric_of_the_observer_is_documented() -> None:
         for metric in ObserverMetrics().collect()
     }
     text = (DOCS / "observe.md").read_text()
-    rows = re.findall(r"^\| (`(?:hubble|cilium|tidegate)_[^|]+) \|", text, re.M)
+    rows = re.findall(r"^\| (`(?:hubble|cilium|kubeproxy|tidegate)_[^|]+) \|", text, re.M)
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == real
 
 

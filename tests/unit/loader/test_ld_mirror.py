@@ -62,6 +62,11 @@ def test_an_object_is_kept_without_what_others_write_into_it() -> None:
     }
     kept = msgspec.json.decode(as_file(msgspec.json.encode(noisy)))
     assert kept == plain | {"metadata": {"name": world.NODE, "generation": 3}}
+    # When endpoints changed is what the loader measures by.
+    when = {api.TRIGGER_ANNOTATION: "2026-01-02T03:04:05Z"}
+    noisy["metadata"]["annotations"] |= when
+    timed = msgspec.json.decode(as_file(msgspec.json.encode(noisy)))
+    assert timed["metadata"]["annotations"] == when
     # A field this code does not know is not its to judge: `source` does.
     later = plain | {"spec": plain["spec"] | {"later": {"a": [1]}}}
     assert msgspec.json.decode(as_file(msgspec.json.encode(later)))["spec"] == later["spec"]

@@ -75,6 +75,19 @@ def test_what_is_counted() -> None:
     assert not [key for key in found if "254" in str(key)]
 
 
+def test_network_programming_latency() -> None:
+    made = Metrics()
+    name = "kubeproxy_network_programming_duration_seconds"
+    assert value(samples(made), f"{name}_count") == 0
+    made.programming = ([2, 0, 3, *([0] * (len(metrics.PROGRAMMING) - 3)), 1], 12.5)
+    found = samples(made)
+    assert value(found, f"{name}_bucket", le="0.25") == 2
+    assert value(found, f"{name}_bucket", le="1.0") == 5
+    assert value(found, f"{name}_bucket", le="300.0") == 5
+    assert value(found, f"{name}_bucket", le="+Inf") == value(found, f"{name}_count") == 6
+    assert value(found, f"{name}_sum") == 12.5
+
+
 @pytest.mark.parametrize("limit", ["MAX_POLICIES", "MAX_SERVICES", "MAX_PORTS"])
 def test_labels_are_bounded(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, limit, 5)
