@@ -5,6 +5,7 @@ nothing missing, nothing twice, every policy by its name; by the command line an
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -139,6 +140,10 @@ class Sent:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.since))
         return ["--namespace", town.SPACE, "--since", stamp]
 
+    def is_told(self) -> bool:
+        """Whether it is all there, as it was sent, now."""
+        return Counter(map(told, self.of(observe(*self.query())[0]))) == self.expected
+
     def told(self) -> list[dict[str, Any]]:
         """By the command line, once it is all there."""
         found: list[dict[str, Any]] = []
@@ -166,13 +171,33 @@ def hubble(shown: relay.Files) -> Iterator[Hubble]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def settled(place: town.Town) -> town.Town:
+    """Every node enforces what there is to enforce, and every observer knows who is who."""
+    install.wait_realised(90)
+    first = itertools.count(FIRST_PORT + 5000, 10)
+
+    def known() -> bool:
+        made = Sent(place, next(first))
+        made.denied()
+        made.connected(place.pods["server"].address)
+        with contextlib.suppress(AssertionError):
+            pods.eventually(made.is_told, "all is told", 10)
+            return True
+        return False
+
+    pods.eventually(known, "the observers know who is who", 120)
+    return place
+
+
 def observers() -> dict[str, Pod]:
     """By node."""
     found = pods.running(install.NAMESPACE, "app.kubernetes.io/name=tidegate-loader", "observer")
     return {pod.node: pod for pod in found.values()}
 
 
-def test_everything_is_told_once_by_its_policies(place: town.Town) -> None:
+def test_everything_is_told_once_by_its_policies(settled: town.Town) -> None:
+    place = settled
     made = Sent(place, FIRST_PORT)
     server = place.pods["server"]
     for _ in range(3):
@@ -198,7 +223,8 @@ def test_everything_is_told_once_by_its_policies(place: town.Town) -> None:
     assert services == {place.pods[name].node for name in town.FRIENDS}
 
 
-def test_a_killed_observer_misses_nothing(place: town.Town) -> None:
+def test_a_killed_observer_misses_nothing(settled: town.Town) -> None:
+    place = settled
     server = place.pods["server"]
     before = observers()[server.node]
     number = asking.pid(before)
@@ -217,7 +243,8 @@ def test_a_killed_observer_misses_nothing(place: town.Town) -> None:
     made.told()
 
 
-def test_a_rule_that_asks_for_it_is_logged(place: town.Town) -> None:
+def test_a_rule_that_asks_for_it_is_logged(settled: town.Town) -> None:
+    place = settled
     pods.apply(LOGGED)
     server, friend = place.pods["server"], place.pods["friend-far"]
     try:
@@ -254,8 +281,9 @@ def test_a_rule_that_asks_for_it_is_logged(place: town.Town) -> None:
 
 
 def test_the_relay_tells_the_same_to_who_has_a_certificate(
-    place: town.Town, hubble: Hubble
+    settled: town.Town, hubble: Hubble
 ) -> None:
+    place = settled
     nodes = set(cluster.nodes())
 
     def connected() -> bool:

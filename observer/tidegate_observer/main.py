@@ -29,7 +29,7 @@ from tidegate_observer.tls import Certificates
 MAX_HISTORY = 1 << 20
 LOOK_SECONDS = 5.0
 """How often it is looked whether there are certificates by now."""
-KNOWN_SECONDS = 10.0
+KNOWN_SECONDS = 20.0
 """How long what the rings hold waits for the API server to say who lives in the cluster."""
 
 log = structlog.get_logger()

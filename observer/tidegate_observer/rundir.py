@@ -20,7 +20,7 @@ from tidegate_observer.directory import Directory, FrontendKey, reserved_labels
 from tidegate_observer.flow import SCTP, TCP, UDP, End, Service, address_bytes
 from tidegate_observer.people import Files, People, Pod, PodKey, RunDirPeople, objects_in
 
-WAIT_SECONDS = {"address": 0.5, "rule set": 2.0}
+WAIT_SECONDS = {"address": 0.5, "rule set": 5.0}
 """How long a batch of records waits for the file that names what it speaks of: whoever made it
 true writes it down a moment later, and on a node that is busy later than that. An address may be
 of somebody who is never named; a rule set in force always is."""
@@ -28,7 +28,7 @@ STEP_SECONDS = 0.01
 REREAD_SECONDS = 0.1
 """How often the files are read again for what is not known, once there is no more waiting:
 strangers by the thousand must not make the observer read files by the thousand."""
-UNKNOWN_SECONDS = 5.0
+UNKNOWN_SECONDS = 10.0
 """For how long a number that nobody explained is not asked for again."""
 MAX_UNKNOWN = 4096
 
