@@ -629,7 +629,7 @@ enum tg_flow_kind {
 /* The start or the end of a flow. Source and destination are those of its first
  * packet, after translation to a backend. */
 struct tg_flow_event {
-	__u64 time;   /* CLOCK_MONOTONIC, coarse, nanoseconds */
+	__u64 time;   /* CLOCK_MONOTONIC, nanoseconds: of a start `start`, of an end coarse */
 	__u64 start;  /* not coarse; with the ports it names the flow */
 	__u64 cookie; /* of the socket that began it, and its cgroup; 0: unknown, or an end */
 	__u64 cgroup;
