@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,9 +47,10 @@ def observe(args: argparse.Namespace) -> int:
         numeric=args.numeric,
         live=args.follow,
     )
+    server = server_of(args)
     try:
         with contextlib.ExitStack() as stack:
-            for response in _answers(args, wanted, stack):
+            for response in _answers(args, server, wanted, stack):
                 said = printer.write(response)
                 if said is not None:
                     print(f"tidegate: {said}", file=sys.stderr)
@@ -58,12 +60,19 @@ def observe(args: argparse.Namespace) -> int:
         raise CliError(str(error), "is the observer running? `tidegate status`") from error
     finally:
         printer.close()
+    if server is None:
+        # A node that does not answer leaves threads inside gRPC, and an interpreter that ends
+        # meanwhile may be aborted by one: all is said, and nothing is left to clean up.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 
-def _answers(args: argparse.Namespace, wanted: Request, stack: contextlib.ExitStack) -> Answers:
+def _answers(
+    args: argparse.Namespace, server: str | None, wanted: Request, stack: contextlib.ExitStack
+) -> Answers:
     """What the one server says, or every node of a cluster in the order of time."""
-    server = server_of(args)
     if server is None:
         # Slow to import, and not needed for what is on this machine.
         from tidegate_cli.cluster.flows import Observers  # noqa: PLC0415
