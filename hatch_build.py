@@ -14,7 +14,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 BUILD = Path("datapath/build")
-OBJECTS = ("pod.o", "sock.o", "net.o")
+OBJECTS = ("pod.o", "sock.o", "net.o", "xdp.o")
 TARGET = "lib/tidegate/objects"
 MANIFESTS = ("manifests/base/namespace.yaml", "manifests/base/tidegate.yaml")
 CRDS = "crds/tidegate.dev_*.yaml"

@@ -127,7 +127,8 @@ class Node:
     def loader(self) -> Loader:
         options = argparse.Namespace(
             node=world.NODE, pin_dir=self.pin_dir, objects=OBJECTS, force_clsact=False, cgroup=None,
-            flow_events=True,
+            flow_events=True, load_balancer_mode="snat",
+        load_balancer_acceleration="disabled",
         )  # fmt: skip
         return Loader(self.paths, options, log.logger(world.NODE, "warning"))
 

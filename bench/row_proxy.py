@@ -161,6 +161,7 @@ def change_cpu(arena: Arena) -> Iterator[Result]:
     options = argparse.Namespace(
         node="node-1", pin_dir=arena.tidegate.pin_dir("node-1"), objects=sites.OBJECTS,
         force_clsact=False, cgroup=arena.tidegate.group, flow_events=True,
+        load_balancer_mode="snat", load_balancer_acceleration="disabled",
     )  # fmt: skip
     wanted = services(SIZES[-1])
     ours, theirs = [], []

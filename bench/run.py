@@ -41,6 +41,7 @@ MODULES = (
     "row_kind",
     "row_flows",
     "row_flow_loss",
+    "row_xdp",
 )
 
 

@@ -90,6 +90,22 @@ def _label_keys(text: str) -> tuple[str, ...]:
     return label_keys(text)
 
 
+def add_load_balancer(parser: argparse.ArgumentParser) -> None:
+    """What the loaders of a cluster are started with."""
+    parser.add_argument(
+        "--load-balancer-mode",
+        choices=("snat", "dsr"),
+        default="snat",
+        help="how a client outside reaches a backend on another node (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--load-balancer-acceleration",
+        choices=("disabled", "native", "best-effort"),
+        default="disabled",
+        help="XDP at the nodes' uplinks (default: %(default)s)",
+    )
+
+
 def add_identities(parser: argparse.ArgumentParser) -> None:
     """How pods get their numbers."""
     parser.add_argument(

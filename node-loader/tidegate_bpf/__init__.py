@@ -10,7 +10,7 @@ standard library. Whatever names a map or a struct belongs to the caller.
     objects    ObjectFile (spec) → LoadedObject (maps, programs)
     maps       Map: element and batch operations, pins, facts
     programs   Program: pins, facts, dry runs with SkbContext
-    links      attach_tcx, attach_cgroup → Link, updated in place
+    links      attach_tcx, attach_xdp, attach_cgroup → Link, updated in place
     clsact     the same hooks on kernels without tcx
     ringbuf    RingBuffer: records by memory map
     features   Probe answers for `doctor`
@@ -32,7 +32,14 @@ from tidegate_bpf.errors import (
     PermissionDenied,
     VerifierError,
 )
-from tidegate_bpf.links import AttachType, Link, LinkInfo, attach_cgroup, attach_tcx
+from tidegate_bpf.links import (
+    AttachType,
+    Link,
+    LinkInfo,
+    attach_cgroup,
+    attach_tcx,
+    attach_xdp,
+)
 from tidegate_bpf.maps import Map, MapInfo, MapType
 from tidegate_bpf.objects import LoadedObject, MapSpec, ObjectFile, ProgramSpec
 from tidegate_bpf.programs import Program, ProgramInfo, SkbContext, TestRun
@@ -67,4 +74,5 @@ __all__ = [
     "VerifierError",
     "attach_cgroup",
     "attach_tcx",
+    "attach_xdp",
 ]

@@ -1,5 +1,5 @@
-"""Attachments as links: tcx on an interface, programs on a cgroup. A link that is neither pinned
-nor held open detaches."""
+"""Attachments as links: tcx and XDP on an interface, programs on a cgroup. A link that is
+neither pinned nor held open detaches."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ class AttachType(enum.IntEnum):
     UDP6_RECVMSG = 20
     INET4_GETPEERNAME = 29
     INET6_GETPEERNAME = 30
+    XDP = 37
     TCX_INGRESS = 46
     TCX_EGRESS = 47
 
 
 _LINK_CGROUP = 3
+_LINK_XDP = 6
 _LINK_TCX = 11
+_XDP_GENERIC, _XDP_NATIVE = 1 << 1, 1 << 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,18 @@ class _Tcx(ctypes.Structure):
     _fields_ = (("ifindex", ctypes.c_uint32), ("attach_type", ctypes.c_uint32))
 
 
+class _Xdp(ctypes.Structure):
+    _fields_ = (("ifindex", ctypes.c_uint32),)
+
+
 class _Kinds(ctypes.Union):
-    _fields_ = (("cgroup", _Cgroup), ("tcx", _Tcx))
+    _fields_ = (("cgroup", _Cgroup), ("tcx", _Tcx), ("xdp", _Xdp))
+
+
+class _CreateOptions(ctypes.Structure):
+    """A prefix of struct bpf_link_create_opts."""
+
+    _fields_ = (("sz", ctypes.c_size_t), ("flags", ctypes.c_uint32))
 
 
 class _Info(ctypes.Structure):
@@ -78,6 +91,8 @@ class Link(Owner):
             target, attach_type = raw.kind.cgroup.cgroup_id, raw.kind.cgroup.attach_type
         elif raw.type == _LINK_TCX:
             target, attach_type = raw.kind.tcx.ifindex, raw.kind.tcx.attach_type
+        elif raw.type == _LINK_XDP:
+            target, attach_type = raw.kind.xdp.ifindex, AttachType.XDP
         return LinkInfo(raw.type, raw.id, raw.prog_id, target, attach_type)
 
     def update(self, program: Program) -> None:
@@ -100,6 +115,17 @@ def attach_tcx(program: Program, ifindex: int, *, ingress: bool) -> Link:
         if cause.errno == errno.EINVAL:
             raise NotSupported("tcx", errno.EINVAL) from cause
         raise
+
+
+def attach_xdp(program: Program, ifindex: int, *, native: bool) -> Link:
+    """Attach an XDP program to an interface of the calling thread's network namespace, in its
+    driver or (`native` False) in the kernel's generic way. BpfError: EOPNOTSUPP or EINVAL (not this
+    driver, or not at its MTU), EBUSY or EEXIST (another program is there), ENODEV."""
+    options = _CreateOptions(ctypes.sizeof(_CreateOptions), _XDP_NATIVE if native else _XDP_GENERIC)
+    created = bpf().bpf_link_create(
+        program.fileno(), ifindex, AttachType.XDP, ctypes.byref(options)
+    )
+    return Link(created)
 
 
 def attach_cgroup(program: Program, cgroup_fd: int, attach_type: AttachType) -> Link:

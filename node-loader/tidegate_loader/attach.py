@@ -31,6 +31,8 @@ from tidegate_loader.local import LocalInterface
 OBJECTS = ("pod.o", "sock.o", "net.o")
 QUIET = "-quiet"
 """After the hash of an object whose programs were loaded without flow events."""
+DSR = "-dsr"
+"""The same, for direct server return."""
 SUMS = "SHA256SUMS"
 """Beside installed objects: what `sha256sum` prints of each. A source tree has none."""
 KNOBS = {
@@ -56,19 +58,19 @@ CGROUP_HOOKS = {
     "getpeername6": AttachType.INET6_GETPEERNAME,
 }
 
-_GONE = (errno.ENODEV, errno.ENOENT, errno.ENXIO, errno.ENOLINK)
+GONE = (errno.ENODEV, errno.ENOENT, errno.ENXIO, errno.ENOLINK)
 
 
 class UnlistedObject(BpfError):
     """An installed object is not one of those that the installation came with."""
 
 
-def checked(objects: Path) -> dict[str, str]:
-    """The objects that are there, with their sha256 in hex. UnlistedObject: SHA256SUMS lies
-    beside them and says otherwise, or does not name one of them."""
+def checked(objects: Path, names: Iterable[str] = OBJECTS) -> dict[str, str]:
+    """The objects of these names that are there, with their sha256 in hex. UnlistedObject:
+    SHA256SUMS lies beside them and says otherwise, or does not name one of them."""
     found = {
         name: hashlib.sha256((objects / name).read_bytes()).hexdigest()
-        for name in OBJECTS
+        for name in names
         if (objects / name).exists()
     }
     try:
@@ -95,11 +97,14 @@ class Programs:
         kept: Path | None = None,
         *,
         flow_events: bool = True,
+        dsr: bool = False,
+        more: Iterable[str] = (),
         meanwhile: Callable[[Mapping[str, Program]], None] | None = None,
     ) -> None:
         """`known`: object file -> hash of what is pinned (`Realised.objects`). Objects
-        that are not there are left out. `kept`: where the objects last loaded are kept, so
-        that maps of their layouts can be read; None: what those hold is not carried over.
+        that are not there are left out; `more`: others than those of every node. `kept`:
+        where the objects last loaded are kept, so that maps of their layouts can be read;
+        None: what those hold is not carried over.
         `meanwhile`: called with the first object's programs where nothing was pinned, once
         they and the maps that all objects share are; it has to return at once.
         LayoutError, VerifierError, BpfError; UnlistedObject: nothing has been loaded or
@@ -107,18 +112,20 @@ class Programs:
         self.hashes: dict[str, str] = {}
         self.specs: dict[str, ObjectFile] = {}
         self.programs: dict[str, Program] = {}
-        sums = checked(objects)
+        sums = checked(objects, (*OBJECTS, *more))
         for name in ("maps", "progs", "links"):
             (pin_dir / name).mkdir(parents=True, exist_ok=True)
         empty = not any(any((pin_dir / name).iterdir()) for name in ("maps", "links"))
         for name, full in sums.items():
             # Programs with other knobs are other programs.
-            self.hashes[name] = full[:32] + ("" if flow_events else QUIET)
             spec = self.specs[name] = ObjectFile(objects / name)
+            options = {"flow_events": int(flow_events), "dsr": int(dsr)}
+            suffix = ("" if flow_events else QUIET) + (DSR if dsr and "dsr" in spec.rodata else "")
+            self.hashes[name] = full[:32] + suffix
             pinned = None
             if known.get(name) == self.hashes[name]:
                 pinned = _open_all(pin_dir, spec)
-            self.programs.update(pinned or _load(pin_dir, spec, flow_events))
+            self.programs.update(pinned or _load(pin_dir, spec, options))
             if empty and meanwhile is not None and name == OBJECTS[0]:
                 meanwhile(dict(self.programs))
         self.migrations = self._migrations(pin_dir / "maps", kept)
@@ -177,24 +184,22 @@ def knobs(spec: ObjectFile) -> dict[str, int | bytes]:
     return {name: value for name, value in KNOBS.items() if name in spec.rodata}
 
 
-def _load(pin_dir: Path, spec: ObjectFile, flow_events: bool) -> dict[str, Program]:
+def _load(pin_dir: Path, spec: ObjectFile, options: Mapping[str, int]) -> dict[str, Program]:
     maps = pin_dir / "maps"
     shared = _shared(spec)
     held = {name: str(maps / name) for name in shared if (maps / name).exists()}
-    values = knobs(spec)
-    if "flow_events" in spec.rodata:
-        values["flow_events"] = int(flow_events)
+    values = knobs(spec) | {k: value for k, value in options.items() if k in spec.rodata}
     loaded = spec.load(pins=held, rodata=values)
     for name, made in loaded.maps.items():
         if name in shared and name not in held:
             made.pin(str(maps / name))
         made.close()
     for name, program in loaded.programs.items():
-        _pin_over(program, pin_dir / "progs" / name)
+        pin_over(program, pin_dir / "progs" / name)
     return loaded.programs
 
 
-def _pin_over(owner: Program | Link, path: Path) -> None:
+def pin_over(owner: Program | Link, path: Path) -> None:
     """Pin, replacing what is pinned there in one rename."""
     temporary = path.with_name(f"{path.name}_new")
     temporary.unlink(missing_ok=True)
@@ -225,7 +230,7 @@ class Attacher:
                 self._interface(interface.ifindex, move)
                 gated[uid] = interface
             except BpfError as error:
-                if error.errno not in _GONE:
+                if error.errno not in GONE:
                     problems.append(f"cannot attach to {interface.ifname}: {error}")
             except OSError:
                 continue
@@ -241,7 +246,7 @@ class Attacher:
             try:
                 self._interface(ifindex, move, UPLINK_HOOKS, f"{UPLINK}-{ifindex}")
             except BpfError as error:
-                if error.errno not in _GONE:
+                if error.errno not in GONE:
                     problems.append(f"cannot attach to interface {ifindex}: {error}")
                     continue
                 for path in self._links.glob(f"{UPLINK}-{ifindex}-*"):
@@ -271,10 +276,10 @@ class Attacher:
             pin.unlink(missing_ok=True)
 
     def _tcx(self, program: Program, pin: Path, ifindex: int, ingress: bool, move: bool) -> None:
-        if _adopt(program if move else None, pin, ifindex):
+        if adopt(program if move else None, pin, ifindex):
             return
         with attach_tcx(program, ifindex, ingress=ingress) as link:
-            _pin_over(link, pin)
+            pin_over(link, pin)
         # A loader that was told to use clsact may have been here before.
         clsact.detach(ifindex, ingress=ingress)
 
@@ -287,7 +292,7 @@ class Attacher:
                 continue
             program = self._programs[HOOKS[direction]] if move and direction in HOOKS else None
             try:
-                gone = not _adopt(program, path, int(index))
+                gone = not adopt(program, path, int(index))
             except BpfError as error:
                 gone = error.errno == errno.ENOENT
             if gone:
@@ -301,15 +306,15 @@ class Attacher:
             for name, where in CGROUP_HOOKS.items():
                 program = self._programs.get(name)
                 pin = self._links / f"cgroup-{name}"
-                if program is None or _adopt(program, pin, identifier):
+                if program is None or adopt(program, pin, identifier):
                     continue
                 with attach_cgroup(program, fd, where) as link:
-                    _pin_over(link, pin)
+                    pin_over(link, pin)
         finally:
             os.close(fd)
 
 
-def _adopt(program: Program | None, pin: Path, target: int) -> bool:
+def adopt(program: Program | None, pin: Path, target: int) -> bool:
     """Use the pinned link, with `program` put in place (None: whatever it runs stays);
     False: there is none for this target."""
     try:
@@ -322,7 +327,7 @@ def _adopt(program: Program | None, pin: Path, target: int) -> bool:
                 link.update(program)
             return True
     except BpfError as error:
-        if error.errno in _GONE:
+        if error.errno in GONE:
             return False
         raise
 

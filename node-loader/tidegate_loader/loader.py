@@ -29,6 +29,7 @@ from tidegate_loader import (
     kubeproxy,
     plan,
     uplinks,
+    xdp,
 )
 from tidegate_loader.apply import apply
 from tidegate_loader.local import (
@@ -92,6 +93,9 @@ class Loader:
         self._built_from: State | None = None
         self._health: health.Server | None = None
         self._uplinks = uplinks.Found(frozenset(), Uplinks())
+        self._accelerated = options.load_balancer_acceleration != xdp.DISABLED
+        self._ways: dict[int, str] = {}
+        """Where XDP's program hangs, and how."""
         self._asked: dict[str, LocalInterface] | None = None
         self._gated: dict[str, LocalInterface] = {}
         self._ungated = False
@@ -132,8 +136,12 @@ class Loader:
             self._realised.objects,
             self._paths.loaded,
             flow_events=options.flow_events,
+            dsr=options.load_balancer_mode == "dsr",
+            more=(xdp.OBJECT,) if self._accelerated else (),
             meanwhile=empty.start,
         )
+        if self._accelerated and xdp.OBJECT not in programs.specs:
+            raise BpfError(2, f"no {xdp.OBJECT} in {options.objects}")
         if "pod.o" not in programs.specs:
             raise BpfError(2, f"no pod.o in {options.objects}")
         layouts = kernel.Layouts(programs.specs["pod.o"])
@@ -228,7 +236,20 @@ class Loader:
     def _attach_uplinks(self) -> list[str]:
         if "net.o" not in self._programs.specs:
             return []
-        return self._attacher.uplinks(self._uplinks.interfaces)
+        problems = self._attacher.uplinks(self._uplinks.interfaces)
+        if not self._accelerated:
+            xdp.remove(self._options.pin_dir)
+            return problems
+        found = xdp.attach(
+            self._options.pin_dir / "links",
+            self._programs.programs[xdp.PROGRAM],
+            self._uplinks.interfaces,
+            self._options.load_balancer_acceleration,
+        )
+        if found.ways != self._ways:
+            self._log.info("XDP at the uplinks", interfaces=found.ways)
+            self._ways = found.ways
+        return problems + found.problems
 
     def _answer_health(self, desired: DesiredMaps) -> list[str]:
         if self._health is None:

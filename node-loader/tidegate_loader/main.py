@@ -50,7 +50,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--run-dir", required=True, type=Path, help="where objects/ and nodes/ are")
     parser.add_argument("--pin-dir", required=True, type=Path, help="directory on a bpffs")
     parser.add_argument(
-        "--objects", required=True, type=Path, help="where pod.o, sock.o and net.o are"
+        "--objects", required=True, type=Path, help="where pod.o, sock.o, net.o and xdp.o are"
     )
     parser.add_argument("--netns", type=Path, help="the node's network namespace")
     parser.add_argument(
@@ -77,6 +77,20 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         dest="flow_events",
         action="store_false",
         help="count no flows, and tell of denials only",
+    )
+    parser.add_argument(
+        "--load-balancer-mode",
+        choices=("snat", "dsr"),
+        default="snat",
+        help="how a client outside reaches a backend on another node: with this node's address, or "
+        "with its own and answered from there; the same on every node (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--load-balancer-acceleration",
+        choices=("disabled", "native", "best-effort"),
+        default="disabled",
+        help="XDP at the uplinks: in the driver only, or where it cannot in the kernel's generic "
+        "way (default: %(default)s)",
     )
     parser.add_argument("--once", action="store_true", help="apply once; exit 1 if not realised")
     parser.add_argument("--detach", action="store_true", help="remove everything of this node")

@@ -132,6 +132,8 @@ class Living:
             cgroup=None,
             force_clsact=False,
             flow_events=True,
+            load_balancer_mode="snat",
+            load_balancer_acceleration="disabled",
         )
         self.loaders[node] = Loader(NodePaths(self.run_dir, node), options, Quiet())
 

@@ -102,7 +102,7 @@ def test_nothing_from_outside_gets_past_services_and_policy(edge: Edge, seed: in
     prepare(edge)
     frames, rng = list(corpus()), random.Random(seed)
     outcomes: Counter[str] = Counter()
-    run, context = edge.net.programs["from_net"].test_run, edge.context()
+    run, context = edge.programs["from_net"].test_run, edge.context()
     for number in range(COUNT // SEEDS):
         frame = f.mutate(rng.choice(frames), rng) if number >= len(frames) else frames[number]
         try:

@@ -161,7 +161,6 @@ def test_a_network_left_out_later_keeps_the_flows_there_are(edge: Edge) -> None:
 
 
 def test_ports_run_out_aloud_and_come_back(edge: Edge) -> None:
-    edge.net.close()
     edge.load(snat_first=20000, snat_last=20015)
     a, w = t.IP4["a"], t.IP4["w"]
     ports, refused = set(), 0
@@ -181,7 +180,6 @@ def test_ports_run_out_aloud_and_come_back(edge: Edge) -> None:
     leave(edge, packet(f.TCP, a, w, 1000, 443, RST))
     edge.age(1000)
     assert leave(edge, packet(f.TCP, a, w, 5000, 443)).reason == MASQUERADED
-    edge.net.close()
     edge.load()
 
 

@@ -18,9 +18,10 @@ PORT = 30080
 CLIENT = {4: t.IP4["w"], 6: t.IP6["w"]}
 
 
-@pytest.fixture(scope="module")
-def made() -> Iterator[Edge]:
-    with e.edge() as found:
+@pytest.fixture(scope="module", params=["tc", "xdp"])
+def made(request: pytest.FixtureRequest) -> Iterator[Edge]:
+    """At tc alone, and with XDP before it: the same packets have the same fate."""
+    with e.edge(xdp=request.param == "xdp") as found:
         yield found
 
 
@@ -322,7 +323,6 @@ def flow(edge: Edge, sport: int, flags: int = SYN) -> tuple[str, int, str, int]:
 
 def test_ports_never_collide_and_run_out_aloud(edge: Edge) -> None:
     """Every port of the range once, and then a reason of its own."""
-    edge.net.close()
     edge.load(snat_first=20000, snat_last=20015)
     edge.service(NODE4, PORT, f.TCP, [(t.IP4["r"], 80)])
     ports, refused = set(), 0
@@ -342,13 +342,11 @@ def test_ports_never_collide_and_run_out_aloud(edge: Edge) -> None:
     edge.send(packet(f.TCP, t.IP4["w"], NODE4, 1000, PORT, RST))
     edge.age(1000)
     assert edge.send(packet(f.TCP, t.IP4["w"], NODE4, 5000, PORT)).reason == 0
-    edge.net.close()
     edge.load()
 
 
 def test_a_port_rests_as_long_as_the_backend_may_keep_its_connection(edge: Edge) -> None:
     """A SYN of another client would meet it there and be dropped; after a reset nothing is kept."""
-    edge.net.close()
     edge.load(snat_first=20000, snat_last=20015)
     edge.service(NODE4, PORT, f.TCP, [(t.IP4["r"], 80)])
     ports = {sport: flow(edge, sport)[1] for sport in range(1000, 1016)}
@@ -362,7 +360,6 @@ def test_a_port_rests_as_long_as_the_backend_may_keep_its_connection(edge: Edge)
     edge.age(20)
     assert flow(edge, 2000)[1] == ports[1007], "the only one that nobody may keep"
     assert flow(edge, 2001)[1] in ports.values(), "rather one that rests than none"
-    edge.net.close()
     edge.load()
 
 

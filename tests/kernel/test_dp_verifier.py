@@ -18,9 +18,14 @@ MOST = 90_000
 """Instructions: about twice what the largest program takes on Linux 6.18."""
 
 
-@pytest.mark.parametrize("name", ["pod.o", "net.o", "sock.o"])
-def test_the_verifier_has_little_to_walk(name: str) -> None:
-    with ObjectFile(BUILD / name).load() as loaded:
+@pytest.mark.parametrize("options", [{}, {"dsr": 1}], ids=["default", "dsr"])
+@pytest.mark.parametrize("name", ["pod.o", "net.o", "sock.o", "xdp.o"])
+def test_the_verifier_has_little_to_walk(name: str, options: dict[str, int]) -> None:
+    file = ObjectFile(BUILD / name)
+    knobs = {knob: value for knob, value in options.items() if knob in file.rodata}
+    if options and not knobs:
+        pytest.skip("it has no such option")
+    with file.load(rodata=knobs) as loaded:
         walked = {n: p.info.verified_insns for n, p in loaded.programs.items()}
     assert walked
     assert {n: count for n, count in walked.items() if not 0 < count <= MOST} == {}

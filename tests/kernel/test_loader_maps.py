@@ -240,6 +240,8 @@ def _options(objects: Path, pin_dir: Path) -> argparse.Namespace:
         force_clsact=False,
         cgroup=None,
         flow_events=True,
+        load_balancer_mode="snat",
+        load_balancer_acceleration="disabled",
     )
 
 

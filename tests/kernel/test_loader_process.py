@@ -290,7 +290,8 @@ def test_an_empty_node_that_refuses_an_object_is_left_without_threads_and_descri
     compile_object(source, node.objects / "net.o")
     options = argparse.Namespace(
         node=world.NODE, pin_dir=node.pin_dir, objects=node.objects, force_clsact=False,
-        cgroup=None, flow_events=True,
+        cgroup=None, flow_events=True, load_balancer_mode="snat",
+        load_balancer_acceleration="disabled",
     )  # fmt: skip
 
     def left() -> tuple[int, int]:

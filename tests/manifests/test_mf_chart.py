@@ -179,6 +179,8 @@ OTHER = {
     "masquerade.enabled": "masquerade.enabled=true",
     "masquerade.nonMasqueradeCIDRs": "masquerade.enabled=true,masquerade.nonMasqueradeCIDRs[0]="
     "192.0.2.0/24",
+    "loadBalancer.mode": "loadBalancer.mode=dsr",
+    "loadBalancer.acceleration": "loadBalancer.acceleration=best-effort",
     "identities.by": "identities.by=labels",
     "identities.excludedLabels": "identities.excludedLabels[0]=team/",
     "operator.replicas": "operator.replicas=2",
@@ -233,6 +235,8 @@ def test_every_value_changes_something(value: str) -> None:
         ("services.externalIPs[0]=192.0.2.1", "externalIPs"),
         ("services.algorithm=fastest", "algorithm"),
         ("masquerade.nonMasqueradeCIDRs[0]=192.0.2.1", "nonMasqueradeCIDRs"),
+        ("loadBalancer.acceleration=generic", "acceleration"),
+        ("loadBalancer.mode=hybrid", "mode"),
         ("cni.binaryDirectory=opt/cni/bin", "binaryDirectory"),
         ("observer.flows=0", "flows"),
         ("observer.port=0", "port"),

@@ -58,5 +58,5 @@ def test_the_objects_are_found_and_are_the_ones_listed(installed: Path) -> None:
     found = run(installed / "bin/python", "-I", "-c", code).split()
     assert found == [str(installed / "lib/tidegate/objects"), "True", "pod.o", "sock.o", "net.o"]
     built, copied = ROOT / "datapath/build", Path(found[0])
-    for name in ("net.o", "pod.o", "sock.o"):
+    for name in ("net.o", "pod.o", "sock.o", "xdp.o"):
         assert (built / name).read_bytes() == (copied / name).read_bytes()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from support import frames as f
 from support import lab as l
 from support import town as t
 from support.lab import U32
-from tidegate_bpf import Codec, ObjectFile, SkbContext
+from tidegate_bpf import Codec, LoadedObject, ObjectFile, Program, SkbContext
 
 UPLINK = 20
 NODE4, NODE6 = "172.18.0.1", "fd00:9::1"
 SNAT = range(10000, 30000)
 AFFINITY, RANGES, OUTSIDE, LOCAL, TWO, RING, HEADER = 1, 2, 4, 8, 32, 64, 128
 MASQUERADED = 231
+XDP_PASS, XDP_TX = 2, 3
 NAT_FULL, NAT_LOST, NO_ROUTE, TTL, SOURCE_RANGE = 229, 230, 169, 196, 177
 
 
@@ -41,21 +43,36 @@ class Out:
 
 
 class Edge:
-    def __init__(self, town: t.Town) -> None:
+    """`xdp`: what comes in meets XDP's program first, and tc's if that lets it pass."""
+
+    def __init__(self, town: t.Town, xdp: bool = False) -> None:
         self.town = town
+        self.xdp = xdp
+        self.turned = 0
+        """Frames that XDP sent back out by itself."""
         self.lab = town.lab
         file = ObjectFile(l.BUILD / "net.o")
-        self._file = file
+        self._files = [file, *([ObjectFile(l.BUILD / "xdp.o")] if xdp else [])]
         self.maps = self.lab.maps
+        self.programs: dict[str, Program] = {}
+        self._loaded: list[LoadedObject] = []
         self.load()
         names = ("tg_nat_key", "tg_nat", "tg_node_addr", "tg_range", "tg_affinity_key")
         self.codecs = {name: Codec(file.layout(name)) for name in names}
 
     def load(self, **rodata: int) -> None:
         """The programs, with knobs."""
-        file = self._file
-        pins = {name: m for name, m in self.maps.items() if name in file.maps and "_v" in name}
-        self.net = file.load(pins=pins, rodata=rodata)
+        self.close()
+        self._loaded = []
+        for file in self._files:
+            pins = {name: m for name, m in self.maps.items() if name in file.maps and "_v" in name}
+            known = {name: value for name, value in rodata.items() if name in file.rodata}
+            self._loaded.append(file.load(pins=pins, rodata=known))
+            self.programs |= self._loaded[-1].programs
+
+    def close(self) -> None:
+        for loaded in self._loaded:
+            loaded.close()
 
     def open(self) -> None:
         """A fresh town, and a node with its addresses."""
@@ -125,13 +142,28 @@ class Edge:
 
     def send(self, data: bytes, *, program: str = "from_net", host: bool = False) -> Out:
         before = self.lab.counters()
-        result = self.net.programs[program].test_run(
-            data, self.context(host=host), data_out_size=len(data) + 128
-        )
+        if self.xdp and program == "from_net":
+            verdict, out = self.run_xdp(data)
+        else:
+            verdict, out = XDP_PASS, data
+        if verdict == XDP_PASS:
+            assert out == data, "what XDP lets pass it leaves alone"
+            given = self.context(host=host)
+            result = self.programs[program].test_run(data, given, data_out_size=len(data) + 128)
+            verdict, out = result.retval, result.data_out
+        else:
+            assert verdict == XDP_TX
+            self.turned += 1
+            verdict = l.REDIRECT
         after = self.lab.counters()
         changed = [k[0] for k, n in after.items() if n != before.get(k, 0) and k[0] != t.EVENT_LOST]
         assert len(changed) <= 1, changed
-        return Out(result.retval, changed[0] if changed else None, result.data_out)
+        return Out(verdict, changed[0] if changed else None, out)
+
+    def run_xdp(self, data: bytes) -> tuple[int, bytes]:
+        context = struct.pack("=6I", 0, len(data), 0, UPLINK, 0, 0)  # struct xdp_md
+        result = self.programs["from_wire"].test_run(data, context, data_out_size=len(data) + 128)
+        return result.retval, result.data_out
 
     def context(self, *, host: bool = False) -> SkbContext:
         """At the uplink; `host`: of the node's own making."""
@@ -170,12 +202,12 @@ def wire() -> None:
 
 
 @contextlib.contextmanager
-def edge() -> Iterator[Edge]:
+def edge(xdp: bool = False) -> Iterator[Edge]:
     """In a network namespace with an uplink whose neighbours are known."""
     with t.town() as town:
         wire()
-        made = Edge(town)
+        made = Edge(town, xdp)
         try:
             yield made
         finally:
-            made.net.close()
+            made.close()

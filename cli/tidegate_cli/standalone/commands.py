@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tidegate_cli import standalone
-from tidegate_cli.arguments import add_identities, add_masquerade, command
+from tidegate_cli.arguments import (
+    add_identities,
+    add_load_balancer,
+    add_masquerade,
+    command,
+)
 from tidegate_cli.standalone.errors import StandaloneError
 from tidegate_cli.standalone.options import UpOptions
 
@@ -48,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
     up.add_argument("--no-observer", action="store_true", help="without what shows flows")
     add_identities(up)
     add_masquerade(up)
+    add_load_balancer(up)
     up.set_defaults(run=_reported(_up))
 
     demo = command(
@@ -118,6 +124,8 @@ def _up(arguments: argparse.Namespace) -> int:
             identities=arguments.identities,
             excluded_labels=arguments.excluded_labels,
             masquerade=arguments.non_masquerade_cidrs if arguments.masquerade else None,
+            load_balancer=arguments.load_balancer_mode,
+            acceleration=arguments.load_balancer_acceleration,
         )
     )
 

@@ -148,6 +148,13 @@ def _pod(pod: MadePod, workloads: Mapping[tuple[str, str], tuple[str, str]]) -> 
     )
 
 
+def _loader_options(options: UpOptions) -> list[str]:
+    return [
+        f"--load-balancer-mode={options.load_balancer}",
+        f"--load-balancer-acceleration={options.acceleration}",
+    ]
+
+
 def up(options: UpOptions) -> int:
     """Exit code. Raises StandaloneError."""
     run_dir = RunDir.at(options.run_dir)
@@ -163,7 +170,7 @@ def up(options: UpOptions) -> int:
         run_dir,
         folder,
         OperatorFeed(run_dir, folder, made_of),
-        Loaders(run_dir),
+        Loaders(run_dir, _loader_options(options)),
         options.wait,
         Observer(run_dir) if options.observer else None,
         options.excluded_labels,

@@ -6,6 +6,7 @@ Starts, restarts and asks them through their files; knows nothing of maps.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -37,8 +38,10 @@ def check() -> None:
 class Loaders:
     """Implements `supervisor.Launcher`."""
 
-    def __init__(self, run_dir: RunDir) -> None:
+    def __init__(self, run_dir: RunDir, more: Sequence[str] = ()) -> None:
+        """`more`: arguments of every loader."""
         self._run_dir = run_dir
+        self._more = more
         self._children: dict[str, Child] = {}
         self._netns: dict[str, str] = {}
         self._read: dict[str, tuple[int, Realised | None]] = {}
@@ -56,6 +59,7 @@ class Loaders:
             argv += ["--run-dir", str(self._run_dir.path)]
             argv += ["--pin-dir", str(self._run_dir.bpf / node.name)]
             argv += ["--netns", node.netns, "--cgroup", node.cgroup, "--objects", str(objects)]
+            argv += self._more
             log_file = self._run_dir.logs / f"loader-{node.name}.log"
             child = Child(f"loader of {node.name}", argv, log_file, cgroup)
             child.start()

@@ -23,3 +23,7 @@ class UpOptions:
     """Label keys, or prefixes that end in "/". None: the usual ones."""
     masquerade: tuple[str, ...] | None = None
     """Networks outside to which pods keep their addresses; None: they always do."""
+    load_balancer: str = "snat"
+    """As a loader's --load-balancer-mode."""
+    acceleration: str = "disabled"
+    """As a loader's --load-balancer-acceleration."""

@@ -3,7 +3,7 @@
 #ifndef TIDEGATE_ACCOUNT_H
 #define TIDEGATE_ACCOUNT_H
 
-#include <tidegate/run.h>
+#include <tidegate/end.h>
 #include <tidegate/sock.h>
 
 /* Whether flows are counted and told of; denials always are. */

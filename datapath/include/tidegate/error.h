@@ -7,6 +7,42 @@
 #include <tidegate/flow.h>
 #include <tidegate/l2.h>
 
+/* The same inside the packet that an ICMP error quotes. The quoted transport
+ * checksum stays as the sender computed it: nobody verifies it (RFC 792). */
+tg_global int tg_rewrite_quoted(struct __sk_buff *skb, struct tg_packet *p,
+					const struct tg_target *to)
+{
+	__u32 inner, l4, diff;
+	struct tg_addr *addr;
+	__be16 *port;
+
+	if (!p || !to || p->l4 > TG_MAX_L4)
+		return TG_DROP_REWRITE;
+	addr = to->side ? &p->t.dst : &p->t.src;
+	port = to->side ? &p->t.dport : &p->t.sport;
+	inner = p->l4 + sizeof(struct tg_icmp);
+	diff = tg_csum_diff(*port, to->port);
+	if (p->family == 4) {
+		__u8 first;
+
+		/* Address and header checksum of the quoted header cancel out. */
+		if (tg_load(skb, inner, &first, 1))
+			return TG_DROP_REWRITE;
+		l4 = inner + (first & 15) * 4;
+	} else {
+		l4 = inner + sizeof(struct ipv6hdr);
+		diff = tg_csum_add(diff, tg_addr_diff(addr, &to->addr));
+	}
+	/* An echo's one port is its identifier. */
+	l4 += tg_is_icmp(p->t.protocol) ? offsetof(struct tg_icmp, id) : to->side ? 2 : 0;
+	if (bpf_l4_csum_replace(skb, p->l4 + offsetof(struct tg_icmp, checksum), 0, diff, 0) ||
+	    (*port != to->port && bpf_skb_store_bytes(skb, l4, &to->port, 2, 0)))
+		return TG_DROP_REWRITE;
+	*addr = to->addr;
+	*port = to->port;
+	return tg_store_addr(skb, inner, to);
+}
+
 struct tg_quoted {
 	struct tg_ct *ct;
 	int reply; /* the quoted packet went against the way the flow began */

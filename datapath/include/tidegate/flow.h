@@ -4,9 +4,9 @@
 #define TIDEGATE_FLOW_H
 
 #include <tidegate/account.h>
+#include <tidegate/choose.h>
 #include <tidegate/l2.h>
-#include <tidegate/run.h>
-#include <tidegate/service.h>
+#include <tidegate/end.h>
 
 /* ---- verdict -------------------------------------------------------------------- */
 
@@ -284,12 +284,6 @@ tg_inline int tg_rejudge(struct __sk_buff *skb, const struct tg_endpoint *ep, st
 	return 0;
 }
 
-/* Whether the packet goes against the way the flow began. */
-tg_inline int tg_is_reply(const struct tg_run *r, __u32 flags)
-{
-	return !!(flags & TG_CT_BEGAN_A) != !!r->s->src_is_a;
-}
-
 enum tg_follow {
 	TG_FOLLOWED = 0,  /* r->s->forward and the packet are set */
 	TG_LOST = -1,     /* the entry changed under us: treat as a miss */
@@ -342,22 +336,6 @@ tg_global int tg_follow_ct(struct __sk_buff *skb, const struct tg_endpoint *ep, 
 tg_inline int tg_follow(struct tg_run *r, struct tg_ct *ct)
 {
 	return tg_follow_ct(r->skb, r->ep, ct);
-}
-
-tg_inline void tg_key(struct tg_run *r)
-{
-	__u32 hash = tg_flow_hash(&r->s->p.t);
-
-	r->s->src_is_a = tg_ct_key(&r->s->p.t, &r->s->key);
-	r->s->proof = tg_proof(hash);
-	r->s->set = tg_set(hash);
-}
-
-tg_inline struct tg_ct *tg_lookup(struct tg_run *r)
-{
-	struct tg_ct *ct = bpf_map_lookup_elem(&ct_v2, &r->s->key);
-
-	return ct && tg_ct_alive(ct, r->s->proof, r->s->p.t.protocol, r->s->now) ? ct : NULL;
 }
 
 /* Whether this packet shows that both ends talk: from then on the flow has a
@@ -479,38 +457,6 @@ tg_inline int tg_chosen(struct tg_run *r, struct tg_ct *ct, struct tg_choice *ch
 	    !tg_addr_equal(&now.addr, &choice->addr) || now.port != choice->port)
 		return TG_SERVICE_NONE;
 	return TG_SERVICE_FOUND;
-}
-
-tg_inline int tg_choose(struct tg_run *r, struct tg_choice *choice)
-{
-	struct tg_frontend_key key = { .addr = r->s->p.t.dst, .port = r->s->p.t.dport,
-				       .protocol = r->s->p.t.protocol };
-	__u32 hash = tg_mix(tg_addr_proof(&r->s->p.t.src) * 31 + r->s->p.t.sport + (__u32)r->s->proof);
-	int answer = tg_service(&key, hash, choice);
-
-	if (answer != TG_SERVICE_SPECIAL)
-		return answer;
-	r->s->asks.addr = r->s->p.t.src;
-	/* On a ring the client's place is the same on every node, at any of its addresses. */
-	r->s->asks.hash = choice->base >> TG_FRONTEND_FLAGS & TG_FRONTEND_RING ?
-				  tg_mix(tg_addr_proof(&r->s->p.t.src) + r->s->p.t.sport * 0x9E3779B1u) : hash;
-	r->s->asks.outside = !r->from_pod;
-	return tg_special(&key, &r->s->asks, choice, dry_run);
-}
-
-/* A flow has got a backend of the frontend, or there is none. */
-tg_inline void tg_count_asked(struct tg_run *r, const struct tg_addr *addr, __be16 port,
-			      __u32 refused)
-{
-	struct tg_frontend_key *key = &r->s->counted;
-
-	if (dry_run)
-		return;
-	key->addr = *addr;
-	key->port = port;
-	key->protocol = r->s->p.t.protocol;
-	key->pad = 0;
-	tg_service_count(key, refused);
 }
 
 /* ---- connected sockets for datagrams ------------------------------------------------------- */

@@ -3,7 +3,7 @@
 #ifndef TIDEGATE_L2_H
 #define TIDEGATE_L2_H
 
-#include <tidegate/run.h>
+#include <tidegate/end.h>
 
 #define TG_ND_RS 133
 #define TG_ND_NS 135

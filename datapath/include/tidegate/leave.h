@@ -7,40 +7,6 @@
 #include <tidegate/nat.h>
 #include <linux/pkt_cls.h>
 
-#define TG_AF_INET 2
-#define TG_AF_INET6 10
-
-/* One router less to live for. An enum tg_reason. */
-tg_global int tg_hop(struct __sk_buff *skb)
-{
-	struct ethhdr *eth = tg_at(skb, 0, sizeof(*eth));
-
-	if (!eth)
-		return TG_DROP_TRUNCATED;
-	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
-		struct iphdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
-		__u16 before, after;
-
-		if (!ip)
-			return TG_DROP_TRUNCATED;
-		if (ip->ttl <= 1)
-			return TG_DROP_TTL;
-		__builtin_memcpy(&before, &ip->ttl, 2);
-		ip->ttl -= 1;
-		__builtin_memcpy(&after, &ip->ttl, 2);
-		ip->check = tg_csum_apply(ip->check, tg_csum_diff(before, after));
-	} else {
-		struct ipv6hdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
-
-		if (!ip)
-			return TG_DROP_TRUNCATED;
-		if (ip->hop_limit <= 1)
-			return TG_DROP_TTL;
-		ip->hop_limit -= 1;
-	}
-	return 0;
-}
-
 /* On its way to `t->dst`, as the node's routes have it: a verdict of tc, or above
  * TC_ACT_VALUE_MAX an enum tg_reason. */
 enum { TG_LEAVE_DROP = 1 << 8 };

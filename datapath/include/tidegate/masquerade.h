@@ -16,7 +16,6 @@
 static __noinline int tg_is_masqueraded(const struct tg_addr *addr)
 {
 	struct tg_prefix key = { .bits = 128 };
-	struct tg_ipcache who = {};
 	__u32 *found;
 
 	if (!addr)
@@ -25,9 +24,7 @@ static __noinline int tg_is_masqueraded(const struct tg_addr *addr)
 	found = bpf_map_lookup_elem(&masquerade_v1, &key);
 	if (!found || !*(volatile __u32 *)found)
 		return 0;
-	/* Of the cluster: a pod's network is there without an identity. */
-	tg_peer_lookup(addr, &who);
-	return !(who.identity & TG_IPCACHE_PEER) && (who.identity & TG_ID_MASK) != TG_ID_UNKNOWN;
+	return tg_is_outside(addr);
 }
 
 /* Whether the packet answers what began at the other end: who asked for the pod's

@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Rewriting addresses and ports. Transport checksums go through the helper:
- * only it knows whether the stack has left them for the device to complete. */
+/* Rewriting addresses, ports and hop limits. At tc transport checksums go through
+ * the helper: only it knows whether the stack has left them for the device. */
 #ifndef TIDEGATE_NAT_H
 #define TIDEGATE_NAT_H
 
 #include <stddef.h>
 #include <tidegate/parse.h>
+
+#define TG_AF_INET 2 /* linux/socket.h; of bpf_fib_lookup */
+#define TG_AF_INET6 10
 
 enum tg_side { TG_SIDE_SRC = 0, TG_SIDE_DST = 1 };
 
@@ -60,8 +63,28 @@ tg_inline int tg_csum_offset(__u8 protocol)
 	       protocol == IPPROTO_ICMPV6 ? (int)offsetof(struct tg_icmp, checksum) : -1;
 }
 
+/* The transport checksum at `at` follows a difference. With BPF_F_MARK_MANGLED_0
+ * one of 0, which is none, stays, and none becomes 0. */
+tg_inline int tg_l4_csum(tg_context *skb, __u32 at, __u32 diff, __u64 flags)
+{
+#ifdef TG_XDP
+	__u16 *check = tg_at(skb, at, sizeof(*check));
+
+	if (!check)
+		return -1;
+	if ((flags & BPF_F_MARK_MANGLED_0) && !*check)
+		return 0;
+	*check = tg_csum_apply(*check, diff);
+	if ((flags & BPF_F_MARK_MANGLED_0) && !*check)
+		*check = 0xffff;
+	return 0;
+#else
+	return bpf_l4_csum_replace(skb, at, 0, diff, flags);
+#endif
+}
+
 /* The address in the IP header at `at`, and an IPv4 header's checksum. */
-tg_global int tg_store_addr(struct __sk_buff *skb, __u32 at, const struct tg_target *to)
+tg_global int tg_store_addr(tg_context *skb, __u32 at, const struct tg_target *to)
 {
 	if (!to || at > TG_MAX_L4)
 		return TG_DROP_REWRITE;
@@ -85,7 +108,7 @@ tg_global int tg_store_addr(struct __sk_buff *skb, __u32 at, const struct tg_tar
 }
 
 /* Gives one side of the packet another address and port; `t` follows. */
-tg_global int tg_rewrite(struct __sk_buff *skb, struct tg_packet *p,
+tg_global int tg_rewrite(tg_context *skb, struct tg_packet *p,
 				 const struct tg_target *to)
 {
 	struct tg_addr *addr;
@@ -102,16 +125,15 @@ tg_global int tg_rewrite(struct __sk_buff *skb, struct tg_packet *p,
 	if (p->fragment != TG_LATER_FRAGMENT && l4 <= TG_MAX_L4) {
 		__u64 mangled = p->t.protocol == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
 
-		if (check >= 0 && bpf_l4_csum_replace(skb, l4 + check, 0,
-						      tg_addr_diff(addr, &to->addr),
-						      BPF_F_PSEUDO_HDR | mangled))
+		if (check >= 0 && tg_l4_csum(skb, l4 + check, tg_addr_diff(addr, &to->addr),
+					     BPF_F_PSEUDO_HDR | mangled))
 			return TG_DROP_REWRITE;
 		if (*port != to->port) {
 			/* CRC32c covers the ports and cannot be patched here. */
 			if (p->t.protocol == IPPROTO_SCTP)
 				return TG_DROP_SCTP_PORT;
-			if (bpf_l4_csum_replace(skb, l4 + check, 0,
-						tg_csum_diff(*port, to->port), mangled))
+			if (tg_l4_csum(skb, l4 + check, tg_csum_diff(*port, to->port),
+				       mangled))
 				return TG_DROP_REWRITE;
 			ports = tg_at(skb, l4, 2 * sizeof(*ports));
 			if (!ports)
@@ -124,40 +146,35 @@ tg_global int tg_rewrite(struct __sk_buff *skb, struct tg_packet *p,
 	return tg_store_addr(skb, ETH_HLEN, to);
 }
 
-/* The same inside the packet that an ICMP error quotes. The quoted transport
- * checksum stays as the sender computed it: nobody verifies it (RFC 792). */
-tg_global int tg_rewrite_quoted(struct __sk_buff *skb, struct tg_packet *p,
-					const struct tg_target *to)
+/* One router less to live for. An enum tg_reason. */
+tg_global int tg_hop(tg_context *skb)
 {
-	__u32 inner, l4, diff;
-	struct tg_addr *addr;
-	__be16 *port;
+	struct ethhdr *eth = tg_at(skb, 0, sizeof(*eth));
 
-	if (!p || !to || p->l4 > TG_MAX_L4)
-		return TG_DROP_REWRITE;
-	addr = to->side ? &p->t.dst : &p->t.src;
-	port = to->side ? &p->t.dport : &p->t.sport;
-	inner = p->l4 + sizeof(struct tg_icmp);
-	diff = tg_csum_diff(*port, to->port);
-	if (p->family == 4) {
-		__u8 first;
+	if (!eth)
+		return TG_DROP_TRUNCATED;
+	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+		struct iphdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
+		__u16 before, after;
 
-		/* Address and header checksum of the quoted header cancel out. */
-		if (tg_load(skb, inner, &first, 1))
-			return TG_DROP_REWRITE;
-		l4 = inner + (first & 15) * 4;
+		if (!ip)
+			return TG_DROP_TRUNCATED;
+		if (ip->ttl <= 1)
+			return TG_DROP_TTL;
+		__builtin_memcpy(&before, &ip->ttl, 2);
+		ip->ttl -= 1;
+		__builtin_memcpy(&after, &ip->ttl, 2);
+		ip->check = tg_csum_apply(ip->check, tg_csum_diff(before, after));
 	} else {
-		l4 = inner + sizeof(struct ipv6hdr);
-		diff = tg_csum_add(diff, tg_addr_diff(addr, &to->addr));
+		struct ipv6hdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
+
+		if (!ip)
+			return TG_DROP_TRUNCATED;
+		if (ip->hop_limit <= 1)
+			return TG_DROP_TTL;
+		ip->hop_limit -= 1;
 	}
-	/* An echo's one port is its identifier. */
-	l4 += tg_is_icmp(p->t.protocol) ? offsetof(struct tg_icmp, id) : to->side ? 2 : 0;
-	if (bpf_l4_csum_replace(skb, p->l4 + offsetof(struct tg_icmp, checksum), 0, diff, 0) ||
-	    (*port != to->port && bpf_skb_store_bytes(skb, l4, &to->port, 2, 0)))
-		return TG_DROP_REWRITE;
-	*addr = to->addr;
-	*port = to->port;
-	return tg_store_addr(skb, inner, to);
+	return 0;
 }
 
 #endif

@@ -6,14 +6,13 @@
 
 #include <stddef.h>
 #include <linux/icmpv6.h>
-#include <linux/if_ether.h>
 #include <linux/in.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/tcp.h>
 #include <linux/udp.h>
-#include <tidegate/addr.h>
 #include <tidegate/maps.h>
+#include <tidegate/packet.h>
 
 enum tg_kind {
 	TG_KIND_FLOW = 0,
@@ -69,7 +68,6 @@ struct tg_icmp {
 #define TG_TCP_ACK 0x10
 #define TG_IP_MF 0x2000
 #define TG_IP_OFFSET 0x1fff
-#define TG_MAX_L4 512 /* headers deeper than this are not walked */
 
 #ifndef IPPROTO_SCTP
 #define IPPROTO_SCTP 132
@@ -80,23 +78,6 @@ struct tg_ports {
 	__be16 source;
 	__be16 dest;
 };
-
-tg_inline int tg_load(struct __sk_buff *skb, __u32 offset, void *to, __u32 len)
-{
-	return bpf_skb_load_bytes(skb, offset, to, len);
-}
-
-/* A pointer to `len` bytes at `offset` of the linear data, or NULL. */
-tg_inline void *tg_at(struct __sk_buff *skb, __u32 offset, __u32 len)
-{
-	void *end = (void *)(long)skb->data_end;
-	void *at;
-
-	if (offset > TG_MAX_L4)
-		return NULL;
-	at = (void *)(long)skb->data + offset;
-	return at + len > end ? NULL : at;
-}
 
 tg_inline int tg_is_icmp(__u8 protocol)
 {
@@ -138,7 +119,7 @@ tg_global int tg_track_fragment(struct tg_packet *p, int dry)
 	return 0;
 }
 
-tg_inline int tg_parse_ports(struct __sk_buff *skb, struct tg_packet *p)
+tg_inline int tg_parse_ports(tg_context *skb, struct tg_packet *p)
 {
 	if (p->t.protocol == IPPROTO_TCP) {
 		struct tcphdr *tcp = tg_at(skb, p->l4, sizeof(*tcp));
@@ -206,7 +187,7 @@ tg_inline __be16 tg_policy_port(const struct tg_tuple *t)
 }
 
 /* ICMP as a flow or as an error. */
-tg_inline int tg_parse_icmp(struct __sk_buff *skb, struct tg_packet *p)
+tg_inline int tg_parse_icmp(tg_context *skb, struct tg_packet *p)
 {
 	struct tg_icmp *icmp = tg_at(skb, p->l4, sizeof(*icmp));
 	__u8 type;
@@ -233,14 +214,14 @@ tg_inline int tg_parse_icmp(struct __sk_buff *skb, struct tg_packet *p)
 	return 0;
 }
 
-tg_inline int tg_parse_l4(struct __sk_buff *skb, struct tg_packet *p)
+tg_inline int tg_parse_l4(tg_context *skb, struct tg_packet *p)
 {
 	p->protocol = p->t.protocol;
 	return tg_is_icmp(p->t.protocol) ? tg_parse_icmp(skb, p) : tg_parse_ports(skb, p);
 }
 
 /* Loose and strict source routes name another destination than the header's. */
-tg_global int tg_source_routed(struct __sk_buff *skb, __u32 end)
+tg_global int tg_source_routed(tg_context *skb, __u32 end)
 {
 	__u32 at = ETH_HLEN + sizeof(struct iphdr);
 	__u8 option[2];
@@ -266,7 +247,7 @@ tg_global int tg_source_routed(struct __sk_buff *skb, __u32 end)
 	return 0;
 }
 
-tg_inline int tg_parse_ipv4(struct __sk_buff *skb, struct tg_packet *p)
+tg_inline int tg_parse_ipv4(tg_context *skb, struct tg_packet *p)
 {
 	struct iphdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
 	__u32 header;
@@ -284,7 +265,7 @@ tg_inline int tg_parse_ipv4(struct __sk_buff *skb, struct tg_packet *p)
 	p->fragment_id = ip->id;
 	frag = bpf_ntohs(ip->frag_off);
 	p->l4 = ETH_HLEN + header;
-	if (header > sizeof(*ip) && p->l4 > skb->len)
+	if (header > sizeof(*ip) && p->l4 > tg_length(skb))
 		return TG_DROP_TRUNCATED;
 	if (header > sizeof(*ip) && tg_source_routed(skb, p->l4))
 		return TG_DROP_SOURCE_ROUTE;
@@ -316,7 +297,7 @@ tg_inline int tg_is_ext(__u8 next)
 /* Walks to the upper layer. A later fragment ends the walk at its header. The
  * headers must lie within the packet, as its length has it: a jumbogram, whose
  * header says 0, is none that we pass. */
-tg_global int tg_walk_ipv6(struct __sk_buff *skb, struct tg_packet *p,
+tg_global int tg_walk_ipv6(tg_context *skb, struct tg_packet *p,
 				   struct tg_ext *fragment)
 {
 	struct tg_ext ext;
@@ -330,8 +311,8 @@ tg_global int tg_walk_ipv6(struct __sk_buff *skb, struct tg_packet *p,
 	    tg_load(skb, ETH_HLEN + offsetof(struct ipv6hdr, payload_len), &length, 2))
 		return TG_DROP_INVALID;
 	end = at + bpf_ntohs(length);
-	if (end > skb->len)
-		end = skb->len;
+	if (end > tg_length(skb))
+		end = tg_length(skb);
 	next = p->t.protocol;
 	for (i = 0; i < TG_MAX_EXT_HEADERS; i++) {
 		if (!tg_is_ext(next))
@@ -364,7 +345,7 @@ tg_global int tg_walk_ipv6(struct __sk_buff *skb, struct tg_packet *p,
 	return 0;
 }
 
-tg_inline int tg_parse_ipv6(struct __sk_buff *skb, struct tg_packet *p)
+tg_inline int tg_parse_ipv6(tg_context *skb, struct tg_packet *p)
 {
 	struct ipv6hdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
 	struct tg_ext fragment = { .next = IPPROTO_NONE };
@@ -407,7 +388,7 @@ tg_inline int tg_parse_ipv6(struct __sk_buff *skb, struct tg_packet *p)
 
 /* The tuple that an ICMP error quotes. At least eight bytes of its transport
  * header are quoted (RFC 792), enough for the ports. */
-tg_global int tg_parse_quoted(struct __sk_buff *skb, struct tg_packet *p)
+tg_global int tg_parse_quoted(tg_context *skb, struct tg_packet *p)
 {
 	struct ipv6hdr ip6;
 	struct iphdr ip;
@@ -449,16 +430,7 @@ tg_global int tg_parse_quoted(struct __sk_buff *skb, struct tg_packet *p)
 	return 0;
 }
 
-/* Headers may lie in fragments of the skb: bring the first bytes together. */
-tg_inline void tg_linearise(struct __sk_buff *skb)
-{
-	__u32 want = skb->len < 128 ? skb->len : 128;
-
-	if ((long)skb->data_end - (long)skb->data < want)
-		bpf_skb_pull_data(skb, want);
-}
-
-tg_inline int tg_parse(struct __sk_buff *skb, struct tg_packet *p)
+tg_inline int tg_parse(tg_context *skb, struct tg_packet *p)
 {
 	struct ethhdr *eth;
 
@@ -466,7 +438,7 @@ tg_inline int tg_parse(struct __sk_buff *skb, struct tg_packet *p)
 	eth = tg_at(skb, 0, sizeof(*eth));
 	if (!eth)
 		return TG_DROP_TRUNCATED;
-	if (skb->vlan_present || eth->h_proto == bpf_htons(ETH_P_8021Q) ||
+	if (tg_has_tag(skb) || eth->h_proto == bpf_htons(ETH_P_8021Q) ||
 	    eth->h_proto == bpf_htons(ETH_P_8021AD))
 		return TG_DROP_VLAN;
 	if (eth->h_proto == bpf_htons(ETH_P_IP))

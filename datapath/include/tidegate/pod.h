@@ -11,6 +11,7 @@
 #include <tidegate/error.h>
 #include <tidegate/fast.h>
 #include <tidegate/l2.h>
+#include <tidegate/refuse.h>
 
 tg_inline int tg_begin(struct tg_run *r)
 {
@@ -62,7 +63,7 @@ tg_inline int tg_long_way(struct __sk_buff *skb, int from_pod)
 		return tg_forward_packet(&r);
 	tg_drop(&r, reason);
 	/* Back into the pod. */
-	return r.s->refused && !dry_run && !tg_refuse(skb, &r.s->p) ?
+	return r.s->refused && !dry_run && !tg_refuse(skb, &r.s->p, 0) ?
 		       (int)bpf_redirect_peer(skb->ifindex, 0) : TC_ACT_SHOT;
 }
 

@@ -71,7 +71,8 @@ tg_inline const struct tg_endpoint *tg_local(void *node, const struct tg_addr *a
 	return bpf_map_lookup_elem(node, &key);
 }
 
-static __noinline const struct tg_endpoint *tg_at_interface(void *node, __u32 ifindex)
+static __noinline __attribute__((unused)) const struct tg_endpoint *
+tg_at_interface(void *node, __u32 ifindex)
 {
 	struct tg_node_key key = { .kind = TG_NODE_IFINDEX };
 
@@ -102,8 +103,18 @@ tg_global int tg_peer_lookup(const struct tg_addr *addr, struct tg_ipcache *foun
 	return 0;
 }
 
+/* Whether it is nobody's of the cluster: a pod's network is there without identity. */
+tg_inline int tg_is_outside(const struct tg_addr *addr)
+{
+	struct tg_ipcache who = {};
+
+	tg_peer_lookup(addr, &who);
+	return !(who.identity & TG_IPCACHE_PEER) && (who.identity & TG_ID_MASK) != TG_ID_UNKNOWN;
+}
+
 /* Off the stack of who asks. */
-static __noinline int tg_find_peer(void *node, const struct tg_addr *addr, struct tg_peer *peer)
+static __noinline __attribute__((unused)) int
+tg_find_peer(void *node, const struct tg_addr *addr, struct tg_peer *peer)
 {
 	struct tg_ipcache found = {};
 

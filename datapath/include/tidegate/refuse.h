@@ -11,7 +11,9 @@
 #define TG_REFUSE_TTL 64
 #define TG_ICMP_UNREACHABLE 3
 #define TG_ICMP_PORT 3
+#define TG_ICMP_FRAGMENTATION 4
 #define TG_ICMPV6_UNREACHABLE 1
+#define TG_ICMPV6_TOO_BIG 2
 #define TG_ICMPV6_PORT 4
 
 struct tg_icmp_error4 {
@@ -117,14 +119,16 @@ tg_global int tg_reset(struct __sk_buff *skb, const struct tg_packet *p)
 	return bpf_skb_store_bytes(skb, ETH_HLEN, &ip6, sizeof(ip6), 0);
 }
 
-tg_global int tg_unreachable4(struct __sk_buff *skb, const struct tg_packet *p)
+tg_global int tg_unreachable4(struct __sk_buff *skb, const struct tg_packet *p, __u32 mtu)
 {
 	struct tg_icmp_error4 e = {};
 	__u32 sum = 0;
 
 	if (!p || tg_load(skb, ETH_HLEN, e.quoted, sizeof(e.quoted)))
 		return -1;
-	e.icmp[0] = bpf_htonl(TG_ICMP_UNREACHABLE << 24 | TG_ICMP_PORT << 16);
+	e.icmp[0] = bpf_htonl(TG_ICMP_UNREACHABLE << 24 |
+			      (mtu ? TG_ICMP_FRAGMENTATION : TG_ICMP_PORT) << 16);
+	e.icmp[1] = bpf_htonl(mtu);
 	tg_sum_words(sum, e.icmp, 9);
 	((__u16 *)e.icmp)[1] = ~tg_csum_fold(sum);
 	tg_answer4(&e.ip, p, IPPROTO_ICMP, sizeof(e));
@@ -134,14 +138,16 @@ tg_global int tg_unreachable4(struct __sk_buff *skb, const struct tg_packet *p)
 	return bpf_skb_store_bytes(skb, ETH_HLEN, &e, sizeof(e), 0);
 }
 
-tg_global int tg_unreachable6(struct __sk_buff *skb, const struct tg_packet *p)
+tg_global int tg_unreachable6(struct __sk_buff *skb, const struct tg_packet *p, __u32 mtu)
 {
 	struct tg_icmp_error6 e = {};
 	__u32 sum;
 
 	if (!p || tg_load(skb, ETH_HLEN, e.quoted, sizeof(e.quoted)))
 		return -1;
-	e.icmp[0] = bpf_htonl(TG_ICMPV6_UNREACHABLE << 24 | TG_ICMPV6_PORT << 16);
+	e.icmp[0] = bpf_htonl(mtu ? TG_ICMPV6_TOO_BIG << 24 :
+				    TG_ICMPV6_UNREACHABLE << 24 | TG_ICMPV6_PORT << 16);
+	e.icmp[1] = bpf_htonl(mtu);
 	sum = tg_sum_pseudo(p, IPPROTO_ICMPV6, sizeof(e) - sizeof(e.ip));
 	tg_sum_words(sum, e.icmp, 14);
 	((__u16 *)e.icmp)[1] = ~tg_csum_fold(sum);
@@ -152,8 +158,9 @@ tg_global int tg_unreachable6(struct __sk_buff *skb, const struct tg_packet *p)
 	return bpf_skb_store_bytes(skb, ETH_HLEN, &e, sizeof(e), 0);
 }
 
-/* Makes the packet its own refusal, addressed to its sender; 0, or it gets none. */
-tg_global int tg_refuse(struct __sk_buff *skb, const struct tg_packet *p)
+/* Makes the packet its own refusal, addressed to its sender; 0, or it gets none. `mtu`:
+ * it is refused because it is larger than that; 0: because nobody serves it. */
+tg_global int tg_refuse(struct __sk_buff *skb, const struct tg_packet *p, __u32 mtu)
 {
 	__u32 plain = ETH_HLEN;
 	__u8 mac[2 * ETH_ALEN];
@@ -165,12 +172,12 @@ tg_global int tg_refuse(struct __sk_buff *skb, const struct tg_packet *p)
 	if (p->l4 != plain || tg_load(skb, 0, mac + ETH_ALEN, ETH_ALEN) ||
 	    tg_load(skb, ETH_ALEN, mac, ETH_ALEN))
 		return -1;
-	if (p->t.protocol == IPPROTO_TCP)
+	if (p->t.protocol == IPPROTO_TCP && !mtu)
 		failed = tg_reset(skb, p);
 	else if (p->family == 4)
-		failed = tg_unreachable4(skb, p);
+		failed = tg_unreachable4(skb, p, mtu);
 	else
-		failed = tg_unreachable6(skb, p);
+		failed = tg_unreachable6(skb, p, mtu);
 	return failed ? failed : bpf_skb_store_bytes(skb, 0, mac, sizeof(mac), 0);
 }
 

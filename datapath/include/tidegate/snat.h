@@ -10,11 +10,15 @@
 #ifndef TIDEGATE_SNAT_H
 #define TIDEGATE_SNAT_H
 
-#include <tidegate/flow.h>
+#include <tidegate/choose.h>
 
 /* Ports of the node that translated flows have, both included. */
 const volatile __u16 snat_first = 10000;
 const volatile __u16 snat_last = 29999;
+
+/* Clients outside are answered by their backends' nodes. Loaded as 0 there is nothing
+ * of it in the program. */
+const volatile __u8 dsr = 0;
 
 /* Whose flows can be given another address and port. */
 tg_inline int tg_has_ports(__u8 protocol)
@@ -131,6 +135,23 @@ tg_inline int tg_nat_rests(const struct tg_nat *copy, __u8 protocol, __u32 now)
 	       (__s32)(now - copy->seen) <= (__s32)tcp_rest_life;
 }
 
+/* Whether this packet is none of the flow's any more that s->nat_found is of. UDP
+ * leaves a backend that is gone; TCP stays until it ends. */
+tg_inline int tg_nat_left(struct tg_run *r)
+{
+	struct tg_scratch *s = r->s;
+	struct tg_choice *now = &s->choice;
+
+	if (s->nat_found.flags & TG_NAT_REPLY)
+		return 0;
+	if (tg_nat_ended(r, &s->nat_found, s->p.t.protocol) ||
+	    (tg_is_syn(&s->p) && tg_closed(s->nat_found.flags)))
+		return 1;
+	return s->p.t.protocol == IPPROTO_UDP &&
+	       (tg_backend(s->nat_found.backend, IPPROTO_UDP, now) != TG_SERVICE_FOUND ||
+		!tg_addr_equal(&now->addr, &s->nat_found.dst));
+}
+
 /* Both entries go. Whoever takes the word away is alone in it. */
 tg_inline int tg_nat_remove(struct tg_scratch *s, struct tg_nat *nat, const struct tg_nat_key *key,
 			    const struct tg_nat *copy)
@@ -149,6 +170,9 @@ tg_inline void tg_nat_touch(struct tg_run *r, struct tg_nat *nat, const struct t
 	__u32 add = reply ? TG_CT_REPLIED : 0;
 	struct tg_nat *twin;
 
+	/* Answers do not come by here: that the client goes on says there are some. */
+	if (dsr && (copy->flags & TG_NAT_DSR) && !tg_is_syn(&r->s->p))
+		add = TG_CT_REPLIED;
 	if (nat->seen != r->s->now)
 		nat->seen = r->s->now;
 	if (r->s->p.tcp_flags & TG_TCP_FIN)
@@ -188,6 +212,13 @@ tg_global int tg_nat_claim(int spares)
 	return bpf_map_update_elem(&nat_v1, &s->nat_key, &s->nat_made, BPF_NOEXIST);
 }
 
+tg_inline int tg_is_node(const struct tg_addr *addr)
+{
+	struct tg_node_addr *found = bpf_map_lookup_elem(&node_addrs_v1, addr);
+
+	return found && *(volatile __u32 *)&found->proof == tg_addr_proof(addr);
+}
+
 /* As whom this node sends on; 0: it has no such address. */
 tg_inline int tg_node_source(__u8 family, struct tg_addr *addr)
 {
@@ -205,8 +236,8 @@ tg_inline int tg_node_source(__u8 family, struct tg_addr *addr)
 }
 
 /* Makes both entries of a new flow from s->p.t, as it came in, to s->choice;
- * s->nat_made is then that of this way. `kind`: TG_NAT_HOST, TG_NAT_MASQUERADE or
- * neither. An enum tg_reason. */
+ * s->nat_made is then that of this way. `kind`: TG_NAT_HOST, TG_NAT_DSR,
+ * TG_NAT_MASQUERADE or none. An enum tg_reason. */
 tg_global int tg_nat_make(__u32 kind)
 {
 	__u32 span = (__u32)snat_last - snat_first + 1, at = bpf_get_prandom_u32();
@@ -233,7 +264,7 @@ tg_global int tg_nat_make(__u32 kind)
 	s->nat_key.dport = t->sport;
 	s->nat_key.protocol = t->protocol;
 	s->nat_key.pad[0] = s->nat_key.pad[1] = s->nat_key.pad[2] = 0;
-	if (kind & TG_NAT_HOST) {
+	if (kind & (TG_NAT_HOST | TG_NAT_DSR)) {
 		error = tg_nat_claim(0);
 	} else {
 		if (!tg_node_source(s->p.family, &s->nat_key.dst))
@@ -268,7 +299,7 @@ tg_global int tg_nat_make(__u32 kind)
 
 /* Gives an echo its other identifier, which is the request's source port and the
  * reply's destination port. */
-tg_global int tg_rewrite_echo(struct __sk_buff *skb, struct tg_packet *p, const struct tg_nat *nat)
+tg_global int tg_rewrite_echo(tg_context *skb, struct tg_packet *p, const struct tg_nat *nat)
 {
 	struct tg_icmp *icmp;
 	__be16 id, *held;
@@ -280,8 +311,8 @@ tg_global int tg_rewrite_echo(struct __sk_buff *skb, struct tg_packet *p, const 
 	held = nat->flags & TG_NAT_REPLY ? &p->t.dport : &p->t.sport;
 	id = nat->flags & TG_NAT_REPLY ? nat->dport : nat->sport;
 	if (p->fragment != TG_LATER_FRAGMENT) {
-		if (bpf_l4_csum_replace(skb, l4 + offsetof(struct tg_icmp, checksum), 0,
-					tg_csum_diff(*held, id), 0))
+		if (tg_l4_csum(skb, l4 + offsetof(struct tg_icmp, checksum),
+			       tg_csum_diff(*held, id), 0))
 			return TG_DROP_REWRITE;
 		icmp = tg_at(skb, l4, sizeof(*icmp));
 		if (!icmp)

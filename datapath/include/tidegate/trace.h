@@ -6,15 +6,6 @@
 
 #include <tidegate/parse.h>
 
-tg_inline int tg_tracing(void)
-{
-	struct tg_trace_filter *filter;
-	__u32 zero = 0;
-
-	filter = bpf_map_lookup_elem(&trace_filter_v1, &zero);
-	return filter && *(volatile __u64 *)&filter->until;
-}
-
 tg_inline int tg_trace_identity(const struct tg_addr *addr, __u32 identity)
 {
 	struct tg_ipcache *found = bpf_map_lookup_elem(&ipcache_v1, addr);

@@ -303,6 +303,7 @@ enum tg_nat_flags {
 	TG_NAT_REPLY = 0x10000,  /* the entry is of the direction from the backend */
 	TG_NAT_HOST = 0x20000,   /* the backend is this node itself: its source is kept */
 	TG_NAT_MASQUERADE = 0x40000, /* a pod's flow that leaves with the node's address */
+	TG_NAT_DSR = 0x80000,    /* the backend's node answers: the source is kept */
 };
 
 /* An address of this node. Its proof says that it is not torn. */

@@ -12,19 +12,14 @@
 #ifndef TIDEGATE_UPLINK_H
 #define TIDEGATE_UPLINK_H
 
+#include <tidegate/dsr.h>
 #include <tidegate/error.h>
 #include <tidegate/leave.h>
+#include <tidegate/refuse.h>
 #include <tidegate/snat.h>
 
 #define TG_PACKET_HOST 0 /* linux/if_packet.h */
 #define TG_NOT_OURS (-2) /* of no Service: none of TC_ACT_* */
-
-tg_inline int tg_is_node(const struct tg_addr *addr)
-{
-	struct tg_node_addr *found = bpf_map_lookup_elem(&node_addrs_v1, addr);
-
-	return found && *(volatile __u32 *)&found->proof == tg_addr_proof(addr);
-}
 
 /* A reason that `tg_route` gives, or its verdict. */
 tg_inline int tg_send(struct tg_run *r)
@@ -80,7 +75,30 @@ static __noinline int tg_net_local(struct tg_run *r, const struct tg_choice *cho
 	return reason ? tg_drop(r, reason) : tg_net_deliver(r);
 }
 
+/* What another node was asked for, of a pod here. */
+static __noinline int tg_net_carried(struct tg_run *r)
+{
+	int reason = tg_dsr_open(r);
+
+	return reason ? tg_drop(r, reason) : tg_net_local(r, &r->s->choice);
+}
+
 /* ---- backends elsewhere ------------------------------------------------------------- */
+
+/* By direct server return. Who sent what is too large to be carried is told so. */
+static __noinline int tg_net_carry(struct tg_run *r, const struct tg_nat *nat)
+{
+	__u32 mtu = tg_dsr_fits(r);
+	int reason;
+
+	if (mtu) {
+		tg_drop(r, TG_DROP_NO_ROUTE);
+		return tg_refuse(r->skb, &r->s->p, mtu) ? TC_ACT_SHOT :
+							  (int)bpf_redirect(r->skb->ifindex, 0);
+	}
+	reason = tg_dsr_wrap(r, nat);
+	return reason ? tg_drop(r, reason) : tg_send(r);
+}
 
 /* s->nat_found is what becomes of this packet, and its flow lives. */
 static __noinline int tg_net_onward(struct tg_run *r, const struct tg_nat *nat)
@@ -89,6 +107,8 @@ static __noinline int tg_net_onward(struct tg_run *r, const struct tg_nat *nat)
 
 	if (!nat)
 		return TG_PASS;
+	if (dsr && (nat->flags & (TG_NAT_DSR | TG_NAT_REPLY)) == TG_NAT_DSR && tg_dsr_tells(&r->s->p))
+		return tg_net_carry(r, nat);
 	stays = nat->flags & (TG_NAT_HOST | TG_NAT_MASQUERADE);
 	reason = tg_nat_apply(r, nat);
 	if (reason)
@@ -112,6 +132,8 @@ static __noinline int tg_net_remote(struct tg_run *r, const struct tg_choice *ch
 		return TG_PASS;
 	if (tg_is_node(&choice->addr))
 		host = TG_NAT_HOST;
+	else if (dsr && tg_is_outside(&r->s->p.t.src))
+		host = TG_NAT_DSR;
 	reason = tg_nat_make(host);
 	if (reason)
 		return tg_drop(r, reason);
@@ -126,29 +148,16 @@ static __noinline int tg_net_known(struct tg_run *r, int answers)
 {
 	struct tg_scratch *s = r->s;
 	struct tg_nat *nat;
-	struct tg_choice *now = &s->choice;
 
 	tg_nat_key(&s->nat_key, &s->p.t);
 	nat = tg_nat_find(&s->nat_key, &s->nat_found);
 	if (!nat)
 		return TG_NOT_OURS;
-	if (!(s->nat_found.flags & TG_NAT_REPLY)) {
-		int over;
-
-		if (answers)
-			return TG_NOT_OURS;
-		over = tg_nat_ended(r, &s->nat_found, s->p.t.protocol) ||
-		       (tg_is_syn(&s->p) && tg_closed(s->nat_found.flags));
-
-		/* UDP leaves a backend that is gone; TCP stays until it ends. */
-		if (!over && s->p.t.protocol == IPPROTO_UDP)
-			over = tg_backend(s->nat_found.backend, IPPROTO_UDP, now) !=
-				       TG_SERVICE_FOUND ||
-			       !tg_addr_equal(&now->addr, &s->nat_found.dst);
-		if (over) {
-			tg_nat_remove(s, nat, &s->nat_key, &s->nat_found);
-			return TG_NOT_OURS;
-		}
+	if (answers && !(s->nat_found.flags & TG_NAT_REPLY))
+		return TG_NOT_OURS;
+	if (tg_nat_left(r)) {
+		tg_nat_remove(s, nat, &s->nat_key, &s->nat_found);
+		return TG_NOT_OURS;
 	}
 	tg_nat_touch(r, nat, &s->nat_found);
 	return tg_net_onward(r, &s->nat_found);
@@ -198,7 +207,7 @@ static __noinline int tg_net_service(struct tg_run *r)
 	if (answer != TG_SERVICE_FOUND) {
 		tg_count_asked(r, &r->s->p.t.dst, r->s->p.t.dport, 1);
 		tg_drop(r, TG_DROP_NO_BACKEND);
-		return answer == TG_SERVICE_EMPTY && !tg_refuse(r->skb, &r->s->p) ?
+		return answer == TG_SERVICE_EMPTY && !tg_refuse(r->skb, &r->s->p, 0) ?
 			       (int)bpf_redirect(r->skb->ifindex, 0) : TC_ACT_SHOT;
 	}
 	r->ep = tg_local(r->node, &choice->addr);
@@ -316,6 +325,9 @@ tg_inline int tg_from_net(struct __sk_buff *skb)
 	r.s->uplink = skb->ifindex;
 	if (r.s->p.kind == TG_KIND_ICMP_ERROR)
 		return tg_net_error(&r, 0);
+	if (dsr && r.s->p.kind == TG_KIND_FLOW && r.s->p.t.protocol == IPPROTO_UDP &&
+	    tg_dsr_trusted(&r))
+		return tg_net_carried(&r);
 	protocol = r.s->p.t.protocol;
 	if (r.s->p.kind != TG_KIND_FLOW || !tg_has_ports(protocol))
 		return TG_PASS;

@@ -118,6 +118,7 @@ def test_every_row_of_the_table_has_a_measurement() -> None:
         "svc-nodeport-far",
         "svc-rate-local",
         "svc-rate-remote",
+        "svc-xdp",
         "e2e-policy",
         "e2e-endpoints",
         "first-packet",
