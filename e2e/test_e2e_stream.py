@@ -13,6 +13,8 @@ from rig import cold, pods, proxied, town
 
 pytestmark = pytest.mark.kind
 CHANGES = 12
+SETTLED_SECONDS = 240.0
+"""A loader notices after 90 s that its watch is silent, and waits before it asks again."""
 ROLES = ("friend", "stranger", "nobody")
 
 
@@ -29,7 +31,7 @@ def test_faults_between_tidegate_and_the_api_server(traffic: None, place: town.T
             for _ in range(CHANGES):
                 change(draw)
             proxy.rate = 0.0
-            cold.settle()
+            cold.settle(SETTLED_SECONDS)
             figures.count = proxy.count
         print(dict(sorted(proxy.faults.items())))
     cluster.kubectl("delete", "networkpolicies,services", "-n", town.SPACE, "-l", "churn=yes")
