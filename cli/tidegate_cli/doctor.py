@@ -23,7 +23,7 @@ from tidegate_cli.errors import CliError
 from tidegate_cli.live import objects_dir
 from tidegate_cli.objects import RunObjects
 
-OBJECTS = ("pod.o", "sock.o", "net.o")
+OBJECTS = ("pod.o", "sock.o", "net.o", "xdp.o")
 _CLONE_NEWNET = 0x40000000
 Grade = Literal["ok", "warn", "FAIL"]
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+OPTIONS = ("--load-balancer-acceleration", "best-effort", "--load-balancer-mode", "dsr")
+"""With which programs are loaded that else are not."""
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minimal"
 
 
@@ -19,7 +21,7 @@ def tidegate(*arguments: str) -> int:
 def main() -> int:
     steps = (
         ("doctor",),
-        ("up", str(EXAMPLE), "--detach", "--wait", "300", "--no-observer"),
+        ("up", str(EXAMPLE), "--detach", "--wait", "300", "--no-observer", *OPTIONS),
         ("status",),
         ("matrix", "-6"),
         ("down",),
