@@ -55,6 +55,10 @@ def served(client: Client, resource: Resource, seconds: float = 30.0) -> None:
             return
 
 
+OBSERVERS = ("pods", "identities")
+"""What is granted to the account of the loader's pod for the observer in it."""
+
+
 def rules() -> list[dict[str, Any]]:
     """All that a loader may do in a cluster: what the manifests grant it, a rule for each kind."""
     manifest = (world.ROOT / "manifests" / "base" / "tidegate.yaml").read_text()
@@ -63,7 +67,8 @@ def rules() -> list[dict[str, Any]]:
         for item in yaml.safe_load_all(manifest)
         if (item["kind"], item["metadata"]["name"]) == ("ClusterRole", "tidegate-loader")
     )
-    return [{**rule, "resources": [kind]} for rule in role["rules"] for kind in rule["resources"]]
+    granted = [(rule, kind) for rule in role["rules"] for kind in rule["resources"]]
+    return [{**rule, "resources": [kind]} for rule, kind in granted if kind not in OBSERVERS]
 
 
 def account(server: ApiServer, directory: Path) -> Path:
