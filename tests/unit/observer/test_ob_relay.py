@@ -25,7 +25,7 @@ Rig = tuple[dict[str, History], Hubble]
 
 @pytest.fixture
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(relay, "READY_SECONDS", 0.5)
+    monkeypatch.setattr(relay, "READY_SECONDS", 1.5)
     histories = {name: History(100) for name in ("node-1", "node-2")}
     peers = {name: f"unix:{tmp_path}/{name}" for name in (*histories, "node-3")}
     servers = [
