@@ -68,6 +68,7 @@ def test_matrix_equals_model_on_generated_clusters(town: Town, tmp_path: Path) -
             if result.returncode:
                 figures.failures.append(f"seed {seed}\n{result.stdout}{result.stderr}")
             assert town.tidegate("down").returncode == 0
+            assert not town.run_dir.path.exists(), "nothing is left of it, the observer's files too"
             figures.count += 1
 
 

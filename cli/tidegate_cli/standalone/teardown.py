@@ -8,6 +8,7 @@ absent succeeds; nothing without the id in its name is touched.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -34,6 +35,8 @@ _OWN_FILES = (
     "observer.prom",
     ".observer.prom.tmp",
 )
+_OWN_PATTERNS = ("lost-*", ".lost-*")
+"""One a node."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,10 @@ def clean(run_dir: RunDir) -> None:
         netns.unmount(Path(mount))
     for name in _OWN_DIRECTORIES:
         shutil.rmtree(run_dir.path / name, ignore_errors=True)
-    for name in _OWN_FILES:
-        (run_dir.path / name).unlink(missing_ok=True)
+    for path in (run_dir.path / name for name in _OWN_FILES):
+        path.unlink(missing_ok=True)
+    for path in itertools.chain.from_iterable(map(run_dir.path.glob, _OWN_PATTERNS)):
+        path.unlink(missing_ok=True)
 
 
 def _state(run_dir: RunDir) -> Supervisor | None:
