@@ -129,19 +129,7 @@ def up(base: Path, folder: str, *options: str) -> Iterator[Cluster]:
     try:
         found.tidegate("up", str(found.folder), "--detach", "--nodes", "2", *options)
         fabric = f"{found.run_dir.netns_prefix}_fabric"
-        ip(
-            "-n",
-            fabric,
-            "link",
-            "add",
-            "out",
-            "type",
-            "veth",
-            "peer",
-            "eth0",
-            "netns",
-            found.client,
-        )
+        ip("-n", fabric, *f"link add out type veth peer eth0 netns {found.client}".split())
         ip("-n", fabric, "link", "set", "out", "master", "br0", "up")
         ip("-n", found.client, "link", "set", "lo", "up")
         ip("-n", found.client, "link", "set", "eth0", "up")
