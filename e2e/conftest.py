@@ -55,9 +55,10 @@ def askers(tidegate: None) -> Iterator[asking.Askers]:
 
 
 @pytest.fixture(scope="module")
-def place(tidegate: None) -> Iterator[town.Town]:
-    """The town, made anew for each module that uses it."""
+def place(askers: asking.Askers) -> Iterator[town.Town]:
+    """The town, made anew for each module; its Service follows a moment after its pods."""
     made = town.build()
+    pods.eventually(lambda: made.is_served(askers), "friends are served", 60)
     yield made
     pods.remove_namespaces(town.SPACE)
 
