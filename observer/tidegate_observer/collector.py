@@ -164,7 +164,7 @@ class Collector:
 
     def step(self) -> float:
         """Seconds to wait until the next one."""
-        offset = time.time_ns() - time.monotonic_ns()
+        offset = _offset()
         found: list[Entry] = []
         pause = POLL_SECONDS
         for reader in self._readers:
@@ -249,6 +249,12 @@ class Collector:
         if self._policy_log is not None:
             with contextlib.suppress(OSError):
                 self._policy_log.flush(time.monotonic(), every=True)
+
+
+def _offset() -> int:
+    """From the monotonic clock to the time of day, in nanoseconds. The largest of a few looks:
+    one that is interrupted between both clocks tells too little, which would disorder flows."""
+    return max(time.time_ns() - time.monotonic_ns() for _ in range(3))
 
 
 def _time(entry: Entry) -> int:

@@ -73,7 +73,11 @@ class ObserverService:
         end = self._history.added
         query = self._query(request, context)
         with self.streams.watched(context) as stream:
-            for number, entry in self._entries(query, end, context, stream):
+            found = self._entries(query, end, context, stream)
+            if not query.follow:
+                # It is held as it was read: what waited for a name comes after what is younger.
+                found = iter(sorted(found, key=lambda one: one[1].time))
+            for number, entry in found:
                 stream.move()
                 yield self._response(number, entry, query)
                 stream.move()

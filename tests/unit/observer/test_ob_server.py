@@ -77,6 +77,13 @@ def test_which_flows(
     assert ports(client.flows(**request_)) == expected
 
 
+def test_what_was_read_late_is_told_in_its_place(serving: Serving) -> None:
+    history, client, _ = serving
+    for second in (1, 4, 2, 3):
+        history.extend([flow(source_port=second, time=second * SECOND)])
+    assert ports(client.flows()) == [1, 2, 3, 4]
+
+
 def test_a_denial_says_all_that_is_known(serving: Serving) -> None:
     history, client, _ = serving
     history.extend([flow(service=SHOP_WEB, cookie=5, cgroup=6)])
