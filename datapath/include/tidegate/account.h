@@ -126,7 +126,7 @@ tg_global int tg_tell(struct __sk_buff *skb, const struct tg_ct *ct, __u32 kind,
 		return 0;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
-	e->time = kind == TG_FLOW_START ? ct->start : bpf_ktime_get_coarse_ns();
+	e->time = kind == TG_FLOW_START ? ct->start : bpf_ktime_get_ns();
 	e->start = ct->start;
 	e->packets = ct->packets;
 	e->bytes = ct->bytes;

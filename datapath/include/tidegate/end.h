@@ -70,7 +70,7 @@ tg_global int tg_event(struct __sk_buff *skb, __u32 endpoint, __u32 what)
 	}
 	e->direction = what >> 8;
 	e->endpoint = tg_subject(s, endpoint, what);
-	e->time = bpf_ktime_get_coarse_ns();
+	e->time = bpf_ktime_get_ns();
 	e->ifindex = skb->ifindex;
 	e->length = skb->len;
 	e->src = s->p.t.src;
