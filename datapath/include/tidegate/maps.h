@@ -281,7 +281,7 @@ struct {
 /* Apart from all else: of these there may be as many as packets. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 20);
+	__uint(max_entries, 1 << 17);
 } traces_v1 SEC(".maps");
 
 /* Apart from the denials, so that neither crowds out the other. */
