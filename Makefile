@@ -152,17 +152,11 @@ check: lint ## the inner loop: lint, types, import contracts, fast tests
 	$(say) "fast tests"
 	@$(PYTEST) -q -n 2 -m 'not kernel and not cluster and not apiserver and not slow'
 
-# The cluster of kind mostly waits, so its tests run beside the others, their output kept until those are through.
-# Stopped, it takes its cluster down before it ends.
-test: lint .cache/test-packages .cache/e2e-packages kube-binaries ## every test, on the real kernel with real packets
-	$(say) "tests on a cluster of kind begin, and go on beside the others; their output is in .cache/e2e.log"
-	@$(MAKE) e2e > .cache/e2e.log 2>&1 & e2e=$$!; \
-	trap 'kill $$e2e 2>/dev/null; wait $$e2e' EXIT; \
-	printf '\033[1m==>\033[0m %s\n' "all other tests (eBPF programs, network namespaces, real packets)"; \
-	$(PYTEST) -q -m 'not cluster' -n 3 --dist worksteal; \
-	$(PYTEST) -q -m cluster; \
-	printf '\033[1m==>\033[0m %s\n' "waiting for the tests on kind"; \
-	trap - EXIT; wait $$e2e || failed=1; cat .cache/e2e.log; [ -z "$${failed-}" ]
+test: lint .cache/test-packages kube-binaries ## every test, on the real kernel with real packets
+	$(say) "all tests (eBPF programs, network namespaces, real packets)"
+	@$(PYTEST) -q -m 'not cluster' -n 3 --dist worksteal
+	@$(PYTEST) -q -m cluster
+	@$(MAKE) e2e
 
 e2e: install .cache/e2e-packages kube-binaries ## Tidegate on a cluster of kind; KEEP=1 leaves it up and takes one that is
 	$(say) "tests on a cluster of kind"
