@@ -10,7 +10,7 @@ from support import frames as f
 from support import town as t
 from support.frames import ACK, FIN, RST, SYN
 from support.lab import Rules, addr
-from support.town import POLICY, VIP4, Town, segment
+from support.town import POLICY, VIP4, Town, ends, segment
 
 pytestmark = pytest.mark.kernel
 A, B, C, D = (t.IP4[name] for name in "abcd")
@@ -30,12 +30,6 @@ def there(dst: str, port: int, flags: int) -> bytes:
 
 def back(src: str, port: int, flags: int) -> bytes:
     return t.tcp(src, A, port, 40000, flags)
-
-
-def ends(data: bytes) -> tuple[str, int, str, int]:
-    frame = f.parse(data)
-    assert frame.valid, frame.problem
-    return frame.src, frame.sport, frame.dst, frame.dport
 
 
 def service(town: Town, vip: str, backend: str, base: int = 0) -> None:

@@ -10,7 +10,7 @@ from support import frames as f
 from support import town as t
 from support.frames import ACK, RST, SYN
 from support.lab import DROP, HAIRPIN4, HAIRPIN6, PASS, REDIRECT, U32, Rules
-from support.town import EGRESS, POLICY, VIP4, VIP6, Town
+from support.town import EGRESS, POLICY, VIP4, VIP6, Town, ends, packet
 
 pytestmark = pytest.mark.kernel
 VIP = {4: VIP4, 6: VIP6}
@@ -22,23 +22,6 @@ NOTHING = Rules()
 def town() -> Iterator[Town]:
     with t.town() as made:
         yield made
-
-
-def packet(
-    protocol: int, src: str, dst: str, sport: int, dport: int, flags: int = SYN, size: int = 5
-) -> bytes:
-    if protocol == f.TCP:
-        return t.tcp(src, dst, sport, dport, flags, b"x" * size)
-    if protocol == f.UDP:
-        return t.udp(src, dst, sport, dport, b"x" * size)
-    return f.eth(f.ip(src, dst, f.SCTP, f.sctp(sport, dport)))
-
-
-def ends(data: bytes) -> tuple[str, int, str, int]:
-    """Of a frame whose checksums are right."""
-    frame = f.parse(data)
-    assert frame.valid, (frame.problem, frame.ip_check, frame.l4_check)
-    return frame.src, frame.sport, frame.dst, frame.dport
 
 
 def plain(data: bytes) -> bytes:

@@ -200,12 +200,6 @@ def back(ends: tuple[str, int, str, int]) -> tuple[str, int, str, int]:
     return ends[2], ends[3], ends[0], ends[1]
 
 
-def ends_of(frame: f.Frame) -> tuple[str, int, str, int]:
-    """Of a packet whose checksums are right."""
-    assert frame.valid, (frame.problem, frame.ip_check, frame.l4_check)
-    return frame.src, frame.sport, frame.dst, frame.dport
-
-
 def begin(way: Way, edge: Edge, protocol: int, family: int) -> Ends:
     """An established flow; `sport` is learnt of its first packet."""
     ends = way.open(edge, protocol, family)
@@ -214,10 +208,10 @@ def begin(way: Way, edge: Edge, protocol: int, family: int) -> Ends:
     if way.snat and protocol != f.SCTP:
         ends.sport = seen.frame.sport
         assert ends.sport in SNAT
-    assert ends_of(seen.frame) == ends.led
+    assert t.ends(seen.frame) == ends.led
     answer = way.answers(edge, whole(protocol, back(ends.led), SYN | ACK))
-    assert ends_of(answer.frame) == back(ends.asked)
-    assert ends_of(way.asks(edge, whole(protocol, ends.asked, ACK)).frame) == ends.led
+    assert t.ends(answer.frame) == back(ends.asked)
+    assert t.ends(way.asks(edge, whole(protocol, ends.asked, ACK)).frame) == ends.led
     return ends
 
 
@@ -235,7 +229,7 @@ def test_there_and_back(edge: Edge, way: Way, family: int, protocol: int) -> Non
             data = whole(protocol, sent, ACK)
             seen = hook(edge, data)
             assert seen.verdict != DROP
-            assert ends_of(seen.frame) == expected
+            assert t.ends(seen.frame) == expected
             assert bare(seen.data, protocol) == bare(data, protocol)
         edge.lab.bump()
 
@@ -270,7 +264,7 @@ def test_fragments(edge: Edge, way: Way, family: int, protocol: int) -> None:
         assert {(s.frame.src, s.frame.dst) for s in found} == {(expected[0], expected[2])}
         joined = b"".join(seen.data[seen.frame.l4 :] for seen in found)
         data = f.eth(f.ip(expected[0], expected[2], protocol, joined))
-        assert ends_of(f.parse(data)) == expected
+        assert t.ends(f.parse(data)) == expected
         assert len(joined) == len(body)
 
 

@@ -11,6 +11,7 @@ from support import town as t
 from support.edge import LOCAL, NODE4, NODE6, OUTSIDE, RANGES, SNAT, Edge
 from support.frames import ACK, FIN, RST, SYN
 from support.lab import DROP, PASS, REDIRECT, U32, Rules
+from support.town import ends, packet
 
 pytestmark = pytest.mark.kernel
 NODE = {4: NODE4, 6: NODE6}
@@ -29,23 +30,6 @@ def made(request: pytest.FixtureRequest) -> Iterator[Edge]:
 def edge(made: Edge) -> Edge:
     made.open()
     return made
-
-
-def packet(
-    protocol: int, src: str, dst: str, sport: int, dport: int, flags: int = SYN, size: int = 5
-) -> bytes:
-    if protocol == f.TCP:
-        return t.tcp(src, dst, sport, dport, flags, b"x" * size)
-    if protocol == f.UDP:
-        return t.udp(src, dst, sport, dport, b"x" * size)
-    return f.eth(f.ip(src, dst, f.SCTP, f.sctp(sport, dport)))
-
-
-def ends(data: bytes) -> tuple[str, int, str, int]:
-    """Of a frame whose checksums are right."""
-    frame = f.parse(data)
-    assert frame.valid, (frame.problem, frame.ip_check, frame.l4_check)
-    return frame.src, frame.sport, frame.dst, frame.dport
 
 
 @pytest.mark.parametrize("version", [4, 6])

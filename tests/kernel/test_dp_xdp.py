@@ -16,6 +16,7 @@ from support import town as t
 from support.edge import LOCAL, NODE4, NODE6, OUTSIDE, RANGES, Edge
 from support.frames import ACK, FIN, SYN
 from support.lab import REDIRECT
+from support.town import packet
 
 pytestmark = pytest.mark.kernel
 NODE = {4: NODE4, 6: NODE6}
@@ -44,16 +45,6 @@ def edge(made: Edge) -> Edge:
     made.open()
     made.turned = 0
     return made
-
-
-def packet(
-    protocol: int, src: str, dst: str, sport: int, dport: int, flags: int = SYN, size: int = 5
-) -> bytes:
-    if protocol == f.TCP:
-        return t.tcp(src, dst, sport, dport, flags, b"x" * size)
-    if protocol == f.UDP:
-        return t.udp(src, dst, sport, dport, b"x" * size)
-    return f.eth(f.ip(src, dst, f.SCTP, f.sctp(sport, dport)))
 
 
 @pytest.mark.parametrize("version", [4, 6])

@@ -220,3 +220,21 @@ def tcp(src: str, dst: str, sport: int, dport: int, flags: int, payload: bytes =
 
 def udp(src: str, dst: str, sport: int, dport: int, payload: bytes = b"x") -> bytes:
     return f.eth(f.ip(src, dst, f.UDP, f.udp(src, dst, sport, dport, payload)))
+
+
+def packet(
+    protocol: int, src: str, dst: str, sport: int, dport: int, flags: int = f.SYN, size: int = 5
+) -> bytes:
+    """A frame with a payload of `size` bytes; SCTP's has no such thing."""
+    if protocol == f.TCP:
+        return tcp(src, dst, sport, dport, flags, b"x" * size)
+    if protocol == f.UDP:
+        return udp(src, dst, sport, dport, b"x" * size)
+    return f.eth(f.ip(src, dst, f.SCTP, f.sctp(sport, dport)))
+
+
+def ends(packet: f.Frame | bytes) -> tuple[str, int, str, int]:
+    """Source and destination of a packet whose checksums are right."""
+    frame = f.parse(packet) if isinstance(packet, bytes) else packet
+    assert frame.valid, (frame.problem, frame.ip_check, frame.l4_check)
+    return frame.src, frame.sport, frame.dst, frame.dport
