@@ -23,6 +23,7 @@ from tidegate_observer.limits import Limits
 from tidegate_observer.metrics import Metrics
 from tidegate_observer.policylog import PolicyLog
 from tidegate_observer.pressure import Pressure
+from tidegate_observer.processes import Processes
 from tidegate_observer.records import Denials, Flows, Traces
 from tidegate_observer.rundir import RunDirSource
 from tidegate_observer.tracked import MAX_LIVE, Tracked
@@ -51,15 +52,16 @@ class Reader:
         self.node = node
         self._memory = memory
         self.source = source
-        flows = Flows(spec, node, MAX_LIVE)
+        processes = Processes(spec, pins)
+        flows = Flows(spec, node, MAX_LIVE, processes)
         self.limits = Limits(spec, node, pins)
-        denials = Denials(spec, node, self.limits.seen)
+        denials = Denials(spec, node, self.limits.seen, processes)
         self._records: list[Denials | Flows | Traces] = [denials, flows, Traces(spec, node)]
         self._rings = [
             rings.Ring(pins / "maps" / name, records.size)
             for name, records in zip(RINGS, self._records, strict=True)
         ]
-        self.drain = rings.Drain(self._rings)
+        self.drain = rings.Drain(self._rings, processes.read)
         self.pressure = Pressure(spec, pins)
         self.tracked = Tracked(spec, node, pins, flows.live)
         self._watch = agent.Watch(node)

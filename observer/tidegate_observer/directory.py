@@ -30,8 +30,8 @@ FrontendKey = tuple[bytes, int, int]
 
 
 class Directory:
-    """What is known now. `missing` is told what is not ("address" or "rule set", and which); it may
-    fill the directory, and returns whether it did."""
+    """What is known now. `missing` is told what is not ("address", "rule set" or "cgroup", and
+    which); it may fill the directory, and returns whether it did."""
 
     def __init__(self, missing: Callable[[str, bytes | int], bool] | None = None) -> None:
         self.addresses: dict[bytes, End] = {}
@@ -39,6 +39,8 @@ class Directory:
         self.identities: dict[int, End] = {}
         self.rule_sets: dict[int, RuleSet] = {}
         self.services: dict[FrontendKey, Service] = {}
+        self.hosts: Mapping[int, End | None] = {}
+        """Cgroup → the pod in the node's network that it is of; None: it is of none."""
         self.current: frozenset[int] = frozenset()
         """Of `rule_sets`, those in force."""
         self._decisions: dict[tuple[int, int, bool], Decision | None] = {}
@@ -58,6 +60,16 @@ class Directory:
         """Who has the address, where the kernel does not say by which identity it knew it."""
         found = self.endpoints.get(endpoint) if endpoint else None
         return found or self.addresses.get(address) or self.stranger(Reserved.WORLD)
+
+    def host(self, end: End, cgroup: int) -> End:
+        """Who on the node itself is at that end, whose address is no pod's, by the cgroup of its
+        socket; `end`: it is nobody's."""
+        if cgroup not in self.hosts and self._missing is not None:
+            self._missing("cgroup", cgroup)
+        found = self.hosts.get(cgroup)
+        if found is None:
+            return end
+        return found if found.identity == end.identity else _as(found, end.identity)
 
     def _other(self, found: End | None, address: bytes, identity: int, endpoint: int) -> End:
         known = self.identities.get(identity)

@@ -92,6 +92,15 @@ class Counts(msgspec.Struct, frozen=True, gc=False):
     """To the first byte of TCP that came back; 0: none came, or unknown."""
 
 
+class Process(msgspec.Struct, frozen=True, gc=False):
+    """Who connected, or sent a datagram first."""
+
+    pid: int
+    """As the node numbers it."""
+    name: str
+    """Of the thread; whatever it calls itself."""
+
+
 class Flow(msgspec.Struct, gc=False):
     node: str
     """Where it was seen."""
@@ -127,6 +136,8 @@ class Flow(msgspec.Struct, gc=False):
     """Of a traced packet: enum tg_trace_how."""
     more: int = 0
     """Other than 0: this stands for so many denials like it that were not told one by one."""
+    process: Process | None = None
+    """That it began in; None: it is not known."""
 
 
 class Lost(msgspec.Struct, frozen=True, gc=False):

@@ -28,6 +28,7 @@ OBSERVERS = {"app.kubernetes.io/name": "tidegate-loader"}
 """Labels of the pods that an observer runs in."""
 _SCHEDULED = re.compile(r"(.+)-\d{8,10}")
 """A CronJob's Job: the minute it was due follows the CronJob's name."""
+STATIC_ANNOTATION = "kubernetes.io/config.hash"
 _ENDED = ("Succeeded", "Failed")
 
 log = structlog.get_logger()
@@ -42,7 +43,9 @@ class _Owner(msgspec.Struct, frozen=True):
 class _Meta(msgspec.Struct, frozen=True, rename="camel"):
     name: str
     namespace: str = ""
+    uid: str = ""
     labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
     owner_references: list[_Owner] | None = None
 
 
@@ -86,7 +89,14 @@ def pod(data: bytes) -> Pod:
         sys.intern(kind),
         sys.intern(spec.node_name),
         OBSERVERS.items() <= labels.items(),
+        _cgroup_uid(meta) if spec.host_network else "",
     )
+
+
+def _cgroup_uid(meta: _Meta) -> str:
+    """What the kubelet names a pod's cgroup by: of a static pod it is not the UID that the API
+    server has given the pod's mirror."""
+    return (meta.annotations or {}).get(STATIC_ANNOTATION) or meta.uid
 
 
 def workload(meta: _Meta) -> tuple[str, str]:

@@ -116,7 +116,7 @@ class Limits:
     def _entry(self, kind: DenialKind, more: int, when: int, directory: Directory) -> Flow:
         last = self.seen.get(kind)
         if last is not None:
-            return replace(last, time=max(when, last.time), more=more)
+            return replace(last, time=max(when, last.time), more=more, process=None)
         # Whoever looked before us has seen them: only what they have in common is known.
         rule_set, rule, source, destination, endpoint, what = kind
         leaves = what >> 8 & 0xFF == 1

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import structlog
-from tidegate_bpf import BpfError, LayoutError, ObjectFile
+from tidegate_bpf import BpfError, LayoutError, ObjectFile, mounts
 from tidegate_kube import AccessError, Client, in_cluster
 from tidegate_kube.access import SERVICE_ACCOUNT
 
@@ -26,6 +26,8 @@ from tidegate_observer.rundir import RunDirSource
 from tidegate_observer.server import About, ObserverService, Server
 from tidegate_observer.tls import Certificates
 
+AUTO = "auto"
+"""`--cgroup auto`."""
 MAX_HISTORY = 1 << 20
 LOOK_SECONDS = 5.0
 """How often it is looked whether there are certificates by now."""
@@ -60,12 +62,13 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
     kept = history.History(args.flows)
     people = _people(args)
     beside = args.socket.parent
+    cgroup = _cgroup(args.cgroup)
     readers = [
         Reader(
             spec,
             node,
             pins,
-            RunDirSource(args.run_dir, node, args.state, people),
+            RunDirSource(args.run_dir, node, args.state, people, cgroup),
             beside / f"lost-{node}",
         )
         for node, pins in args.node
@@ -171,6 +174,13 @@ def _people(args: argparse.Namespace) -> ClusterPeople | None:
     return ClusterPeople(client, args.namespace)
 
 
+def _cgroup(told: str | None) -> Path | None:
+    found = mounts.cgroup2() if told == AUTO else told
+    if told and not found:
+        log.warning("no cgroup2 is mounted: pods in the node's network have no names")
+    return Path(found) if found else None
+
+
 def _policy_log(args: argparse.Namespace) -> policylog.PolicyLog | None:
     if not args.policy_log:
         return None
@@ -201,6 +211,11 @@ def parser() -> argparse.ArgumentParser:
     add("--run-dir", type=Path, required=True, help="where supervisor.json and nodes/ are")
     add("--state", type=Path, help="where the objects in force are (default: RUN_DIR/objects)")
     add("--objects", type=Path, required=True, help="where pod.o is")
+    add(
+        "--cgroup",
+        help="cgroup2 directory of the node's pods, to know those in the node's network by; auto: "
+        "the top of the cgroup2 mount",
+    )
     add("--kube", action="store_true", help="ask the API server for pods and identities")
     add(
         "--server-file",

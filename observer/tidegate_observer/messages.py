@@ -95,8 +95,8 @@ def flow_message(flow: Flow, uuid: str) -> flow_pb2.Flow:
             made.aggregate.egress_flow_count = count
         else:
             made.aggregate.ingress_flow_count = count
-    if flow.counts is not None:
-        made.extensions.CopyFrom(_counts(flow))
+    if flow.counts is not None or flow.process is not None:
+        made.extensions.CopyFrom(_extensions(flow))
     return made
 
 
@@ -147,22 +147,24 @@ def _asked(flow: Flow) -> list[str]:
     return [f"{p.kind} {p.namespace}/{p.name}" for d in decided for p in d.policies]
 
 
-def _counts(flow: Flow) -> any_pb2.Any:
+def _extensions(flow: Flow) -> any_pb2.Any:
     """A well-known type: a client that does not know us can still print it."""
-    counts, made, packed = flow.counts, struct_pb2.Struct(), any_pb2.Any()
-    assert counts is not None
-    latencies = {"handshakeSeconds": counts.handshake, "firstByteSeconds": counts.first_byte}
-    made.update({name: value / 10**9 for name, value in latencies.items() if value})
-    made.update(
-        {
-            "packets": counts.packets,
-            "bytes": counts.bytes,
-            "replyPackets": counts.reply_packets,
-            "replyBytes": counts.reply_bytes,
-            "seconds": counts.nanoseconds / 10**9,
-            "closed": counts.closed,
-        }
-    )
+    counts, process, made, packed = flow.counts, flow.process, struct_pb2.Struct(), any_pb2.Any()
+    if process is not None:
+        made.update({"process": process.name, "pid": process.pid})
+    if counts is not None:
+        latencies = {"handshakeSeconds": counts.handshake, "firstByteSeconds": counts.first_byte}
+        made.update({name: value / 10**9 for name, value in latencies.items() if value})
+        made.update(
+            {
+                "packets": counts.packets,
+                "bytes": counts.bytes,
+                "replyPackets": counts.reply_packets,
+                "replyBytes": counts.reply_bytes,
+                "seconds": counts.nanoseconds / 10**9,
+                "closed": counts.closed,
+            }
+        )
     packed.Pack(made)
     return packed
 
@@ -180,6 +182,8 @@ def summary(flow: Flow) -> str:
         text = names.get(flow.protocol, f"IP protocol {flow.protocol}")
         if icmp.is_icmp(flow):
             text += f" {icmp.text(flow)}"
+    if flow.process is not None and flow.counts is None:
+        text += f"; by {flow.process.name} ({flow.process.pid})"
     if flow.more:
         text += f"; {flow.more} more like this one"
     counts = flow.counts

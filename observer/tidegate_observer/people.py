@@ -38,6 +38,8 @@ class Pod(msgspec.Struct, frozen=True):
     node: str = ""
     observes: bool = False
     """An observer is in it, if it is of the right namespace."""
+    uid: str = ""
+    """That its cgroup is named by, if it is in the node's network; else ""."""
 
 
 class People(Protocol):
@@ -99,6 +101,7 @@ def objects_in(directory: Path) -> Iterator[Path]:
 class _Pod(msgspec.Struct, frozen=True, rename="camel"):
     namespace: str
     name: str
+    uid: str = ""
     addresses: list[str] = []
     host_network: bool = False
     labels: dict[str, str] = {}
@@ -141,4 +144,6 @@ class RunDirPeople:
 
 def _shown(pod: _Pod) -> Pod:
     labels = pod_labels(pod.namespace, pod.labels)
-    return Pod(tuple(pod.addresses), pod.host_network, labels, pod.workload, pod.workload_kind)
+    uid = pod.uid if pod.host_network else ""
+    made = pod.workload, pod.workload_kind
+    return Pod(tuple(pod.addresses), pod.host_network, labels, *made, uid=uid)

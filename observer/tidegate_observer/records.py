@@ -16,6 +16,7 @@ from tidegate_bpf.btf import Layout
 from tidegate_observer.directory import Directory
 from tidegate_observer.flow import NOBODY, Counts, Flow, Kind
 from tidegate_observer.limits import AUDIT, LOG, MAX_KINDS, DenialKind
+from tidegate_observer.processes import Processes
 
 RECORD_HEADER = 8
 """Bytes of the kernel's before each record."""
@@ -55,6 +56,7 @@ def reader(layout: Layout, names: Sequence[str], header: int = RECORD_HEADER) ->
 EVENT = (
     "time",
     "ifindex",
+    "socket",
     "src",
     "dst",
     "sport",
@@ -108,6 +110,7 @@ FLOW_EVENT = (
 FLOW_START = 0
 NO_BACKEND = 158
 RST = 4
+COOKIE_LOW = (1 << 32) - 1
 
 
 LATENCIES = [0] + [
@@ -115,6 +118,10 @@ LATENCIES = [0] + [
     for code in range(1, 256)
 ]
 """What `tg_latency` made of a time → nanoseconds, the middle of what it may have been."""
+
+
+def _nobody(_cookie: int) -> None:
+    return None
 
 
 def flow_key(
@@ -128,9 +135,17 @@ def flow_key(
 class Flows:
     """struct tg_flow_event: flows that start, and flows that end."""
 
-    def __init__(self, spec: ObjectFile, node: str, max_live: int = 0) -> None:
-        """`max_live`: how many flows at most `live` holds, from their start to their end."""
+    def __init__(
+        self,
+        spec: ObjectFile,
+        node: str,
+        max_live: int = 0,
+        processes: Processes | None = None,
+    ) -> None:
+        """`max_live`: how many flows at most `live` holds, from their start to their end.
+        `processes`: who their sockets are of; None: not known."""
         layout = spec.layout("tg_flow_event")
+        self._process = processes.get if processes is not None else _nobody
         self._node = node
         self._max_live = max_live
         self.live: dict[int, Flow] = {}
@@ -145,6 +160,7 @@ class Flows:
         decision, services = directory.decision, directory.services
         started, ended = Kind.START.value, Kind.END.value
         live, room = self.live, self._max_live
+        host, process = directory.host, self._process
         for (
             time,
             start,
@@ -182,6 +198,9 @@ class Flows:
                     if frontend == NOBODY
                     else (frontend, PORTS[frontend_port], protocol)
                 )
+                begins = end(source, source_identity, source_endpoint)
+                if cgroup and not begins.pod:
+                    begins = host(begins, cgroup)
                 flow = Flow(
                     node,
                     time + offset,
@@ -195,7 +214,7 @@ class Flows:
                     protocol,
                     tcp_flags,
                     interface,
-                    end(source, source_identity, source_endpoint),
+                    begins,
                     end(destination, destination_identity, destination_endpoint),
                     decision(source_set, source_rule) if source_set else None,
                     decision(destination_set, destination_rule) if destination_set else None,
@@ -203,6 +222,7 @@ class Flows:
                     None,
                     cookie,
                     cgroup,
+                    process=process(cookie & COOKIE_LOW) if cookie else None,
                 )
                 if len(live) < room:
                     live[hash((start, source, destination, sport << 16 | dport, protocol))] = flow
@@ -236,6 +256,7 @@ class Flows:
                     begun.destination if begun else who(destination, destination_endpoint),
                     service=begun.service if begun else None,
                     counts=counts,
+                    process=begun.process if begun else None,
                 )
             found.append(flow)
         return found
@@ -246,11 +267,17 @@ class Denials:
     passed, of which a policy wants to tell."""
 
     def __init__(
-        self, spec: ObjectFile, node: str, seen: dict[DenialKind, Flow] | None = None
+        self,
+        spec: ObjectFile,
+        node: str,
+        seen: dict[DenialKind, Flow] | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        """`seen`: where the last denial of each kind is kept (`limits.Limits`)."""
+        """`seen`: where the last denial of each kind is kept (`limits.Limits`); `processes` as
+        of `Flows`."""
         layout = spec.layout("tg_event")
         self._node = node
+        self._process = processes.get if processes is not None else _nobody
         self.seen: dict[DenialKind, Flow] = {} if seen is None else seen
         self.size = layout.size
         self._struct = reader(layout, EVENT)
@@ -262,12 +289,13 @@ class Denials:
         end, decision = directory.end, directory.decision
         egress_of, denied = 1, Kind.DENIED.value
         audited = Kind.AUDITED.value
-        seen = self.seen
+        seen, process = self.seen, self._process
         if len(seen) > MAX_KINDS:
             seen.clear()
         for (
             time,
             interface,
+            socket,
             source,
             destination,
             sport,
@@ -304,6 +332,7 @@ class Denials:
                 end(destination, destination_identity, 0 if leaves else endpoint),
                 verdict if leaves else None,
                 None if leaves else verdict,
+                process=process(socket) if socket else None,
             )
             if reason == NO_BACKEND:
                 flow.service = directory.service(destination, PORTS[dport], protocol)

@@ -12,7 +12,7 @@ import fcntl
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tidegate_bpf import BpfError, Map, RingBuffer
@@ -72,8 +72,10 @@ class Drain:
     """Empties rings, of which each has its own queue. `reopen`, `take` and `close` are for one
     thread."""
 
-    def __init__(self, rings: Sequence[Ring]) -> None:
+    def __init__(self, rings: Sequence[Ring], beside: Callable[[], None] | None = None) -> None:
+        """`beside`: called once records have been read, before they can be taken."""
         self._rings = list(rings)
+        self._beside = beside
         self._queues: list[deque[bytes]] = [deque() for _ in rings]
         self._held = [0 for _ in rings]
         self._lock = threading.Lock()
@@ -111,6 +113,7 @@ class Drain:
 
     def read(self) -> None:
         """Empties the rings once, as the thread does all the time."""
+        came = False
         with self._lock:
             for number, ring in enumerate(self._rings):
                 if self._held[number] >= MAX_BUFFERED:
@@ -121,8 +124,11 @@ class Drain:
                     self._error = error
                     continue
                 if data:
+                    came = True
                     self._queues[number].append(data)
                     self._held[number] += len(data)
+            if came and self._beside is not None:
+                self._beside()
 
     def _run(self) -> None:
         while not self._stop.wait(DRAIN_SECONDS):

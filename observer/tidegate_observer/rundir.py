@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 import msgspec
 from msgspec import UNSET
-from tidegate_api.state import RuleSet, StateSlice
+from msgspec.structs import replace
+from tidegate_api.state import Reserved, RuleSet, StateSlice
 
+from tidegate_observer.cgroups import Cgroups
 from tidegate_observer.directory import Directory, FrontendKey, reserved_labels
 from tidegate_observer.flow import SCTP, TCP, UDP, End, Service, address_bytes
 from tidegate_observer.people import Files, People, Pod, PodKey, RunDirPeople, objects_in
@@ -66,10 +68,15 @@ class RunDirSource:
     """Keeps `directory` as the files say. Not thread-safe: one thread refreshes and looks up."""
 
     def __init__(
-        self, run_dir: Path, node: str, objects: Path | None = None, people: People | None = None
+        self,
+        run_dir: Path,
+        node: str,
+        objects: Path | None = None,
+        people: People | None = None,
+        cgroup: Path | None = None,
     ) -> None:
         """`objects`: where rulesets/ and stateslices/ are; default: the run directory's, as is
-        `people`."""
+        `people`. `cgroup`: cgroup2, to know pods in the node's network by."""
         self.node = node
         self.directory = Directory(self._missing)
         self.pods_known = 0
@@ -83,6 +90,7 @@ class RunDirSource:
         self._slices: dict[str, StateSlice] = {}
         self._facts: tuple[dict[bytes, int], dict[FrontendKey, Service]] = {}, {}
         self._rule_sets: dict[str, RuleSet] = {}
+        self._cgroups = Cgroups(cgroup)
         self._unknown: dict[tuple[str, bytes | int], float] = {}
         self._waited = dict.fromkeys(WAIT_SECONDS, -UNKNOWN_SECONDS)
         self._reread = -REREAD_SECONDS
@@ -166,7 +174,16 @@ class RunDirSource:
         directory.addresses = _kept(directory.addresses, addresses)
         directory.endpoints = _kept(directory.endpoints, endpoints)
         directory.services = services
+        self._fill_hosts()
         self.pods_known = len(self._pods) or len(endpoints)
+
+    def _fill_hosts(self) -> None:
+        known = {
+            pod.uid: _of_host(self._end(namespace, name, Reserved.HOST))
+            for (namespace, name), pod in self._pods.items()
+            if pod.host_network and pod.uid
+        }
+        self.directory.hosts = {c: known.get(uid) for c, uid in self._cgroups.pods.items()}
 
     def _read_facts(self) -> tuple[dict[bytes, int], dict[FrontendKey, Service]]:
         """Of ipcache: address → identity; frontends → Service."""
@@ -201,6 +218,8 @@ class RunDirSource:
     def _missing(self, what: str, which: bytes | int) -> bool:
         """Reads again, and waits a moment if need be: for each thing once in a while, and for all
         together not longer, so that nothing unknown keeps the ring from being read."""
+        if what == "cgroup":
+            return self._missing_cgroup(which)
         now = time.monotonic()
         if now - self._unknown.get((what, which), -UNKNOWN_SECONDS) < UNKNOWN_SECONDS:
             return False
@@ -222,6 +241,15 @@ class RunDirSource:
         self._unknown[what, which] = time.monotonic()
         return False
 
+    def _missing_cgroup(self, which: bytes | int) -> bool:
+        """A socket's is there, or was a moment ago: there is nothing to wait for."""
+        assert isinstance(which, int)
+        before = self._cgroups.pods
+        found = self._cgroups.look(which)
+        if self._cgroups.pods is not before:
+            self._fill_hosts()
+        return found
+
     def _patient_until(self, what: str, now: float) -> float:
         if now - self._waited[what] >= UNKNOWN_SECONDS:
             self._waited[what] = now
@@ -232,6 +260,11 @@ class RunDirSource:
 def _packed(address: str) -> bytes:
     """Ten thousand pods are looked at when one of them changes."""
     return address_bytes(address)
+
+
+def _of_host(end: End) -> End:
+    """Policies know it as the node, and so may who asks."""
+    return replace(end, labels=tuple(sorted((*end.labels, *reserved_labels(end.identity)))))
 
 
 def _kept(before: Mapping[K, End], after: Mapping[K, End]) -> dict[K, End]:

@@ -181,4 +181,5 @@ def _end(flow: Flow, when: int, counts: Counts) -> Flow:
         flow.destination,
         service=flow.service,
         counts=counts,
+        process=flow.process,
     )

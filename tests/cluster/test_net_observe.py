@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
         made.save("nodes", node(1), node(2))
         pods = [pod("server"), pod("ally", 2, role="ally"), pod("alien", 2), pod("stranger")]
         pods += [pod("friend", role="ally"), SERVICE]
-        made.save("pods", *pods, pod("caged", 2))
+        agent = pod("agent")
+        agent["spec"] |= {"hostNetwork": True}
+        made.save("pods", *pods, pod("caged", 2), agent)
         made.save("policy", policy("server", "server", "ally"), policy("lock", "server"), CAGE)
         made.up()
         until(lambda: made.run_dir.observer.exists(), "the observer serves")
@@ -200,6 +203,8 @@ def converse(town: Town, source: str, family: int, made: Made, requests: int) ->
 
 
 def counted(hubble: Hubble, flow: dict[str, Any]) -> dict[str, Any]:
+    if "extensions" not in flow:
+        return {}
     decode = hubble.contract.decode
     entries = decode("google.protobuf.Struct", flow["extensions"]["value"])["fields"]
     return {entry["key"]: next(iter(entry["value"].values()), 0.0) for entry in entries}
@@ -230,6 +235,7 @@ def test_every_connection_is_told_from_its_start_to_its_end(town: Town, hubble: 
     assert len(told) == expected
     for one in made:
         own = [f for f in told if f["l4"]["TCP"]["source_port"] == one.port]
+        # Its sockets are this test's, which is in no pod's cgroup: no process is known.
         starts = [f for f in own if "extensions" not in f]
         ends = [f for f in own if "extensions" in f]
         nodes = ["node-1", "node-2"] if one.across else ["node-1"]
@@ -292,6 +298,71 @@ def test_every_query_of_dashboard_and_alerts_names_what_a_run_emits(
         until(lambda: not missing(), "everything is emitted")
     finally:
         assert missing() == set()
+
+
+SPEAK = """
+import socket, sys
+kind, address, port, source = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+s = socket.socket(socket.AF_INET, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
+s.bind(("", source))
+if kind == "tcp":
+    s.connect((address, port))
+    s.close()
+else:
+    s.sendto(b"x", (address, port))
+"""
+
+
+def speak(town: Town, source: str, kind: str, address: str, port: int, from_port: int) -> None:
+    """By a process in the pod's cgroup, which calls itself something."""
+    script = town.folder.parent / "speaker\x1b"
+    script.write_text(f"#!{sys.executable}\n{SPEAK}")
+    script.chmod(0o755)
+    words = [str(script), kind, address, str(port), str(from_port)]
+    done = town.tidegate("exec", f"default/{source}", "--", *words)
+    assert done.returncode == 0, done.stderr
+
+
+SPEAKERS = [
+    # reason, source, protocol, to the Service, port, verdict
+    ("a pod's connection", "friend", "tcp", False, 8080, "FORWARDED"),
+    ("a connection to a Service", "ally", "tcp", True, 80, "FORWARDED"),
+    ("a datagram that is denied", "stranger", "udp", False, 8081, "DROPPED"),
+    ("a pod in the node's network", "agent", "tcp", False, 8080, "FORWARDED"),
+    ("a pod in the node's network, to a Service", "agent", "tcp", True, 80, "FORWARDED"),
+    ("a datagram of a pod in the node's network", "agent", "udp", False, 8081, "FORWARDED"),
+]
+
+
+def test_who_began_it_is_named_with_its_process(town: Town, hubble: Hubble) -> None:
+    """Of a pod in the node's network too, which no address tells from the node."""
+    first = FIRST_PORT + 9000
+    for number, (_, source, kind, service, port, _) in enumerate(SPEAKERS):
+        address = SERVICE_IP if service else town.pod("server").addresses[0]
+        speak(town, source, kind, address, port, first + number)
+
+    def found() -> list[dict[str, Any]]:
+        ports = [{"source_port": [str(first + n)]} for n in range(len(SPEAKERS))]
+        here = [f for f in hubble.flows(whitelist=ports) if f.get("socket_cookie") or told_by(f)]
+        return [f for f in here if "closed" not in counted(hubble, f)]
+
+    def told_by(flow: dict[str, Any]) -> bool:
+        return "process" in counted(hubble, flow)
+
+    until(lambda: len(found()) >= len(SPEAKERS), "all is told, with who began it")
+    seen = {f["l4"][k]["source_port"]: f for f in found() for k in f["l4"]}
+    assert len(found()) == len(SPEAKERS)
+    for number, (why, source, _, service, _, verdict) in enumerate(SPEAKERS):
+        flow = seen[first + number]
+        assert (flow["source"].get("pod_name"), flow["verdict"]) == (source, verdict), why
+        assert counted(hubble, flow)["process"] == "speaker\x1b", why
+        assert counted(hubble, flow)["pid"] > 1, why
+        assert ("destination_service" in flow) == service, why
+        assert (flow["source"]["identity"] == 1) == (source == "agent"), why
+    words = ["observe", "--last", "9", "-o", "compact", "--from-pod", "default/agent"]
+    shown = town.tidegate(*words).stdout
+    assert "default/agent:" in shown
+    assert "; by speaker\\x1b (" in shown
 
 
 def test_the_policy_log_has_the_denials(town: Town) -> None:

@@ -261,7 +261,7 @@ def test_event_of_a_denial(town: Town) -> None:
             assert (event.src, event.dst) == (addr(src), addr(dst)), why
             assert (event.sport, event.dport, event.protocol) == (40000, port, protocol), why
             assert event.tcp_flags == (f.SYN if protocol == f.TCP else 0), why
-            assert (event.ifindex, event.length) == (t.IFINDEX[hook[0]], len(data)), why
+            assert event.ifindex == t.IFINDEX[hook[0]], why
             assert event.time > 0
 
 

@@ -6,11 +6,12 @@ import ctypes
 import errno
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,13 @@ def cgroup() -> Iterator[Path]:
 
 @pytest.fixture
 def lab(namespace: None, cgroup: Path) -> Iterator[Lab]:
-    with Lab(program="sock") as made, ExitStack() as stack:
+    with attached(cgroup) as made:
+        yield made
+
+
+@contextmanager
+def attached(cgroup: Path, **knobs: int) -> Iterator[Lab]:
+    with Lab(program="sock", **knobs) as made, ExitStack() as stack:
         group = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, group)
         for name, program in made.loaded.programs.items():
@@ -377,3 +384,70 @@ def test_what_is_asked_is_counted_once_a_socket(lab: Lab) -> None:
         with pytest.raises(ConnectionRefusedError):
             connected.connect((VIP4, 80))
         assert lab.asked(VIP4, 80, UDP) == (2, 1)
+
+
+def noted(lab: Lab, of: socket.socket) -> tuple[int, bytes] | None:
+    """(process, name) at the socket's place, if it is its own."""
+    cookie = struct.unpack("=Q", of.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))[0]
+    places = lab.maps["processes_v1"]
+    key = U32.pack(cookie % places.info.max_entries)
+    place = lab.codecs["tg_process"].unpack(places.lookup(key))
+    if place.word >> 32 != cookie & 0xFFFFFFFF:
+        return None
+    return place.word & 0xFFFFFFFF, place.name.rstrip(b"\0")
+
+
+def me() -> tuple[int, bytes]:
+    """As the kernel knows this process and thread."""
+    return os.getpid(), Path("/proc/thread-self/comm").read_bytes().rstrip(b"\n")
+
+
+@pytest.mark.parametrize("asked", [BACKEND4, VIP4, BACKEND6, "::ffff:" + BACKEND4])
+def test_who_connects_is_noted(lab: Lab, asked: str) -> None:
+    family = socket.AF_INET6 if ":" in asked else socket.AF_INET
+    backend = BACKEND6 if asked == BACKEND6 else BACKEND4
+    with (
+        closing(server(socket.SOCK_STREAM, backend)) as listener,
+        closing(client(family, socket.SOCK_STREAM)) as made,
+    ):
+        serve(lab, listener)
+        assert noted(lab, made) is None
+        made.connect((asked, 80 if asked == VIP4 else port(listener)))
+        assert noted(lab, made) == me()
+
+
+def test_who_sends_a_datagram_is_noted(lab: Lab) -> None:
+    with (
+        closing(server(socket.SOCK_DGRAM, BACKEND4)) as listener,
+        closing(client(socket.AF_INET, socket.SOCK_DGRAM)) as made,
+        closing(client(socket.AF_INET, socket.SOCK_DGRAM)) as silent,
+    ):
+        made.sendto(b"x", (BACKEND4, port(listener)))
+        assert noted(lab, made) == me()
+        assert noted(lab, silent) is None
+
+
+def test_a_socket_that_another_process_sends_through_is_its(lab: Lab) -> None:
+    with (
+        closing(server(socket.SOCK_DGRAM, BACKEND4)) as listener,
+        closing(client(socket.AF_INET, socket.SOCK_DGRAM)) as made,
+    ):
+        made.sendto(b"x", (BACKEND4, port(listener)))
+        code = "import socket, sys; s = socket.socket(fileno=int(sys.argv[1]))\n"
+        code += "s.sendto(b'x', (sys.argv[2], int(sys.argv[3])))"
+        words = [str(made.fileno()), BACKEND4, str(port(listener))]
+        child = subprocess.Popen([sys.executable, "-c", code, *words], pass_fds=[made.fileno()])
+        assert child.wait(SECONDS) == 0
+        found = noted(lab, made)
+        assert found is not None
+        assert found[0] == child.pid
+
+
+def test_where_flows_are_not_told_of_nobody_is_noted(namespace: None, cgroup: Path) -> None:
+    with (
+        attached(cgroup, flow_events=0) as lab,
+        closing(server(socket.SOCK_STREAM, BACKEND4)) as listener,
+        closing(client(socket.AF_INET, socket.SOCK_STREAM)) as made,
+    ):
+        made.connect((BACKEND4, port(listener)))
+        assert noted(lab, made) is None

@@ -28,6 +28,7 @@ STRUCTS = [
     "tg_backend",
     "tg_service_count",
     "tg_stream",
+    "tg_process",
     "tg_ct_key",
     "tg_ct",
     "tg_half_open_set",

@@ -22,6 +22,8 @@ class Observer:
         for node in nodes:
             argv += ["--node", f"{node.name}={self._run_dir.bpf / node.name}"]
         argv += ["--objects", str(objects_dir()), "--socket", str(self._run_dir.observer)]
+        # Where the nodes' are, as that of the processes of our own.
+        argv += ["--cgroup", str(cgroup.parent)]
         argv += ["--metrics-file", str(self._run_dir.path / "observer.prom")]
         argv += ["--policy-log", str(self._run_dir.logs / "policy_action.log")]
         self._child = Child("observer", argv, self._run_dir.logs / "observer.log", cgroup)

@@ -6,9 +6,6 @@
 #include <tidegate/end.h>
 #include <tidegate/sock.h>
 
-/* Whether flows are counted and told of; denials always are. */
-const volatile __u8 flow_events = 1;
-
 tg_inline void tg_account(struct tg_ct *ct, const struct __sk_buff *skb, int reply)
 {
 	__u32 segments;
@@ -92,7 +89,8 @@ tg_inline void tg_tell_start(struct __sk_buff *skb, struct tg_scratch *s, struct
 		e->frontend = s->nat.addr;
 		e->frontend_port = s->nat.port;
 	}
-	if (!s->from_pod)
+	/* What came over a wire has none, nor what this node's stack forwards. */
+	if (!skb->sk)
 		return;
 	e->cookie = bpf_get_socket_cookie(skb);
 	e->cgroup = bpf_skb_cgroup_id(skb);

@@ -72,7 +72,7 @@ tg_global int tg_event(struct __sk_buff *skb, __u32 endpoint, __u32 what)
 	e->endpoint = tg_subject(s, endpoint, what);
 	e->time = bpf_ktime_get_ns();
 	e->ifindex = skb->ifindex;
-	e->length = skb->len;
+	e->socket = bpf_get_socket_cookie(skb);
 	e->src = s->p.t.src;
 	e->dst = s->p.t.dst;
 	e->sport = s->p.t.sport;

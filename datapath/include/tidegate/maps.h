@@ -48,6 +48,7 @@ struct tg_anchors {
 	enum tg_slot_header slot_header;
 	enum tg_affinity_word affinity_word;
 	enum tg_nat_word nat_word;
+	enum tg_process_word process_word;
 	enum tg_nat_flags nat_flags;
 	enum tg_ct_flags ct_flags;
 	enum tg_ct_word ct_word;
@@ -242,6 +243,14 @@ struct {
 	__type(value, struct tg_stream);
 	__uint(max_entries, TG_MAX_STREAMS);
 } streams_v1 SEC(".maps");
+
+/* A place is needed until the flow's start is read, which takes a moment. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct tg_process);
+	__uint(max_entries, TG_MAX_PROCESSES);
+} processes_v1 SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

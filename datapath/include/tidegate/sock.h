@@ -15,6 +15,9 @@
 #define TG_SOCK_PROCEED 1
 #define TG_SOCK_REFUSE 0
 
+/* Whether flows are counted and told of; denials always are. */
+const volatile __u8 flow_events = 1;
+
 tg_inline void tg_sock_read(struct bpf_sock_addr *ctx, int v6, struct tg_addr *addr)
 {
 	if (!v6) {
@@ -144,6 +147,26 @@ tg_inline int tg_sock_special(struct bpf_sock_addr *ctx, const struct tg_fronten
 	return tg_special(key, &client, choice, 0);
 }
 
+/* Who connects or sends: only here is it known. A program at an interface sees the
+ * socket, and whoever reads what that tells of looks here by the cookie. */
+tg_inline void tg_process_remember(struct bpf_sock_addr *ctx)
+{
+	__u64 cookie = bpf_get_socket_cookie(ctx), word, held;
+	__u32 at = cookie & (TG_MAX_PROCESSES - 1);
+	struct tg_process *place = bpf_map_lookup_elem(&processes_v1, &at);
+
+	if (!place)
+		return;
+	word = cookie << TG_PROCESS_COOKIE | bpf_get_current_pid_tgid() >> 32;
+	held = *(volatile __u64 *)&place->word;
+	if (held == word || held == TG_PROCESS_BUSY ||
+	    __sync_val_compare_and_swap(&place->word, held, TG_PROCESS_BUSY) != held)
+		return;
+	bpf_get_current_comm(place->name, sizeof(place->name));
+	tg_barrier();
+	*(volatile __u64 *)&place->word = word;
+}
+
 /* connect and, with `sends`, sendmsg */
 tg_inline int tg_sock_forward(struct bpf_sock_addr *ctx, int v6, int sends)
 {
@@ -151,6 +174,8 @@ tg_inline int tg_sock_forward(struct bpf_sock_addr *ctx, int v6, int sends)
 	struct tg_choice choice = {};
 	int answer;
 
+	if (flow_events)
+		tg_process_remember(ctx);
 	tg_sock_read(ctx, v6, &key.addr);
 	key.port = ctx->user_port;
 	key.protocol = ctx->protocol;

@@ -67,6 +67,7 @@ enum tg_limits {
 	TG_MAX_RULE_SETS = 4096, /* rule sets in force at once, a node */
 	TG_MAX_EXT_HEADERS = 6,  /* IPv6 extension headers walked */
 	TG_MAX_STREAMS = 65536,  /* TCP sockets whose frontend is known; a power of two */
+	TG_MAX_PROCESSES = 1024, /* sockets whose process is known; a power of two */
 };
 
 enum tg_policy_flags {
@@ -454,6 +455,20 @@ TG_SIZE(struct tg_stream, 48);
 
 #define TG_STREAM_BUSY (~0ull)
 
+/* Who connected or sent through a socket; its place is its cookie's low bits. */
+struct tg_process {
+	__u64 word;    /* enum tg_process_word; TG_PROCESS_BUSY while the name is written */
+	char name[16]; /* of the thread; ends at a zero */
+};
+TG_SIZE(struct tg_process, 24);
+
+/* cookie's low half << TG_PROCESS_COOKIE | process */
+enum tg_process_word {
+	TG_PROCESS_COOKIE = 32,
+};
+
+#define TG_PROCESS_BUSY (~0ull)
+
 /* ---- control, counters, events ------------------------------------------------ */
 
 struct tg_control {
@@ -519,7 +534,7 @@ enum tg_event_flags {
 struct tg_event {
 	__u64 time; /* CLOCK_MONOTONIC, coarse, nanoseconds */
 	__u32 ifindex;
-	__u32 length;
+	__u32 socket; /* low bits of the cookie of the socket that sent it; 0: unknown */
 	struct tg_addr src;
 	struct tg_addr dst;
 	__be16 sport;
@@ -632,7 +647,7 @@ enum tg_flow_kind {
 struct tg_flow_event {
 	__u64 time;   /* CLOCK_MONOTONIC, nanoseconds: of a start `start`, of an end coarse */
 	__u64 start;  /* not coarse; with the ports it names the flow */
-	__u64 cookie; /* of the socket that began it, and its cgroup; 0: unknown, or an end */
+	__u64 cookie; /* of this node's socket that began it, and its cgroup; 0: none, or an end */
 	__u64 cgroup;
 	__u64 packets; /* as in struct tg_ct */
 	__u64 bytes;

@@ -63,7 +63,11 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("it has ended: the address may be another's", {"status_phase": "Succeeded"},
      {"addresses": ()}),
     ("it has failed", {"status_phase": "Failed"}, {"addresses": ()}),
-    ("of the node's network", {"spec_hostNetwork": True}, {"host_network": True}),
+    ("of the node's network", {"spec_hostNetwork": True}, {"host_network": True, "uid": "u"}),
+    ("a static pod's cgroup has its file's hash",
+     {"spec_hostNetwork": True, "metadata_annotations": {informer.STATIC_ANNOTATION: "f00d"}},
+     {"uid": "f00d"}),
+    ("of its own network: its address says who it is", {}, {"uid": ""}),
     ("of a Deployment", {"owners": [REPLICA_SET], "labels": HASHED},
      {"workload": "web", "workload_kind": "Deployment"}),
     ("of a ReplicaSet that nothing made", {"owners": [REPLICA_SET]},
@@ -160,3 +164,22 @@ def test_a_directory_joins_addresses_with_people(tmp_path: Path) -> None:
     people.pods, people.changed = {}, True
     source.refresh()
     assert directory.end(address_bytes("10.0.0.1"), 300).pod == ""
+
+
+def test_pods_in_the_nodes_network_are_known_by_their_cgroups(tmp_path: Path) -> None:
+    uid = "0a1b2c3d-0000-4000-8000-00000000cafe"
+    group = tmp_path / "cgroup" / f"pod{uid}" / "container"
+    people = Somebody()
+    source = RunDirSource(tmp_path, "n1", people=people, cgroup=tmp_path / "cgroup")
+    made = Pod(host_network=True, uid=uid, labels=("k8s:app=proxy",), workload="proxy")
+    people.pods = {("kube-system", "proxy-x"): made}
+    assert source.refresh()
+    group.mkdir(parents=True)
+    nobody = End(1, labels=("reserved:host",))
+    found = source.directory.host(nobody, group.stat().st_ino)
+    labels = ("k8s:app=proxy", "reserved:host")
+    assert found == End(1, 0, "kube-system", "proxy-x", labels, "proxy")
+    assert source.directory.host(nobody, (tmp_path / "cgroup").stat().st_ino) is nobody
+    people.pods, people.changed = {}, True
+    assert source.refresh()
+    assert source.directory.host(nobody, group.stat().st_ino) is nobody

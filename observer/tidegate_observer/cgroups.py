@@ -1,0 +1,67 @@
+"""Which pod a cgroup is of, by the directories of cgroup2: a kubelet's and those of `tidegate up`.
+
+An address says nothing of pods in the node's network; the cgroup of their sockets does. Reads only
+names and inode numbers, and enters nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+WALK_SECONDS = 1.0
+"""How often it is looked for a cgroup that is not known."""
+MAX_CGROUPS = 65536
+_UID = r"[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}"
+_POD = re.compile(rf"(?:.*-)?pod({_UID}|[0-9a-f]{{32}})(?:\.slice)?|({_UID})")
+"""`kubepods-burstable-pod<uid>.slice`, `pod<uid>`, `<uid>`; a static pod's UID is a hash."""
+
+
+def uid_of(name: str) -> str:
+    """The pod UID in a directory's name, as the API writes it; "": it is no pod's."""
+    found = _POD.fullmatch(name)
+    return (found[1] or found[2]).replace("_", "-") if found else ""
+
+
+class Cgroups:
+    """For one thread."""
+
+    def __init__(self, root: Path | None) -> None:
+        """`root`: cgroup2, or a directory in it; None: none is known."""
+        self._root = root
+        self.pods: Mapping[int, str] = {}
+        """Id of a cgroup → UID of the pod that it or one above it is of; "": of none."""
+        self._due = -WALK_SECONDS
+
+    def look(self, cgroup: int) -> bool:
+        """Looks for one that is not known, unless it was just looked; whether it is by now."""
+        if cgroup not in self.pods and self._root is not None and time.monotonic() >= self._due:
+            self.pods = walk(self._root)
+            self._due = time.monotonic() + WALK_SECONDS
+        return cgroup in self.pods
+
+
+def walk(root: Path) -> dict[int, str]:
+    """`Cgroups.pods` of everything at and below `root`. What goes meanwhile is left out."""
+    found: dict[int, str] = {}
+    try:
+        # The id of a cgroup is its directory's inode number, on 64 bits.
+        found[root.stat().st_ino] = uid_of(root.name)
+    except OSError:
+        return found
+    waiting = [(str(root), uid_of(root.name))]
+    while waiting and len(found) < MAX_CGROUPS:
+        path, above = waiting.pop()
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        uid = uid_of(entry.name) or above
+                        found[entry.inode()] = uid
+                        waiting.append((entry.path, uid))
+        except OSError:
+            continue
+    return found
