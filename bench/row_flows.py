@@ -238,56 +238,90 @@ def town() -> Iterator[object]:
         yield made
 
 
-def follow() -> Iterator[Result]:
-    """From a packet that is denied to the line that `tidegate observe --follow` prints."""
-    if os.geteuid():
-        raise Unmeasurable("needs root")
-    with town() as made:
-        run = made.run_dir.path  # type: ignore[attr-defined]
-        command = [sys.executable, "-m", "tidegate_cli", "observe", "--follow", "-o", "json"]
-        environment = os.environ | {"TIDEGATE_RUN_DIR": str(run)}
-        printed: dict[int, float] = {}
-        sent: dict[int, float] = {}
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=environment
-        ) as process:
-            stream = process.stdout
-            assert stream is not None
-
-            def read() -> None:
-                for line in stream:
-                    at = line.find('"source_port":')
-                    if at >= 0:
-                        port = int(line[at + 14 : at + 19])
-                        printed.setdefault(port, time.monotonic())
-
-            reader = threading.Thread(target=read)
-            reader.start()
-            time.sleep(2.0)
-            address = made.pod("server").addresses[0]  # type: ignore[attr-defined]
-            for port in range(20000, 20000 + FOLLOWED):
-                with made.inside("client"):  # type: ignore[attr-defined]
-                    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-                with sock:
-                    sock.bind(("", port))
-                    sent[port] = time.monotonic()
-                    sock.sendto(b"x", (address, 8081))
-                time.sleep(0.01)
-            time.sleep(1.0)
+@contextmanager
+def relay(observer: Path) -> Iterator[Path]:
+    """Its socket: a relay of two nodes, which both are that observer: each must say that it has
+    told everything before a flow is in order."""
+    socket_path = observer.with_name("relay.sock")
+    command = [sys.executable, "-c", "from tidegate_observer.relay_main import main; main()"]
+    command += ["--socket", str(socket_path)]
+    for name in ("a", "b"):
+        command += ["--peer", f"{name}=unix:{observer}"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 30.0
+            while not socket_path.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError("the relay does not serve")
+                time.sleep(0.05)
+            yield socket_path
+        finally:
             process.terminate()
-            reader.join()
+
+
+def followed(made: object, *more: str) -> list[float]:
+    """Milliseconds from each denied packet to the line that `tidegate observe --follow` prints."""
+    run = made.run_dir.path  # type: ignore[attr-defined]
+    command = [sys.executable, "-m", "tidegate_cli", "observe", "--follow", "-o", "json", *more]
+    environment = os.environ | {"TIDEGATE_RUN_DIR": str(run)}
+    printed: dict[int, float] = {}
+    sent: dict[int, float] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        stream = process.stdout
+        assert stream is not None
+
+        def read() -> None:
+            for line in stream:
+                at = line.find('"source_port":')
+                if at >= 0:
+                    port = int(line[at + 14 : at + 19])
+                    printed.setdefault(port, time.monotonic())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        time.sleep(2.0)
+        address = made.pod("server").addresses[0]  # type: ignore[attr-defined]
+        for port in range(20000, 20000 + FOLLOWED):
+            with made.inside("client"):  # type: ignore[attr-defined]
+                sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            with sock:
+                sock.bind(("", port))
+                sent[port] = time.monotonic()
+                sock.sendto(b"x", (address, 8081))
+            time.sleep(0.01)
+        time.sleep(1.0)
+        process.terminate()
+        reader.join()
     took = sorted((printed[p] - sent[p]) * 1000 for p in sent if p in printed)
     if len(took) < FOLLOWED:
         raise Unmeasurable(f"{FOLLOWED - len(took)} of {FOLLOWED} were not printed")
-    yield Result(
-        "flow-follow",
-        "from a packet to its printed line, 99 of 100",
-        took[int(len(took) * 0.99) - 1],
-        "ms",
-        "the packet",
-        250.0,
-        {"median": round(statistics.median(took), 1)},
-    )
+    return took
+
+
+def follow() -> Iterator[Result]:
+    """Of one observer, and of two through a relay."""
+    if os.geteuid():
+        raise Unmeasurable("needs root")
+    with town() as made, relay(made.run_dir.observer) as merged:  # type: ignore[attr-defined]
+        rows = (
+            ("flow-follow", "from a packet to its printed line", ()),
+            (
+                "flow-follow-relay",
+                "from a packet to its printed line, two nodes through a relay",
+                ("--server", f"unix://{merged}"),
+            ),
+        )
+        for id, what, more in rows:
+            took = followed(made, *more)
+            yield Result(
+                id,
+                f"{what}, 99 of 100",
+                took[int(len(took) * 0.99) - 1],
+                "ms",
+                "the packet",
+                250.0,
+                {"median": round(statistics.median(took), 1)},
+            )
 
 
 @contextmanager

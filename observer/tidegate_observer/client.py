@@ -9,9 +9,11 @@ import grpc
 
 from tidegate_observer.api import observer_pb2, peer_pb2
 from tidegate_observer.methods import (
+    GET_AGENT_EVENTS,
     GET_FLOWS,
     GET_NAMESPACES,
     GET_NODES,
+    MARKS,
     NOTIFY,
     SERVER_STATUS,
     call,
@@ -76,17 +78,28 @@ class Client:
             raise ObserverError(_text(error)) from error
 
     def flows(
-        self, request: observer_pb2.GetFlowsRequest
+        self, request: observer_pb2.GetFlowsRequest, marks: float = 0.0
     ) -> Iterator[observer_pb2.GetFlowsResponse]:
-        """As they come; with `follow` until it is left."""
-        yield from self._stream(GET_FLOWS, request)
+        """As they come; with `follow` until it is left. `marks`: about so many seconds apart there
+        are responses that have nothing but a time, until which everything has been told; 0: none.
+        A server of another kind makes none."""
+        told = ((MARKS, str(round(marks * 1000))),) if marks else ()
+        yield from self._stream(GET_FLOWS, request, told)
+
+    def agent_events(
+        self, request: observer_pb2.GetAgentEventsRequest
+    ) -> Iterator[observer_pb2.GetAgentEventsResponse]:
+        """As `flows`."""
+        yield from self._stream(GET_AGENT_EVENTS, request)
 
     def peers(self) -> Iterator[peer_pb2.ChangeNotification]:
         """The observers that it knows, and what changes, until it is left."""
         yield from self._stream(NOTIFY, peer_pb2.NotifyRequest())
 
-    def _stream(self, method: Any, request: Any) -> Iterator[Any]:
-        stream = call(self._channel, method)(request)
+    def _stream(
+        self, method: Any, request: Any, told: tuple[tuple[str, str], ...] = ()
+    ) -> Iterator[Any]:
+        stream = call(self._channel, method)(request, metadata=told)
         try:
             yield from stream
         except grpc.RpcError as error:

@@ -70,6 +70,8 @@ class Reader:
         self._metrics = pins / "maps" / "metrics_v1"
         self._lost, self._looked = self._remembered()
         self._due = 0.0
+        self.through = 0
+        """Everything until then has been returned; nanoseconds since 1970."""
 
     def read(self, offset: int) -> list[Entry]:
         """Everything that has come since; `offset` from the kernel's clock to the time of day, in
@@ -83,10 +85,13 @@ class Reader:
             if lost is not None:
                 found.append(lost)
             self._due = time.monotonic() + REFRESH_SECONDS
+        through = self.drain.through
         for number, records in enumerate(self._records):
             data = self.drain.take(number)
             if data:
                 found += records.flows(data, offset, self.source.directory)
+        if not self.drain.more:
+            self.through = through
         found += self.limits.sweep(offset, self.source.directory)
         if self._rings[1].open and not self.drain.more:
             found += self.tracked.sweep(offset)
@@ -178,9 +183,10 @@ class Collector:
         for reader in self._readers:
             changed, reader.changed = reader.changed, []
             self.agent.extend(cast("list[Any]", changed))
+        through = min(reader.through for reader in self._readers)
+        found.sort(key=_time)
+        self._history.extend(found, through)
         if found:
-            found.sort(key=_time)
-            self._history.extend(found)
             self._figures.add(found)
             if self._policy_log is not None:
                 self._logged(found)

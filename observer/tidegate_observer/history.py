@@ -24,6 +24,8 @@ class History:
         """Entries in all; the number of the next one."""
         self.seen = 0
         """Flows in all."""
+        self.through = 0
+        """Everything until then that will come has come; nanoseconds since 1970."""
         # One more than is said to be held: the slot being written belongs to no reader.
         self._slots: list[Entry | None] = [None] * (size + 1)
         self._grown = threading.Condition()
@@ -42,9 +44,10 @@ class History:
     def closed(self) -> bool:
         return self._closed
 
-    def extend(self, entries: Iterable[Entry]) -> None:
-        """Adds in order, then wakes who waits."""
-        slots, at, flows = self._slots, self.added, 0
+    def extend(self, entries: Iterable[Entry], through: int = 0) -> None:
+        """Adds in order, then wakes who waits. `through` as it is of `self`; 0: no word of it."""
+        before = at = self.added
+        slots, flows = self._slots, 0
         length = len(slots)
         for entry in entries:
             slots[at % length] = entry
@@ -52,8 +55,10 @@ class History:
             flows += isinstance(entry, Flow)
             self.added = at
         self.seen += flows
-        with self._grown:
-            self._grown.notify_all()
+        self.through = max(self.through, through)
+        if at != before:
+            with self._grown:
+                self._grown.notify_all()
 
     def slice(self, start: int, stop: int) -> tuple[int, list[Entry]]:
         """What is still held of [start, stop), in order, and the number of the first of it."""

@@ -12,6 +12,10 @@ from tidegate_observer.api import observer_pb2, peer_pb2
 
 OBSERVER, PEER = "observer.Observer", "peer.Peer"
 
+MARKS = "tidegate-marks-ms"
+"""Metadata of a GetFlows that follows: how often it wants to be told how far the observer is. An
+answer to that has a time and nothing else; whoever does not ask never sees one."""
+
 
 class Method(NamedTuple):
     service: str

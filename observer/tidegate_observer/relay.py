@@ -21,31 +21,36 @@ import grpc
 
 from tidegate_observer.api import observer_pb2, peer_pb2, relay_pb2
 from tidegate_observer.client import Client, ObserverError
+from tidegate_observer.order import Order
 from tidegate_observer.streams import Streams
 
 QUEUE = 256
 """Responses that wait of each node. What is more waits on the node, which has its own limit."""
-WINDOW_SECONDS = 0.3
-"""For how long a flow to be followed waits for earlier ones of other nodes."""
-HELD_SECONDS = 1.0
-"""No flow waits longer, whatever its node's clock says."""
+MARK_SECONDS = 0.05
+"""How often each node that is followed says how far it is; of very many nodes all together say
+so no more than `MARKS_A_SECOND` times."""
+MARKS_A_SECOND = 1000
 AHEAD_SECONDS = 2.0
 """A node whose flows come from so far in the future has a clock that is wrong, or ours is."""
 READY_SECONDS = 2.0
 RETRY_SECONDS = 2.0
 POLL_SECONDS = 0.05
+GATHER_SECONDS = 0.01
 AT_ONCE = 16
 """Nodes that are asked at the same time."""
 MAX_LAST = 65536
 """Flows that are gathered to find the last ones of all nodes; of more each node's are shown."""
 
-Response = observer_pb2.GetFlowsResponse
+Response = Any
+"""GetFlowsResponse, or GetAgentEventsResponse."""
 _END = None
 
 Peers = Callable[[], Mapping[str, str]]
 """Node → address, as of now."""
 Connect = Callable[[str], Client]
 """Of an address. ObserverError."""
+Ask = Callable[[Client, Any], Iterator[Response]]
+"""What is asked of each node, with the request."""
 
 
 def nanoseconds(response: Response) -> int:
@@ -53,9 +58,16 @@ def nanoseconds(response: Response) -> int:
     return int(response.time.seconds * 10**9 + response.time.nanos)
 
 
-def status(state: int, names: Iterable[str], message: str = "") -> Response:
+def kind(response: Response) -> str | None:
+    """None: it says how far its node is, and nothing else."""
+    if isinstance(response, observer_pb2.GetFlowsResponse):
+        return str(response.WhichOneof("response_types") or "") or None
+    return "agent_event"
+
+
+def status(state: int, names: Iterable[str], message: str = "") -> observer_pb2.GetFlowsResponse:
     """What is said of nodes among flows."""
-    made = Response()
+    made = observer_pb2.GetFlowsResponse()
     made.node_status.state_change = state  # type: ignore[assignment]
     made.node_status.node_names.extend(names)
     made.node_status.message = message
@@ -67,8 +79,15 @@ class _Node:
     """One node's answers to one question, fetched by a thread of their own."""
 
     def __init__(
-        self, name: str, address: str, request: observer_pb2.GetFlowsRequest, connect: Connect
+        self,
+        name: str,
+        address: str,
+        request: Any,
+        connect: Connect,
+        ask: Ask,
+        came: threading.Event,
     ) -> None:
+        """`came` is set when there is an answer."""
         self.name = name
         self.address = address
         self.answers: queue.Queue[Response | None] = queue.Queue(QUEUE)
@@ -77,11 +96,13 @@ class _Node:
         self.ended = False
         self._request = request
         self._connect = connect
+        self._ask = ask
+        self._came = came
         self._said: Response | None = None
         threading.Thread(target=self._run, name=f"relay-{name}", daemon=True).start()
 
     def _run(self) -> None:
-        request = observer_pb2.GetFlowsRequest()
+        request = type(self._request)()
         request.CopyFrom(self._request)
         while not self.gone.is_set():
             last = self._fetch(request)
@@ -94,15 +115,15 @@ class _Node:
             self.gone.wait(RETRY_SECONDS)
         self._put(_END)
 
-    def _fetch(self, request: observer_pb2.GetFlowsRequest) -> int | None:
+    def _fetch(self, request: Any) -> int | None:
         last = None
         try:
             with self._connect(self.address) as client:
                 client.wait_ready(READY_SECONDS)
                 if request.follow:
                     self._say(relay_pb2.NODE_CONNECTED)
-                for response in client.flows(request):
-                    if response.WhichOneof("response_types") == "flow":
+                for response in self._ask(client, request):
+                    if kind(response) in ("flow", "agent_event"):
                         last = nanoseconds(response)
                     if not self._put(response):
                         return last
@@ -124,6 +145,7 @@ class _Node:
                 self.answers.put(answer, timeout=POLL_SECONDS)
             except queue.Full:
                 continue
+            self._came.set()
             return True
         return False
 
@@ -146,21 +168,27 @@ class _Node:
 
 def merged(
     peers: Peers,
-    request: observer_pb2.GetFlowsRequest,
+    request: observer_pb2.GetFlowsRequest | observer_pb2.GetAgentEventsRequest,
     active: Callable[[], bool],
     connect: Connect = Client,
+    ask: Ask | None = None,
 ) -> Iterator[Response]:
-    """Of every node, by time. Ends early once `active` says no."""
+    """Of every node, by time. Ends early once `active` says no. `ask`: default: for flows."""
     nodes: dict[str, _Node] = {}
+    came = threading.Event()
+
+    def flows(client: Client, asked: Any) -> Iterator[Response]:
+        marks = max(MARK_SECONDS, len(nodes) / MARKS_A_SECOND) if request.follow else 0.0
+        return client.flows(asked, marks)
 
     def begin(name: str, address: str) -> None:
-        nodes[name] = _Node(name, address, request, connect)
+        nodes[name] = _Node(name, address, request, connect, ask or flows, came)
 
     try:
         for name, address in sorted(peers().items()):
             begin(name, address)
         if request.follow:
-            yield from _Following(nodes, peers, begin).run(active)
+            yield from _Following(nodes, peers, begin, came).run(active)
         else:
             yield from _gathered(list(nodes.values()), request)
     finally:
@@ -168,12 +196,12 @@ def merged(
             node.gone.set()
 
 
-def _gathered(nodes: list[_Node], request: observer_pb2.GetFlowsRequest) -> Iterator[Response]:
+def _gathered(nodes: list[_Node], request: Any) -> Iterator[Response]:
     said: list[Response] = []
 
     def flows(node: _Node) -> Iterator[Response]:
         for response in node.until_the_end():
-            if response.WhichOneof("response_types") == "node_status":
+            if kind(response) == "node_status":
                 said.append(response)
             else:
                 yield response
@@ -192,8 +220,13 @@ class _Following:
     """What comes from nodes that come and go, in the order of time as far as it can be had."""
 
     def __init__(
-        self, nodes: dict[str, _Node], peers: Peers, begin: Callable[[str, str], None]
+        self,
+        nodes: dict[str, _Node],
+        peers: Peers,
+        begin: Callable[[str, str], None],
+        came: threading.Event,
     ) -> None:
+        self._came = came
         self._nodes = nodes
         self._peers = peers
         self._begin = begin
@@ -204,23 +237,38 @@ class _Following:
         while active() and not all(node.ended for node in self._nodes.values()):
             yield from self._renew()
             now, idle = time.monotonic(), True
+            self._came.clear()
             for node in list(self._nodes.values()):
                 for answer in node.now():
-                    idle = False
-                    if answer.WhichOneof("response_types") == "node_status":
-                        yield answer
-                        continue
-                    yield from self._skewed(node.name, answer)
-                    self._order.add(nanoseconds(answer), now, answer)
+                    idle = idle and kind(answer) is None
+                    yield from self._take(node.name, answer, now)
+                if node.ended:
+                    self._order.forget(node.name)
             yield from self._order.due(now)
-            if idle:
-                time.sleep(POLL_SECONDS)
+            if idle and self._came.wait(POLL_SECONDS):
+                # What the others say in this moment is taken with it.
+                time.sleep(GATHER_SECONDS)
         yield from self._order.rest()
+
+    def _take(self, name: str, answer: Response, now: float) -> Iterator[Response]:
+        what = kind(answer)
+        if what is None:
+            self._order.mark(name, nanoseconds(answer))
+        elif what == "node_status":
+            if answer.node_status.state_change == relay_pb2.NODE_CONNECTED:
+                self._order.mark(name, 0)
+            else:
+                self._order.forget(name)
+            yield answer
+        else:
+            yield from self._skewed(name, answer)
+            self._order.add(nanoseconds(answer), now, answer)
 
     def _renew(self) -> Iterator[Response]:
         wanted = self._peers()
         for name in [n for n, node in self._nodes.items() if wanted.get(n) != node.address]:
             self._nodes.pop(name).gone.set()
+            self._order.forget(name)
             if name not in wanted:
                 yield status(relay_pb2.NODE_GONE, [name])
         for name in sorted(wanted.keys() - self._nodes.keys()):
@@ -233,59 +281,6 @@ class _Following:
             self._ahead.add(name)
             text = f"its clock is {ahead:.1f} s ahead of the relay's: flows are not in order"
             yield status(relay_pb2.NODE_ERROR, [name], text)
-
-
-class _Waiting:
-    """One answer until its turn. Compared by when it happened."""
-
-    __slots__ = ("answer", "arrived", "at", "told")
-
-    def __init__(self, at: int, arrived: float, answer: Response) -> None:
-        self.at = at
-        self.arrived = arrived
-        self.answer = answer
-        self.told = False
-
-    def __lt__(self, other: _Waiting) -> bool:
-        return self.at < other.at
-
-
-class Order:
-    """Answers by time: each waits a moment for earlier ones, and never long, so that a node whose
-    clock is wrong keeps back nobody's flows, its own neither."""
-
-    def __init__(self) -> None:
-        self._by_time: list[_Waiting] = []
-        self._by_arrival: collections.deque[_Waiting] = collections.deque()
-
-    def __len__(self) -> int:
-        return len(self._by_time)
-
-    def add(self, at: int, arrived: float, answer: Response) -> None:
-        one = _Waiting(at, arrived, answer)
-        heapq.heappush(self._by_time, one)
-        self._by_arrival.append(one)
-
-    def due(self, now: float) -> Iterator[Response]:
-        """`now`: seconds of the clock that `arrived` is of."""
-        heap, queued = self._by_time, self._by_arrival
-        while heap and (heap[0].told or heap[0].arrived <= now - WINDOW_SECONDS):
-            one = heapq.heappop(heap)
-            if not one.told:
-                one.told = True
-                yield one.answer
-        while queued and (queued[0].told or queued[0].arrived <= now - HELD_SECONDS):
-            one = queued.popleft()
-            if not one.told:
-                one.told = True
-                yield one.answer
-        # Those from the future would stay at the end of the heap.
-        if len(heap) > 2 * len(queued) + QUEUE:
-            self._by_time = [one for one in heap if not one.told]
-            heapq.heapify(self._by_time)
-
-    def rest(self) -> Iterator[Response]:
-        yield from (one.answer for one in sorted(self._by_time) if not one.told)
 
 
 class RelayService:
@@ -375,10 +370,19 @@ class RelayService:
         )
 
     def get_agent_events(
-        self, _request: observer_pb2.GetAgentEventsRequest, _context: grpc.ServicerContext
+        self, request: observer_pb2.GetAgentEventsRequest, context: grpc.ServicerContext
     ) -> Iterator[observer_pb2.GetAgentEventsResponse]:
-        """No node makes any."""
-        yield from ()
+        """Of a node that does not answer nothing is said: this stream has no word for it."""
+        with self.streams.watched(context) as stream:
+
+            def active() -> bool:
+                stream.move()
+                return context.is_active()
+
+            for answer in merged(self._peers, request, active, self._connect, Client.agent_events):
+                stream.move()
+                if kind(answer) == "agent_event":
+                    yield answer
 
     def get_debug_events(
         self, _request: observer_pb2.GetDebugEventsRequest, _context: grpc.ServicerContext

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -80,6 +81,8 @@ class Drain:
         self._held = [0 for _ in rings]
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self.through = 0
+        """Everything the rings got by then has been read; nanoseconds since 1970."""
         self._error: BpfError | ValueError | None = None
         self._thread: threading.Thread | None = None
 
@@ -113,15 +116,17 @@ class Drain:
 
     def read(self) -> None:
         """Empties the rings once, as the thread does all the time."""
-        came = False
+        came, began, whole = False, time.time_ns(), True
         with self._lock:
             for number, ring in enumerate(self._rings):
                 if self._held[number] >= MAX_BUFFERED:
+                    whole = False
                     continue
                 try:
                     data = ring.read()
                 except (BpfError, ValueError) as error:
                     self._error = error
+                    whole = False
                     continue
                 if data:
                     came = True
@@ -129,6 +134,8 @@ class Drain:
                     self._held[number] += len(data)
             if came and self._beside is not None:
                 self._beside()
+            if whole:
+                self.through = began
 
     def _run(self) -> None:
         while not self._stop.wait(DRAIN_SECONDS):

@@ -21,7 +21,7 @@ from tidegate_observer.api import flow_pb2, observer_pb2, peer_pb2, relay_pb2
 from tidegate_observer.flow import Flow, Lost
 from tidegate_observer.history import History
 from tidegate_observer.meaning import CLUSTER
-from tidegate_observer.methods import handlers
+from tidegate_observer.methods import MARKS, handlers
 from tidegate_observer.streams import Stream, Streams
 from tidegate_observer.tls import OBSERVER_NAME, Certificates
 
@@ -30,6 +30,7 @@ MAX_STREAMS = 32
 SLICE = 1024
 """Entries looked at without looking up: the work of one turn of a stream."""
 WAIT_SECONDS = 0.5
+MIN_MARKS_MS = 20
 MAX_REQUEST = 1 << 20
 KEEPALIVE_MS = 20_000
 """How often a client asks whether the server is still there, see `client`."""
@@ -72,8 +73,9 @@ class ObserverService:
     ) -> Iterator[observer_pb2.GetFlowsResponse]:
         end = self._history.added
         query = self._query(request, context)
+        marks = _marks(context)
         with self.streams.watched(context) as stream:
-            found = self._entries(query, end, context, stream)
+            found = self._entries(query, end, context, stream, marks)
             if not query.follow:
                 # It is held as it was read: what waited for a name comes after what is younger.
                 found = iter(sorted(found, key=lambda one: one[1].time))
@@ -109,8 +111,13 @@ class ObserverService:
         )
 
     def _entries(
-        self, query: _Query, end: int, context: grpc.ServicerContext, stream: Stream
-    ) -> Iterator[tuple[int, Flow | Lost]]:
+        self,
+        query: _Query,
+        end: int,
+        context: grpc.ServicerContext,
+        stream: Stream,
+        marks: float,
+    ) -> Iterator[tuple[int, _Told]]:
         history = self._history
         left = query.number or None
         if query.follow and query.number == 0 and query.since is None:
@@ -131,7 +138,7 @@ class ObserverService:
             if left == 0 and not query.follow:
                 return
         if query.follow:
-            yield from self._following(query, at, context, stream)
+            yield from self._following(query, at, context, stream, marks)
 
     def _rewound(self, query: _Query, end: int) -> int:
         """Number of the first of the last flows that are asked for."""
@@ -167,14 +174,25 @@ class ObserverService:
         return query.test(entry)
 
     def _following(
-        self, query: _Query, at: int, context: grpc.ServicerContext, stream: Stream
-    ) -> Iterator[tuple[int, Flow | Lost]]:
-        history = self._history
+        self,
+        query: _Query,
+        at: int,
+        context: grpc.ServicerContext,
+        stream: Stream,
+        marks: float,
+    ) -> Iterator[tuple[int, _Told]]:
+        history, marked = self._history, 0
         while context.is_active() and not history.closed:
             if query.until is not None and time.time_ns() > query.until:
                 return
-            if not history.wait(at, WAIT_SECONDS):
+            came = history.wait(at, marks or WAIT_SECONDS)
+            # First how far it is, then what there is: that may be more, and never less.
+            through = history.through
+            if not came and history.added <= at:
                 stream.move()
+                if marks and through > marked:
+                    marked = through
+                    yield at, _Mark(through)
                 continue
             missed = history.oldest - at
             if missed > 0:
@@ -182,13 +200,17 @@ class ObserverService:
                 log.warning("client disconnected", peer=stream.peer, reason=text)
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
             stop = min(at + SLICE, history.added)
+            more = stop < history.added
             yield from self._wanted(query, at, stop)
             at = stop
+            if marks and through > marked and not more:
+                marked = through
+                yield at, _Mark(through)
             stream.move()
 
-    def _response(
-        self, number: int, entry: Flow | Lost, query: _Query
-    ) -> observer_pb2.GetFlowsResponse:
+    def _response(self, number: int, entry: _Told, query: _Query) -> observer_pb2.GetFlowsResponse:
+        if isinstance(entry, _Mark):
+            return observer_pb2.GetFlowsResponse(time=messages.timestamp(entry.time))
         if isinstance(entry, Lost):
             return observer_pb2.GetFlowsResponse(
                 lost_events=messages.lost_message(entry),
@@ -313,6 +335,23 @@ class _Query:
     until: int | None
     uuids: frozenset[str] | None
     mask: Any | None
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Everything until then has been told."""
+
+    time: int
+    """Nanoseconds since 1970."""
+
+
+_Told = Flow | Lost | _Mark
+
+
+def _marks(context: grpc.ServicerContext) -> float:
+    """Seconds between marks that the client asks for; 0: it asks for none."""
+    found = dict(context.invocation_metadata()).get(MARKS, "")
+    return max(int(found), MIN_MARKS_MS) / 1000 if str(found).isdecimal() else 0.0
 
 
 def _nanoseconds(request: observer_pb2.GetFlowsRequest, name: str) -> int | None:

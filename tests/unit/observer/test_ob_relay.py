@@ -13,9 +13,12 @@ import grpc
 import pytest
 from support import waiting
 from support.hubble import Hubble
-from tidegate_observer import relay, streams
+from tidegate_observer import agent, order, relay, server, streams
+from tidegate_observer.api import flow_pb2, observer_pb2
+from tidegate_observer.client import Client
 from tidegate_observer.history import History
-from tidegate_observer.relay import Order, RelayService
+from tidegate_observer.order import Order
+from tidegate_observer.relay import RelayService
 from tidegate_observer.server import About, ObserverService, Server
 from unit.observer.flows import SECOND, flow
 
@@ -116,7 +119,7 @@ def order_of(rows: list[tuple[int, float]], *asked: float) -> list[list[int]]:
     for now in asked:
         while left and left[0][1] <= now:
             at, arrived = left.pop(0)
-            made.add(at, arrived, relay.Response(time={"seconds": at}))
+            made.add(at, arrived, observer_pb2.GetFlowsResponse(time={"seconds": at}))
         told.append([answer.time.seconds for answer in made.due(now)])
     return told
 
@@ -124,6 +127,126 @@ def order_of(rows: list[tuple[int, float]], *asked: float) -> list[list[int]]:
 def test_an_answer_waits_a_moment_for_earlier_ones() -> None:
     rows = [(5, 0.0), (3, 0.1), (4, 0.2), (9, 0.25)]
     assert order_of(rows, 0.2, 0.35, 0.45, 0.51, 0.56) == [[], [], [3], [4, 5], [9]]
+
+
+def test_an_answer_whose_time_all_nodes_have_told_waits_no_longer() -> None:
+    made = Order()
+
+    def due() -> list[Any]:
+        return list(made.due(0.0))
+
+    made.mark("a", 0)
+    made.mark("b", 0)
+    for at in (5, 3):
+        made.add(at, 0.0, at)
+    assert due() == []
+    made.mark("a", 9)
+    assert due() == []
+    made.mark("b", 3)
+    assert due() == [3]
+    made.mark("b", 4)
+    assert due() == []
+    made.forget("b")
+    assert due() == [5]
+    made.forget("a")
+    made.add(6, 0.0, 6)
+    assert due() == []
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is told because it has waited for long."""
+    monkeypatch.setattr(order, "WINDOW_SECONDS", 600.0)
+    monkeypatch.setattr(order, "HELD_SECONDS", 600.0)
+
+
+def test_a_quiet_node_keeps_nobodys_flows_back(patient: None, rig: Rig) -> None:
+    """Each says how far it is, and the dead one is not waited for."""
+    histories, client = rig
+    stream = client.ask("/observer.Observer/GetFlows", follow=True, since={"seconds": 1})
+    flows = (answer["flow"] for answer in stream if "flow" in answer)
+    add(histories, "node-1", 8, 9)
+    add(histories, "node-2", 7)
+    for history in histories.values():
+        history.extend((), 8 * SECOND)
+    assert ports([next(flows), next(flows)]) == [7, 8]
+    for history in histories.values():
+        history.extend((), 9 * SECOND)
+    assert ports([next(flows)]) == [9]
+    stream.cancel()
+
+
+def test_who_does_not_ask_is_told_no_marks(rig: Rig, tmp_path: Path) -> None:
+    """Hubble's own clients would not know what they are."""
+    histories, _ = rig
+    request = observer_pb2.GetFlowsRequest(follow=True)
+    request.since.seconds = 1
+    with Client(f"unix:{tmp_path}/node-1") as client:
+        plain, marked = client.flows(request), client.flows(request, 0.02)
+        add(histories, "node-1", 5)
+        histories["node-1"].extend((), 7 * SECOND)
+        kinds = [relay.kind(answer) for answer in (next(marked), next(marked))]
+        assert kinds == ["flow", None]
+        assert next(plain).flow.l4.TCP.source_port == 5
+        add(histories, "node-1", 6)
+        assert next(plain).flow.l4.TCP.source_port == 6
+
+
+def test_a_mark_comes_after_all_that_it_is_of(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "SLICE", 16)
+    histories, _ = rig
+    request = observer_pb2.GetFlowsRequest(follow=True)
+    request.since.seconds = 1
+    with Client(f"unix:{tmp_path}/node-1") as client:
+        answers = client.flows(request, 0.02)
+        told = 0
+        for batch in range(1, 40):
+            entries = [flow(time=batch * SECOND, source_port=batch)] * 50
+            histories["node-1"].extend(entries, batch * SECOND)
+            while True:
+                answer = next(answers)
+                if relay.kind(answer) is not None:
+                    told += 1
+                    continue
+                assert told >= 50 * answer.time.seconds
+                if answer.time.seconds == batch:
+                    break
+
+
+def events(histories: dict[str, History], node: str, *seconds: int) -> None:
+    message = flow_pb2.AgentEvent(type=flow_pb2.AGENT_STARTED)
+    made: Any = [agent.AgentEvent(node, second * SECOND, message) for second in seconds]
+    histories[node].extend(made)
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [({}, [1, 2, 3, 4]), ({"number": 2}, [3, 4]), ({"number": 1, "first": True}, [1])],
+)
+def test_agent_events_of_all_nodes(
+    tmp_path: Path, request_: dict[str, Any], expected: list[int]
+) -> None:
+    held = {name: agent.history() for name in ("node-1", "node-2")}
+    peers = {name: f"unix:{tmp_path}/{name}" for name in held}
+    servers = [
+        Server(ObserverService(History(1), About((name,), "t", agent=one)), [peers[name]])
+        for name, one in held.items()
+    ]
+    events(held, "node-1", 1, 4)
+    events(held, "node-2", 2, 3)
+    address = f"unix:{tmp_path}/relay"
+    service = RelayService(lambda: peers, "t")
+    with servers[0], servers[1], Server(service, [address]), Hubble(address) as client:
+        found = list(client.ask("/observer.Observer/GetAgentEvents", **request_))
+        assert [answer["time"]["seconds"] for answer in found] == expected
+        assert {answer["agent_event"]["type"] for answer in found} == {"AGENT_STARTED"}
+        stream = client.ask("/observer.Observer/GetAgentEvents", follow=True, number=1)
+        assert next(stream)["node_name"] in held
+        stream.cancel()
+        for one in held.values():
+            one.close()
 
 
 @pytest.mark.parametrize(
@@ -136,13 +259,13 @@ def test_a_clock_that_is_wrong_keeps_nobodys_flows_back(reason: str, of_the_othe
     for tick in range(2000):
         now = tick * 0.05
         for at in (tick, tick + of_the_other):
-            made.add(at, now, relay.Response(time={"seconds": at}))
+            made.add(at, now, observer_pb2.GetFlowsResponse(time={"seconds": at}))
             waiting[at] = now
         for answer in made.due(now):
             del waiting[answer.time.seconds]
-        assert min(waiting.values()) >= now - relay.HELD_SECONDS, reason
+        assert min(waiting.values()) >= now - order.HELD_SECONDS, reason
     # Nor is memory kept for what was told long ago.
-    assert len(made) <= 2 * len(waiting) + relay.QUEUE + 2
+    assert len(made) <= 2 * len(waiting) + order.SLACK + 2
 
 
 def test_a_clock_that_is_ahead_is_told_once(rig: Rig) -> None:

@@ -73,6 +73,20 @@ def test_a_failure_is_told_once_and_reading_goes_on() -> None:
     assert made.take(0) == b"a"
 
 
+def test_how_far_all_was_read_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not further than any ring was emptied."""
+    now = iter(range(1, 100))
+    monkeypatch.setattr(rings.time, "time_ns", lambda: next(now))
+    source = Source(b"a", ValueError("torn"), bytes(MAX_BUFFERED))
+    made = drain(source, Source())
+    seen = []
+    for _ in range(4):
+        made.read()
+        seen.append(made.through)
+    # The second look failed; by the fourth, nobody has taken what the third has read.
+    assert seen == [1, 1, 3, 3]
+
+
 def test_the_thread_reads_by_itself_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rings, "DRAIN_SECONDS", 0.001)
     source = Source(b"a")
