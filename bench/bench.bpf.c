@@ -90,7 +90,8 @@ int one_verdict(struct __sk_buff *skb)
 	if (bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, daddr), &q->addr.w[3], 4))
 		return TC_ACT_SHOT;
 	q->addr.w[2] = bpf_htonl(0xffff);
-	tg_find_peer(node, &q->addr, &peer);
+	tg_peer_lookup(&q->addr, &s->peer);
+	tg_find_peer(node, &q->addr, &s->peer, &peer);
 	q->identity = peer.identity;
 	q->entity = tg_entity_of(&peer, 1);
 	q->port = bpf_htons(fresh_port);

@@ -21,19 +21,40 @@ const volatile __u32 other_opening_life = 60;
 #define TG_PROOF_MASK ((1ull << TG_CT_PROOF_BITS) - 1)
 #define TG_CT_CLOSED_BOTH (TG_CT_FIN_ORIG | TG_CT_FIN_REPLY)
 
-/* The tick << 32 | what `seen` was at it, in one word, so that CPUs may share it. */
+/* Whether packets are told of one by one: `trace.h`. */
+tg_inline int tg_tracing(void)
+{
+	struct tg_trace_filter *filter;
+	__u32 zero = 0;
+
+	filter = bpf_map_lookup_elem(&trace_filter_v1, &zero);
+	return filter && *(volatile __u64 *)&filter->until;
+}
+
+/* The tick << 32 | what tg_second_seen() was at it, in one word, so that CPUs may share it. */
 __u64 tg_clock;
 
-/* Coarse time moves once a tick; the tick is read without a call. */
-tg_inline __u32 tg_now(void)
+#define TG_SECOND_TRACED (1u << 31) /* of 2^31 seconds nobody will see one */
+
+/* What a flow's `seen` is if its last packet was now, and nothing is traced; with
+ * TG_SECOND_TRACED no flow has it. Both are looked up once a tick: coarse time does
+ * not move more often, and a filter may wait so long. The tick is read without a call. */
+tg_inline __u32 tg_second_seen(void)
 {
 	__u64 tick = bpf_jiffies64() << 32, held = *(volatile __u64 *)&tg_clock;
 
 	if ((held ^ tick) >> 32 || !(__u32)held) {
 		held = tick | (__u32)(bpf_ktime_get_coarse_ns() >> 30);
+		if (tg_tracing())
+			held |= TG_SECOND_TRACED;
 		*(volatile __u64 *)&tg_clock = held;
 	}
 	return held;
+}
+
+tg_inline __u32 tg_now(void)
+{
+	return tg_second_seen() & ~TG_SECOND_TRACED;
 }
 
 /* Two ports as they lie in memory one after the other. */

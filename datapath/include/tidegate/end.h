@@ -171,16 +171,13 @@ tg_inline int tg_no_mac(const __u8 mac[6])
 }
 
 /* Into the pod at `forward`, or on to the stack. */
-tg_inline int tg_deliver(struct __sk_buff *skb, int from_pod, const struct tg_forward *forward,
-			 __u32 how)
+tg_inline int tg_deliver(struct __sk_buff *skb, int from_pod, const struct tg_forward *forward)
 {
 	const __u32 *macs = (const __u32 *)forward->pod_mac;
 	struct ethhdr *eth;
 	__u32 *to;
 
 	tg_count(skb, TG_FORWARDED, from_pod);
-	if (!dry_run && tg_tracing())
-		tg_trace(skb, from_pod && !forward->ifindex ? TG_TO_STACK : TG_TO_ENDPOINT, how);
 	if (!from_pod || !forward->ifindex)
 		return TG_PASS;
 	/* Back out of the uplink: the answer of a NodePort has an address of the node. */
@@ -199,8 +196,13 @@ tg_inline int tg_deliver(struct __sk_buff *skb, int from_pod, const struct tg_fo
 
 tg_inline int tg_forward_packet(struct tg_run *r)
 {
+	const struct tg_forward *forward = &r->s->forward;
+
 	tg_answer(r, TG_FORWARDED);
-	return tg_deliver(r->skb, r->from_pod, &r->s->forward, r->s->how);
+	if (!dry_run && tg_tracing())
+		tg_trace(r->skb, r->from_pod && !forward->ifindex ? TG_TO_STACK : TG_TO_ENDPOINT,
+			 r->s->how);
+	return tg_deliver(r->skb, r->from_pod, forward);
 }
 
 tg_inline void tg_set_forward(struct tg_forward *forward, const struct tg_endpoint *ep)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* The short way of a packet that changes nothing: of an established flow that
- * is not translated, judged in this epoch, seen in this second.
+ * is not translated, judged in this epoch, seen in this second, while nothing is traced.
  *
  * Whatever is not just that takes the long way (`pod.h`), which does the same
  * for it and more. The node table is not asked: the flow's entry, written by
@@ -42,26 +42,24 @@ tg_inline int tg_plain_ports(struct __sk_buff *skb, __u32 l4, struct tg_tuple *t
 	return 0;
 }
 
-/* What to do with the packet of this tuple. */
+/* What to do with the packet of this tuple. `epoch`: read before anything else;
+ * `key`: the caller's stack, of which Linux 6.1 leaves little: both families share it. */
 tg_inline int tg_fast_flow(struct __sk_buff *skb, int from_pod, const struct tg_tuple *t,
-			 __u32 l4)
+			   __u32 l4, __u64 epoch, struct tg_ct_key *key)
 {
 	const struct tg_forward *sender, *receiver;
-	struct tg_control *control;
 	struct tg_forward forward;
-	struct tg_ct_key key;
 	struct tg_ct *ct;
-	__u32 zero = 0, flags;
+	__u32 flags;
 	int began;
 	__u64 word;
 
-	control = bpf_map_lookup_elem(&control_v1, &zero);
-	if (!control)
-		return TG_LONG_WAY;
-	word = tg_word(*(volatile __u64 *)&control->epoch, tg_proof(tg_flow_hash(t)));
-	began = tg_ct_key(t, &key);
-	ct = bpf_map_lookup_elem(&ct_v2, &key);
-	if (!ct || tg_read_word(ct) != word || ct->seen != tg_now())
+	word = tg_word(epoch, tg_proof(tg_flow_hash(t)));
+	/* Now, and not when it is compared: the addresses would be kept until then. */
+	asm volatile("" : "+r"(word));
+	began = tg_ct_key(t, key);
+	ct = bpf_map_lookup_elem(&ct_v2, key);
+	if (!ct || tg_read_word(ct) != word || ct->seen != tg_second_seen())
 		return TG_LONG_WAY;
 	flags = ct->flags;
 	began = began == !!(flags & TG_CT_BEGAN_A);
@@ -77,17 +75,27 @@ tg_inline int tg_fast_flow(struct __sk_buff *skb, int from_pod, const struct tg_
 	tg_account(ct, skb, !began);
 	if (!began && tg_awaits(ct, t->protocol))
 		tg_first_byte(skb, ct, l4);
-	return tg_deliver(skb, from_pod, &forward, began ? TG_HOW_ESTABLISHED : TG_HOW_REPLY);
+	return tg_deliver(skb, from_pod, &forward);
 }
 
 /* What to do with TCP and UDP without IP options, extension headers, fragments
  * and tags, or TG_LONG_WAY. Each family has its own way to the end, so that the
- * words of an IPv4 address that are constants cost nothing. */
-static __noinline int tg_fast(struct __sk_buff *skb, int from_pod)
+ * words of an IPv4 address that are constants cost nothing. Inlined: a call's cost shows here. */
+tg_inline int tg_fast(struct __sk_buff *skb, int from_pod)
 {
-	struct ethhdr *eth = tg_at(skb, 0, sizeof(*eth));
+	struct tg_control *control;
+	struct tg_ct_key key;
 	struct tg_tuple t;
+	struct ethhdr *eth;
+	__u32 zero = 0;
+	__u64 epoch;
 
+	control = bpf_map_lookup_elem(&control_v1, &zero);
+	if (!control)
+		return TG_LONG_WAY;
+	epoch = *(volatile __u64 *)&control->epoch;
+	tg_barrier();
+	eth = tg_at(skb, 0, sizeof(*eth));
 	if (dry_run || !eth || skb->vlan_present)
 		return TG_LONG_WAY;
 	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
@@ -99,7 +107,7 @@ static __noinline int tg_fast(struct __sk_buff *skb, int from_pod)
 		tg_addr_v4(&t.dst, ip->daddr);
 		t.protocol = ip->protocol;
 		if (tg_plain_ports(skb, ETH_HLEN + sizeof(*ip), &t))
-			return tg_fast_flow(skb, from_pod, &t, ETH_HLEN + sizeof(*ip));
+			return tg_fast_flow(skb, from_pod, &t, ETH_HLEN + sizeof(*ip), epoch, &key);
 	} else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
 		struct ipv6hdr *ip = tg_at(skb, ETH_HLEN, sizeof(*ip));
 
@@ -112,7 +120,7 @@ static __noinline int tg_fast(struct __sk_buff *skb, int from_pod)
 			return TG_LONG_WAY;
 		t.protocol = ip->nexthdr;
 		if (tg_plain_ports(skb, ETH_HLEN + sizeof(*ip), &t))
-			return tg_fast_flow(skb, from_pod, &t, ETH_HLEN + sizeof(*ip));
+			return tg_fast_flow(skb, from_pod, &t, ETH_HLEN + sizeof(*ip), epoch, &key);
 	}
 	return TG_LONG_WAY;
 }

@@ -37,7 +37,9 @@ tg_global int tg_judge(const struct tg_endpoint *ep, const struct tg_tuple *t, s
 	/* Of one direction only another verdict of this run may be left. */
 	s->egress.audit = s->egress.log = s->ingress.audit = s->ingress.log = 0;
 	made->src_rule = made->dst_rule = TG_RULE_NONE;
-	tg_find_peer(node, self_is_src ? &t->dst : &t->src, &peer);
+	if (!self_is_src || !s->asked_peer)
+		tg_peer_lookup(self_is_src ? &t->dst : &t->src, &s->peer);
+	tg_find_peer(node, self_is_src ? &t->dst : &t->src, &s->peer, &peer);
 	src = self_is_src ? ep : peer.endpoint;
 	dst = self_is_src ? peer.endpoint : ep;
 	s->src_identity = self_is_src ? ep->identity : peer.identity;
@@ -423,6 +425,7 @@ static __noinline int tg_translate(struct tg_run *r, const struct tg_choice *cho
 	struct tg_target from = { .side = TG_SIDE_SRC };
 	int reason;
 
+	r->s->asked_peer = 0;
 	r->s->nat.addr = r->s->p.t.dst;
 	r->s->nat.port = r->s->p.t.dport;
 	r->s->backend = choice->backend;
@@ -575,6 +578,17 @@ tg_inline int tg_follow_known(struct tg_run *r, struct tg_ct *ct)
 	return found;
 }
 
+/* A backend for what a pod sends. Most of it is for a pod, and no Service's: that is
+ * said by the address's entry, which the verdict asks for next. */
+tg_inline int tg_choose_for_pod(struct tg_run *r, struct tg_choice *choice)
+{
+	int own = tg_peer_lookup(&r->s->p.t.dst, &r->s->peer);
+
+	r->s->asked_peer = 1;
+	return own && !(r->s->peer.identity & TG_IPCACHE_FRONTEND) ? TG_SERVICE_NONE :
+								      tg_choose(r, choice);
+}
+
 /* Whatever is not an established flow's packet: a service's, a young flow's, a
  * new one's. */
 static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
@@ -590,7 +604,7 @@ static __noinline int tg_slow(struct tg_run *r, struct tg_ct *ct)
 		if (found != TG_LOST)
 			return found;
 		if (r->from_pod)
-			answer = tg_choose(r, choice);
+			answer = tg_choose_for_pod(r, choice);
 	}
 	if (answer == TG_SERVICE_EMPTY || answer == TG_SERVICE_SILENT) {
 		r->s->refused = answer == TG_SERVICE_EMPTY;

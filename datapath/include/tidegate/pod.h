@@ -44,8 +44,11 @@ tg_inline int tg_check_packet(struct tg_run *r)
 tg_inline int tg_long_way(struct __sk_buff *skb, int from_pod)
 {
 	struct tg_run r = { .skb = skb, .from_pod = from_pod };
-	int reason = tg_begin(&r);
+	int reason;
 
+	if (from_pod && !dry_run && tg_tracing())
+		tg_trace(skb, TG_FROM_ENDPOINT, TG_HOW_UNSAID);
+	reason = tg_begin(&r);
 	if (!r.s)
 		return TC_ACT_SHOT;
 	if (!reason)
@@ -69,11 +72,8 @@ tg_inline int tg_long_way(struct __sk_buff *skb, int from_pod)
 
 tg_inline int tg_pod(struct __sk_buff *skb, int from_pod)
 {
-	int done;
+	int done = tg_fast(skb, from_pod);
 
-	if (from_pod && !dry_run && tg_tracing())
-		tg_trace(skb, TG_FROM_ENDPOINT, TG_HOW_UNSAID);
-	done = tg_fast(skb, from_pod);
 	return done == TG_LONG_WAY ? tg_long_way(skb, from_pod) : done;
 }
 

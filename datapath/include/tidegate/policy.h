@@ -26,8 +26,8 @@ struct tg_verdict {
 /* What a question's rule keys are made of, the same for each shape. */
 struct tg_parts {
 	__u32 peers[4]; /* peer words by enum tg_peer_kind; 0: matches none of that kind */
-	__u32 ports;    /* (protocol, port) as a 24-bit number */
-	__u32 bits;     /* how many of them this packet has: 24 or 8 */
+	__u32 ports;    /* the key's second word, as it lies in memory, without its prefix */
+	__u32 bits;     /* how many of protocol and port this packet has: 24 or 8 */
 };
 
 enum tg_found {
@@ -80,8 +80,9 @@ tg_at_interface(void *node, __u32 ifindex)
 	return bpf_map_lookup_elem(node, &key);
 }
 
-/* An element can be recycled for another address between look-up and read; a
- * wrong proof is looked up once more, then the entry counts as absent. */
+/* Who has this address, or the network that it lies in; returns whether the address
+ * has an entry of its own. An element can be recycled for another address between
+ * look-up and read; a wrong proof is looked up once more, then it counts as absent. */
 tg_global int tg_peer_lookup(const struct tg_addr *addr, struct tg_ipcache *found)
 {
 	struct tg_prefix key = { .bits = 128 };
@@ -97,7 +98,7 @@ tg_global int tg_peer_lookup(const struct tg_addr *addr, struct tg_ipcache *foun
 	if (*(__u64 *)found && found->proof != proof)
 		*(__u64 *)found = tg_ipcache_word(&key.addr);
 	if (*(__u64 *)found && found->proof == proof)
-		return 0;
+		return 1;
 	identity = bpf_map_lookup_elem(&ipcache_lpm_v1, &key);
 	found->identity = identity ? *(volatile __u32 *)identity : TG_ID_WORLD;
 	return 0;
@@ -112,15 +113,13 @@ tg_inline int tg_is_outside(const struct tg_addr *addr)
 	return !(who.identity & TG_IPCACHE_PEER) && (who.identity & TG_ID_MASK) != TG_ID_UNKNOWN;
 }
 
-/* Off the stack of who asks. */
+/* `found`: what tg_peer_lookup() says of the address. */
 static __noinline __attribute__((unused)) int
-tg_find_peer(void *node, const struct tg_addr *addr, struct tg_peer *peer)
+tg_find_peer(void *node, const struct tg_addr *addr, const struct tg_ipcache *found,
+	     struct tg_peer *peer)
 {
-	struct tg_ipcache found = {};
-
-	tg_peer_lookup(addr, &found);
-	peer->flags = found.identity & ~TG_ID_MASK;
-	peer->identity = found.identity & TG_ID_MASK;
+	peer->flags = found->identity & ~TG_ID_MASK;
+	peer->identity = found->identity & TG_ID_MASK;
 	peer->endpoint = NULL;
 	if (!(peer->flags & TG_IPCACHE_LOCAL))
 		return 0;
@@ -140,6 +139,19 @@ tg_inline __u8 tg_entity_of(const struct tg_peer *peer, int is_destination)
 	       (peer->identity == TG_ID_KUBE_APISERVER ? TG_ENTITY_API : 0);
 }
 
+/* What a prefix keeps of a key's second word: of the protocol, then of the port. */
+#define TG_KEPT(bits) (0xffffffu << (24 - (bits)))
+#define TG_KEPT_WORD(bits) \
+	__bpf_constant_htonl((TG_KEPT(bits) & 0xffff) << 16 | (TG_KEPT(bits) >> 8 & 0xff00))
+#define TG_KEPT_WORDS(bits) \
+	TG_KEPT_WORD(bits), TG_KEPT_WORD((bits) + 1), TG_KEPT_WORD((bits) + 2), \
+		TG_KEPT_WORD((bits) + 3)
+
+static const __u32 tg_kept[32] = { /* none has more than 24 */
+	TG_KEPT_WORDS(0),  TG_KEPT_WORDS(4),  TG_KEPT_WORDS(8),  TG_KEPT_WORDS(12),
+	TG_KEPT_WORDS(16), TG_KEPT_WORDS(20), TG_KEPT_WORD(24),
+};
+
 tg_inline void tg_rule_parts(struct tg_question *q, __u32 class)
 {
 	struct tg_parts *parts = &q->parts;
@@ -150,16 +162,17 @@ tg_inline void tg_rule_parts(struct tg_question *q, __u32 class)
 	parts->peers[TG_PEER_CLASS] = class && q->identity ? TG_PEER_WORD_CLASS | class : 0;
 	parts->peers[TG_PEER_ENTITY] = q->entity ? TG_PEER_WORD_ENTITY | q->entity : 0;
 	parts->peers[TG_PEER_ANY] = TG_PEER_WORD_ANY;
-	parts->ports = (__u32)q->protocol << 16 | bpf_ntohs(q->port);
+	parts->ports = bpf_htonl((__u32)bpf_ntohs(q->port) << 16 | (__u32)q->protocol << 8);
 	parts->bits = ports ? 24 : 8;
 }
 
 /* Written as two words, as the kernel's hash reads it: reading a word that was
  * just written in pieces stalls. 0: nothing under this shape can match. */
-tg_inline int tg_rule_key(const struct tg_parts *parts, __u32 lane, __u8 shape,
+tg_inline int tg_rule_key(const struct tg_parts *parts, __u32 lane, __u32 shape,
 			  struct tg_rule_key *key)
 {
-	__u32 bits = shape & 31, kind = shape >> 5, peer, ports;
+	__u32 bits = shape & 31, peer;
+	__u64 kind = shape >> 5;
 
 	/* A table, not branches: the verifier would walk each, for each shape. */
 	asm volatile("%0 &= 3" : "+r"(kind));
@@ -167,10 +180,8 @@ tg_inline int tg_rule_key(const struct tg_parts *parts, __u32 lane, __u8 shape,
 	/* A rule with ports never matches what has none. */
 	if (!peer || bits > parts->bits)
 		return 0;
-	ports = parts->ports >> (24 - bits) << (24 - bits);
 	((__u32 *)key)[0] = peer;
-	/* As on the wire: port, protocol, prefix. */
-	((__u32 *)key)[1] = bpf_htonl(ports << 16 | ports >> 16 << 8 | lane << 5 | bits);
+	((__u32 *)key)[1] = (parts->ports & tg_kept[bits]) | bpf_htonl(lane << 5 | bits);
 	return 1;
 }
 
@@ -189,7 +200,7 @@ tg_global int tg_probe(const struct tg_policy *policy, struct tg_question *q, __
 {
 	struct tg_rule_key key;
 	void *rules;
-	__u32 at;
+	__u32 at, end;
 
 	if (!policy || !q)
 		return 0;
@@ -201,18 +212,19 @@ tg_global int tg_probe(const struct tg_policy *policy, struct tg_question *q, __
 	if (!rules)
 		return 0;
 	q->match[lane >> 1].found = TG_FOUND_NONE;
-	for (at = 0; at < policy->counts[lane]; at++) {
-		__u32 place = lane * TG_MAX_SHAPES + at;
+	at = lane * TG_MAX_SHAPES;
+	for (end = at + policy->counts[lane]; at < end; at++) {
 		const struct tg_rule *rule;
 		struct tg_match *best;
 
 		/* No address is worth keeping. */
-		asm volatile("" : "+r"(policy), "+r"(q), "+r"(lane), "+r"(place));
-		if (place >= TG_LANES * TG_MAX_SHAPES)
+		asm volatile("" : "+r"(policy), "+r"(q), "+r"(lane), "+r"(at));
+		if (at >= TG_LANES * TG_MAX_SHAPES)
 			break;
-		if (!tg_rule_key(&q->parts, lane, policy->shapes[place], &key))
+		if (!tg_rule_key(&q->parts, lane, policy->shapes[at], &key))
 			continue;
 		rule = bpf_map_lookup_elem(rules, &key);
+		asm volatile("" : "+r"(policy), "+r"(at));
 		best = &q->match[lane >> 1];
 		if (rule && tg_better(rule->precedence, rule->rule, best)) {
 			best->precedence = rule->precedence;
@@ -220,7 +232,7 @@ tg_global int tg_probe(const struct tg_policy *policy, struct tg_question *q, __
 			best->found = TG_FOUND;
 			best->action = rule->action;
 			best->log = rule->flags & TG_RULE_LOG;
-			best->shape = policy->shapes[place];
+			best->shape = policy->shapes[at];
 		}
 	}
 	return 0;

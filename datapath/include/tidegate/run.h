@@ -41,6 +41,8 @@ struct tg_scratch {
 	struct tg_verdict egress;
 	struct tg_verdict ingress;
 	struct tg_forward forward;
+	struct tg_ipcache peer; /* who has `t.dst` of p, with `asked_peer` */
+	__u32 asked_peer;
 	struct tg_target nat; /* frontend asked for; side unused */
 	__u32 backend;
 	__u32 flags;       /* TG_CT_NAT, TG_CT_HAIRPIN of the flow being made */
@@ -113,16 +115,6 @@ tg_inline int tg_open(struct tg_run *r)
 	r->s->node = (__u64)r->node;
 	r->s->now = tg_now();
 	return 0;
-}
-
-/* Whether packets are told of one by one: `trace.h`. */
-tg_inline int tg_tracing(void)
-{
-	struct tg_trace_filter *filter;
-	__u32 zero = 0;
-
-	filter = bpf_map_lookup_elem(&trace_filter_v1, &zero);
-	return filter && *(volatile __u64 *)&filter->until;
 }
 
 tg_inline void tg_count(tg_context *skb, __u32 reason, int from_pod)

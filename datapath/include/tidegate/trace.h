@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Packets told of one by one, for who looks for a fault: those that a filter
- * names, and for as long as it says. Without a filter it costs a packet a load. */
+ * names, and for as long as it says, from the next tick on. Without a filter it costs
+ * the short way nothing, and what takes the long one a load. */
 #ifndef TIDEGATE_TRACE_H
 #define TIDEGATE_TRACE_H
 
