@@ -6,11 +6,19 @@ Fields and limits are those of the API's published Go types. Its CRD is the user
 from __future__ import annotations
 
 import ipaddress
+from collections import Counter
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from tidegate_api.users import LabelSelector, Object, Port, Upstream, invalid
+from tidegate_api.users import (
+    LabelSelector,
+    Object,
+    Port,
+    Upstream,
+    external_network,
+    invalid,
+)
 
 API_VERSION = "policy.networking.k8s.io/v1alpha2"
 MAX_PRIORITY = 1000
@@ -25,13 +33,22 @@ Transport = Literal["TCP", "UDP", "SCTP"]
 
 
 def _network(value: str) -> str:
-    """The API takes host bits, and means the network around them."""
-    if "/" not in value or "%" in value:
-        raise invalid(f"{value!r} is not a CIDR", "write address/bits, as in 10.0.0.0/8")
+    """The first CRDs take host bits, and mean the network around them; later ones do not."""
     try:
-        return str(ipaddress.ip_network(value, strict=False))
+        whole = ipaddress.ip_network(value, strict=False)
     except ValueError:
         raise invalid(f"{value!r} is not a CIDR", "write address/bits, as in fd00::/8") from None
+    external_network(f"{whole.network_address}/{value.partition('/')[2]}")
+    return str(whole)
+
+
+def _distinct(values: object) -> object:
+    """As a server refuses what is twice in a set, by how it is written."""
+    if isinstance(values, list) and all(isinstance(value, str) for value in values):
+        twice = [value for value, count in Counter(values).items() if count > 1]
+        if twice:
+            raise invalid(f"{twice[0]!r} is there twice", "write it once")
+    return values
 
 
 def _one_of(model: Upstream, what: str) -> None:
@@ -71,10 +88,14 @@ class IngressPeer(Upstream):
 
 
 Networks = Annotated[
-    list[Annotated[str, AfterValidator(_network)]], Field(min_length=1, max_length=MAX_RULES)
+    list[Annotated[str, AfterValidator(_network)]],
+    Field(min_length=1, max_length=MAX_RULES),
+    BeforeValidator(_distinct),
 ]
 DomainNames = Annotated[
-    list[Annotated[str, Field(pattern=DOMAIN_NAME)]], Field(min_length=1, max_length=MAX_RULES)
+    list[Annotated[str, Field(pattern=DOMAIN_NAME)]],
+    Field(min_length=1, max_length=MAX_RULES),
+    BeforeValidator(_distinct),
 ]
 
 

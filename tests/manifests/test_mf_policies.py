@@ -1,8 +1,6 @@
 """What the model of a TrafficPolicy accepts a real API server admits, and what it rejects the
 server rejects; but for the few things that a schema cannot say at a bounded cost, and those fail
 closed.
-
-A ClusterNetworkPolicy's CRD is the users' to install: none of ours could be wrong.
 """
 
 from __future__ import annotations
