@@ -6,6 +6,7 @@ import contextlib
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import msgspec
 import pytest
 from support.apiserver import ApiServer
 from support.ca_soak import campaign, scaled
-from support.fault_proxy import ALL_FAULTS, proxied
+from support.fault_proxy import ALL_FAULTS, FaultProxy, proxied
 from support.operator_process import OperatorProcess
 from support.operator_town import Town, clean, policy
 from support.town_api import apply, node, pod, remove
@@ -301,3 +302,121 @@ def test_two_without_an_election(server: ApiServer, client: Client, tmp_path: Pa
             churn.change()
         _settled(server, both[0])
         assert all(each.running() for each in both)
+
+
+class Blows:
+    """What befalls two operators and their API server; `one_more` is one of it, at random, over
+    when it returns."""
+
+    def __init__(
+        self, server: ApiServer, proxy: FaultProxy, churn: Churn, operators: list[OperatorProcess]
+    ) -> None:
+        self.server, self.proxy, self.churn, self.operators = server, proxy, churn, operators
+        self.random = churn.random
+        self.count: Counter[str] = Counter()
+
+    def one_more(self) -> None:
+        blow = self.random.choice(
+            [
+                self.faults,
+                self.unreachable,
+                self.server_killed,
+                self.server_restarted,
+                self.etcd_still,
+                self.operator_killed,
+                self.operator_stopped,
+            ]
+        )
+        self.count[blow.__name__] += 1
+        blow()
+
+    def _changes(self) -> None:
+        for _ in range(self.random.randrange(5, 40)):
+            with contextlib.suppress(KubeError):
+                self.churn.change()
+
+    def _a_while(self, most: float) -> None:
+        """Changes, and time: of both sides of a Lease."""
+        until_then = time.monotonic() + self.random.uniform(0.0, most)
+        self._changes()
+        time.sleep(max(0.0, until_then - time.monotonic()))
+
+    def faults(self) -> None:
+        kinds = self.random.sample(sorted(ALL_FAULTS), self.random.randrange(1, 6))
+        self.proxy.kinds, self.proxy.rate = frozenset(kinds), 0.15
+        self._changes()
+        self.proxy.rate = 0.0
+
+    def unreachable(self) -> None:
+        self.proxy.blocked = True
+        self.proxy.cut_all()
+        self._a_while(25.0)
+        self.proxy.blocked = False
+
+    def server_killed(self) -> None:
+        self._changes()
+        self.server.kill()
+        time.sleep(self.random.uniform(0.0, 10.0))
+        self.server.start()
+        self._changes()
+
+    def server_restarted(self) -> None:
+        self._changes()
+        self.server.terminate()
+        self.server.start()
+        self._changes()
+
+    def etcd_still(self) -> None:
+        self.server.pause_etcd()
+        try:
+            time.sleep(self.random.uniform(0.0, 20.0))
+        finally:
+            self.server.resume_etcd()
+        until(lambda: _written(self.churn), "takes writes again", SECONDS)
+        self._changes()
+
+    def operator_killed(self) -> None:
+        which = self.random.choice(self.operators)
+        self._changes()
+        which.kill()
+        self._a_while(20.0)
+        which.start()
+
+    def operator_stopped(self) -> None:
+        which = self.random.choice(self.operators)
+        which.signal(signal.SIGSTOP)
+        try:
+            self._a_while(25.0)
+        finally:
+            which.signal(signal.SIGCONT)
+        self._changes()
+
+
+def test_an_hour_of_it(server: ApiServer, client: Client, tmp_path: Path) -> None:
+    """One thing after the other; after each, what is there is one cold compile, no node's term has
+    fallen, and both operators run. They do not grow."""
+    seconds = scaled(ci=60, soak=3600)
+    with (
+        campaign("operator-hour", "blows to two operators and their API server") as figures,
+        proxied(server, seed=11) as proxy,
+        Terms(client) as terms,
+        _operators(_plain(tmp_path / "kubeconfig", proxy.url), tmp_path, "one", "two") as both,
+    ):
+        blows = Blows(server, proxy, Churn(client, seed=11), both)
+        for each in both:
+            each.start()
+        until(lambda: all(each.ready() for each in both), "both are ready", SECONDS)
+        resident: list[float] = []
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            blows.one_more()
+            figures.count += 1
+            _settled(server, both[0])
+            assert all(each.running() for each in both), [each.tail() for each in both]
+            terms.check()
+            resident.append(max(each.resident() for each in both))
+        print(
+            f"{dict(blows.count)}; {proxy.count} faults; MiB: {resident[0]:.0f}, {resident[-1]:.0f}"
+        )
+        quarter = max(len(resident) // 4, 1)
+        assert max(resident[-quarter:]) < 1.3 * max(resident[:quarter])

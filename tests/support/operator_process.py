@@ -52,6 +52,12 @@ class OperatorProcess:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def resident(self) -> float:
+        """Memory, MiB."""
+        assert self._process is not None
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
     def ready(self) -> bool:
         """Has read everything; leads, or would."""
         try:
