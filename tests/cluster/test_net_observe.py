@@ -146,9 +146,16 @@ def test_a_policy_that_is_new_is_named_from_the_first_denial_on(town: Town, hubb
         assert found <= names - {()}
 
 
+def stopped(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+
+
 def test_a_killed_observer_misses_nothing(town: Town, hubble: Hubble) -> None:
     (pid,) = observers(town)
     os.kill(pid, signal.SIGSTOP)
+    # Until one thread has taken the signal, the others go on, and might read what comes now.
+    until(lambda: stopped(pid), "all its threads have stopped")
     expected = deny_some(town, FIRST_PORT + 2000)
     os.kill(pid, signal.SIGKILL)
     until(lambda: observers(town) not in ([], [pid]), "another observer is there")
