@@ -132,3 +132,44 @@ def test_what_was_lost_while_there_was_none_is_told_by_the_next(node: Node, tmp_
     _lose(node, 4)
     with observing(node, tmp_path) as found:
         poll("the loss is told", lambda: _lost(found) == [4])
+
+
+OPEN = """
+import errno, os, sys
+from tidegate_bpf import BpfError, Map
+user = int(sys.argv[1])
+os.setgroups([])
+os.setresgid(user, user, user)
+os.setresuid(user, user, user)
+try:
+    Map.open_pinned(sys.argv[2]).close()
+except BpfError as error:
+    print(errno.errorcode[error.errno])
+"""
+
+
+@pytest.mark.parametrize(
+    ("reason", "user", "expected"),
+    [("root opens them, without capabilities", 0, ""), ("nobody else", 65532, "EACCES")],
+)
+def test_pins_are_their_owners(
+    node: Node, tmp_path: Path, reason: str, user: int, expected: str
+) -> None:
+    """Which is why an observer is root, as the loader is (docs/permissions.md)."""
+    wanted = world.example()
+    node.write(wanted)
+    node.start()
+    node.wait_for(wanted, 0)
+    # Whoever asks must get as far as the pin.
+    for place in (tmp_path, *tmp_path.parents[:2], node.mount, node.pin_dir, node.pin_dir / "maps"):
+        place.chmod(place.stat().st_mode | 0o055)
+    pin = node.pin_dir / "maps" / "flows_v1"
+    kept = "-all,+setuid,+setgid"
+    command = ["setpriv", f"--bounding-set={kept}", "--inh-caps=-all", "--no-new-privs"]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", OPEN, str(user), str(pin)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.stderr) == (expected, ""), reason
