@@ -61,7 +61,7 @@ class Watch:
         found = list(self._messages(directory, when)) if self._started else [_started(when)]
         self._started = True
         self._endpoints, self._addresses = directory.endpoints, directory.addresses
-        self._services, self._policies = directory.services, _policies(directory)
+        self._services, self._policies = directory.services, policies(directory)
         return [AgentEvent(self._node, when, message) for message in found]
 
     def _messages(self, directory: Directory, when: int) -> Iterator[flow_pb2.AgentEvent]:
@@ -72,8 +72,7 @@ class Watch:
                 yield _address(address, old, end)
         for key, _, service in _changes(self._services, directory.services):
             yield _service(key, service)
-        policies = _policies(directory)
-        for policy, _, sets in _changes(self._policies, policies):
+        for policy, _, sets in _changes(self._policies, policies(directory)):
             self._revision += 1
             yield _policy(policy, sets is not None, self._revision, directory, sets or ())
 
@@ -91,7 +90,7 @@ def _changes(before: Mapping[K, V], now: Mapping[K, V]) -> Iterator[tuple[K, V |
             yield key, value, None
 
 
-def _policies(directory: Directory) -> dict[Policy, frozenset[int]]:
+def policies(directory: Directory) -> dict[Policy, frozenset[int]]:
     """Policy → numbers of the rule sets in force that it is in."""
     found: dict[Policy, set[int]] = {}
     for number in directory.current:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import structlog
 from tidegate_bpf import BpfError, Map, ObjectFile
 
-from tidegate_observer import agent, rings
+from tidegate_observer import agent, rings, standing
 from tidegate_observer.flow import Entry, Flow, Lost
 from tidegate_observer.history import History
 from tidegate_observer.limits import Limits
@@ -183,6 +183,7 @@ class Collector:
         for reader in self._readers:
             changed, reader.changed = reader.changed, []
             self.agent.extend(cast("list[Any]", changed))
+            self._figures.changes.add(changed)
         through = min(reader.through for reader in self._readers)
         found.sort(key=_time)
         self._history.extend(found, through)
@@ -238,6 +239,7 @@ class Collector:
             [sum(counts) for counts in zip_longest(*(m.counts for m in measured), fillvalue=0)],
             sum(m.seconds for m in measured),
         )
+        self._figures.changes.standing = standing.look(r.source for r in self._readers)
         self._figures.sweeps = sum(t.sweeps for t in tracked)
         self._figures.held = (self._history.held, self._history.size)
 

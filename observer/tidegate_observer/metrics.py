@@ -7,13 +7,11 @@ from __future__ import annotations
 import bisect
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
-from typing import Any
 
 from prometheus_client.core import (
     CounterMetricFamily,
-    GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
 )
@@ -21,6 +19,7 @@ from prometheus_client.exposition import generate_latest
 
 from tidegate_observer import icmp
 from tidegate_observer.api import flow_pb2
+from tidegate_observer.figures import counter, gauge
 from tidegate_observer.flow import (
     ICMP,
     ICMPV6,
@@ -36,6 +35,7 @@ from tidegate_observer.flow import (
 )
 from tidegate_observer.meaning import DROP, POLICY_VERDICT, drop_reason, event_type, verdict
 from tidegate_observer.pressure import Usage
+from tidegate_observer.standing import Changes
 
 MAX_POLICIES = 500
 MAX_SERVICES = 500
@@ -91,6 +91,8 @@ class Metrics:
         """Of all nodes together, but for the table of flows."""
         self.programming: tuple[list[int], float] = ([], 0.0)
         """Changes of endpoints by how long they took (PROGRAMMING, and above); seconds of all."""
+        self.changes = Changes()
+        """Of what is in force."""
         self.sweeps = 0
         self.held = (0, 1)
         """Flows held by the observer, and how many it can hold."""
@@ -167,6 +169,7 @@ class Metrics:
         yield from self._hubble()
         yield from self._programs()
         yield from self._own()
+        yield from self.changes.collect()
 
     def _hubble(self) -> Iterator[Metric]:
         rows = {
@@ -174,24 +177,24 @@ class Metrics:
             for (kind, sub, judged), count in self._processed.items()
         }
         labels = ("type", "subtype", "verdict")
-        yield _counter("hubble_flows_processed", "flow events", labels, rows)
+        yield counter("hubble_flows_processed", "flow events", labels, rows)
         drops = {(_reason(r), _protocol(p)): n for (r, p), n in self._drops.items()}
-        yield _counter("hubble_drop", "denied packets", ("reason", "protocol"), drops)
+        yield counter("hubble_drop", "denied packets", ("reason", "protocol"), drops)
         world = {
             (_protocol(p), flow_pb2.Verdict.Name(judged)): count
             for (p, judged), count in self._world.items()
         }
-        yield _counter("hubble_flows_to_world", "to the world", ("protocol", "verdict"), world)
-        yield _counter("hubble_icmp", "ICMP flows", ("family", "type"), dict(self._icmp))
+        yield counter("hubble_flows_to_world", "to the world", ("protocol", "verdict"), world)
+        yield counter("hubble_icmp", "ICMP flows", ("family", "type"), dict(self._icmp))
         ports = {
             (_protocol(p), str(port) if port else OTHER): n for (p, port), n in self._ports.items()
         }
-        yield _counter("hubble_port_distribution", "by port", ("protocol", "port"), ports)
+        yield counter("hubble_port_distribution", "by port", ("protocol", "port"), ports)
         names = dict(FLAGS)
         flags = {(names[b], "IPv4" if v4 else "IPv6"): n for (b, v4), n in self._flags.items()}
-        yield _counter("hubble_tcp_flags", "TCP flags seen", ("flag", "family"), flags)
+        yield counter("hubble_tcp_flags", "TCP flags seen", ("flag", "family"), flags)
         lost = {("PERF_EVENT_RING_BUFFER",): self._lost}
-        yield _counter("hubble_lost_events", "events that were not seen", ("source",), lost)
+        yield counter("hubble_lost_events", "events that were not seen", ("source",), lost)
 
     def _programs(self) -> Iterator[Metric]:
         labels = ("reason", "direction")
@@ -201,37 +204,35 @@ class Metrics:
             rows: dict[Labels, int] = Counter()
             for (reason, direction), value in drops.items():
                 rows[_reason(reason), DIRECTIONS[direction]] += value[at]
-            yield _counter(f"cilium_drop_{word}", "dropped, by the programs", labels, rows)
+            yield counter(f"cilium_drop_{word}", "dropped, by the programs", labels, rows)
             forward = {key: value[at] for key, value in passed.items()}
-            yield _counter(f"cilium_forward_{word}", "forwarded", ("direction",), forward)
+            yield counter(f"cilium_forward_{word}", "forwarded", ("direction",), forward)
         limited = {(DIRECTIONS[d],): v[0] for (r, d), v in self.programs.items() if r == LIMITED}
-        yield _counter(
-            "tidegate_denials_aggregated", "not told one by one", ("direction",), limited
-        )
+        yield counter("tidegate_denials_aggregated", "not told one by one", ("direction",), limited)
         entries, size, seconds = self.tracked
         maps = {(name,): held for name, held in {**self.maps, "ct": (entries, size)}.items()}
         filled = {name: used / room for name, (used, room) in maps.items()}
-        yield _gauge("cilium_bpf_map_pressure", "filled", filled, "map_name")
+        yield gauge("cilium_bpf_map_pressure", "filled", filled, "map_name")
         rooms = {name: room for name, (_, room) in maps.items()}
-        yield _gauge("cilium_bpf_map_capacity", "entries", rooms, "map_name")
+        yield gauge("cilium_bpf_map_capacity", "entries", rooms, "map_name")
         name = "cilium_datapath_conntrack_gc"
-        yield _gauge(f"{name}_entries", "tracked flows", {("alive",): entries}, "status")
-        yield _gauge(
+        yield gauge(f"{name}_entries", "tracked flows", {("alive",): entries}, "status")
+        yield gauge(
             f"{name}_duration_seconds", "the last look", {("completed",): seconds}, "status"
         )
-        yield _counter(f"{name}_runs", "looks", ("status",), {("completed",): self.sweeps})
+        yield counter(f"{name}_runs", "looks", ("status",), {("completed",): self.sweeps})
 
     def _own(self) -> Iterator[Metric]:
         labels = ("kind", "namespace", "policy", "direction", "reason")
-        yield _counter("tidegate_policy_denied", "denied, by policy", labels, self._denied)
+        yield counter("tidegate_policy_denied", "denied, by policy", labels, self._denied)
         ends = {(how,): count for how, count in self._ends.items()}
-        yield _counter("tidegate_flows_ended", "flows that ended", ("how",), ends)
+        yield counter("tidegate_flows_ended", "flows that ended", ("how",), ends)
         held, size = self.held
-        yield _gauge(
+        yield gauge(
             "tidegate_observer_flows", "flows held", {("held",): held, ("room",): size}, "what"
         )
         started = {(): self._started}
-        yield _gauge("tidegate_observer_start_time_seconds", "since when it runs", started)
+        yield gauge("tidegate_observer_start_time_seconds", "since when it runs", started)
         starts = CounterMetricFamily(
             "tidegate_service_connections", "flows to a Service", labels=("namespace", "service")
         )
@@ -349,19 +350,3 @@ def _reason(number: int) -> str:
 
 def _protocol(number: int) -> str:
     return PROTOCOLS.get(number, OTHER)
-
-
-def _counter(
-    name: str, text: str, labels: tuple[str, ...], rows: Mapping[Any, float]
-) -> CounterMetricFamily:
-    made = CounterMetricFamily(name, text, labels=labels)
-    for key, value in sorted(rows.items()):
-        made.add_metric(key, value)
-    return made
-
-
-def _gauge(name: str, text: str, rows: Mapping[Any, float], *labels: str) -> GaugeMetricFamily:
-    made = GaugeMetricFamily(name, text, labels=labels)
-    for key, value in rows.items():
-        made.add_metric(key, value)
-    return made

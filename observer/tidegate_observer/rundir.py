@@ -45,6 +45,9 @@ class _Endpoint(msgspec.Struct, frozen=True):
     name: str
     identity: int
     addresses: list[str] = []
+    ingress: int = 0
+    """Its rule set in that direction; 0: none."""
+    egress: int = 0
 
 
 class _RuleSet(msgspec.Struct, frozen=True):
@@ -99,6 +102,12 @@ class RunDirSource:
     def programming(self) -> Programming:
         """Network programming latency, as the node's loader has measured it."""
         return self._ids.programming
+
+    def enforcement(self) -> list[str]:
+        """Of each endpoint in force: in which directions policies select it."""
+        words = {(False, False): "none", (True, False): "ingress", (False, True): "egress"}
+        ends = self._ids.endpoints.values()
+        return [words.get((end.ingress > 0, end.egress > 0), "both") for end in ends]
 
     # ---- reading -------------------------------------------------------------------
 

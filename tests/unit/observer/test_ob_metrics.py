@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import urllib.request
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tidegate_observer import metrics
+from tidegate_observer import metrics, standing
+from tidegate_observer.agent import AgentEvent
+from tidegate_observer.api import flow_pb2
 from tidegate_observer.exposition import Exposition
-from tidegate_observer.flow import Counts, Decision, Kind, Lost, Policy, Service
+from tidegate_observer.flow import Counts, Decision, End, Kind, Lost, Policy, Service
 from tidegate_observer.metrics import Metrics
-from unit.observer.flows import SECOND, SHOP_WEB, WORLD, flow, started
+from tidegate_observer.rundir import RunDirSource
+from unit.observer.flows import DB, SECOND, SHOP_WEB, WEB, WORLD, flow, started
+from unit.observer.test_ob_records import RULES
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -73,6 +79,46 @@ def test_what_is_counted() -> None:
     assert len(dropped) == 2, "what is merely counted is no drop"
     assert value(found, "tidegate_flows_ended_total", how="rst") == 1
     assert not [key for key in found if "254" in str(key)]
+
+
+def test_what_is_in_force(tmp_path: Path) -> None:
+    node = tmp_path / "nodes" / "n"
+    node.mkdir(parents=True)
+    ends = {
+        str(number): {"id": number, "namespace": "a", "name": "p", "identity": 300} | sets
+        for number, sets in enumerate(
+            ({}, {"ingress": 9}, {"egress": 9}, {"ingress": 9, "egress": 8})
+        )
+    }
+    (node / "realised.json").write_text(json.dumps({"endpoints": ends}))
+    source = RunDirSource(tmp_path, "n")
+    source.refresh()
+    source.directory.rule_sets, source.directory.current = {9: RULES}, frozenset({9})
+    cidr = End(301, labels=("cidr:198.51.100.0/24",))
+    source.directory.identities = {300: WEB, 301: cidr, 302: DB}
+    made = Metrics()
+    made.changes.standing = standing.look([source, source])
+    types = ["POLICY_UPDATED", "POLICY_DELETED", "ENDPOINT_CREATED", "ENDPOINT_DELETED"]
+    types += ["IPCACHE_UPSERTED", "SERVICE_DELETED", "AGENT_STARTED"]
+    made.changes.add(
+        AgentEvent("n", 1, flow_pb2.AgentEvent(type=flow_pb2.AgentEventType.Value(name)))
+        for name in types
+    )
+    found = samples(made)
+    assert value(found, "cilium_endpoint") == 8
+    assert value(found, "cilium_endpoint_state", endpoint_state="ready") == 8
+    for word in standing.ENFORCEMENTS:
+        name = "cilium_policy_endpoint_enforcement_status"
+        assert value(found, name, enforcement=word) == 2
+    assert value(found, "cilium_policy") == 3
+    assert value(found, "cilium_policy_max_revision") == 2
+    assert value(found, "cilium_policy_change_total", outcome="success") == 2
+    assert value(found, "cilium_endpoint_regenerations_total", outcome="success") == 1
+    assert value(found, "cilium_identity", type="cluster_local") == 2
+    assert value(found, "cilium_identity", type="cidr") == 1
+    assert value(found, "cilium_ipcache_events_total", type="upsert") == 1
+    assert value(found, "cilium_ipcache_events_total", type="delete") == 0
+    assert value(found, "cilium_services_events_total", action="delete") == 1
 
 
 def test_network_programming_latency() -> None:
