@@ -225,7 +225,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__type(key, struct tg_frag_key);
 	__type(value, struct tg_frag);
-	__uint(max_entries, 8192);
+	__uint(max_entries, 4096);
 } frags_v1 SEC(".maps");
 
 struct {
