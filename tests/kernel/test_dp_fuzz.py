@@ -7,7 +7,6 @@ town's policy; it shares nothing with the datapath and says no only where it is 
 from __future__ import annotations
 
 import errno
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -15,12 +14,13 @@ from collections.abc import Iterator
 import pytest
 from support import frames as f
 from support import town as t
+from support.ca_soak import campaign, scaled
 from support.lab import DROP
 from support.town import VIP4, VIP6, Town
 from tidegate_bpf import BpfError
 
 pytestmark = pytest.mark.kernel
-COUNT = 1_000_000 if os.environ.get("TIDEGATE_SOAK") == "1" else 100_000
+COUNT = scaled(ci=100_000, soak=1_000_000)
 """Frames a program."""
 SHORT = 54
 """Some kernels make no packet of a frame without its whole IP header."""
@@ -274,14 +274,16 @@ def test_no_forbidden_frame_passes(town: Town, hook: str, seed: int) -> None:
     rng = random.Random(seed)
     before = town.lab.counters()
     outcomes: Counter[str] = Counter()
-    for _ in range(COUNT // 2):
-        frame = f.mutate(rng.choice(corpus), rng)
-        verdict, after = run(town, hook, frame)
-        why = forbidden(frame, hook)
-        assert verdict == DROP or not why, (why, frame.hex())
-        outcomes[why or ("passed" if verdict != DROP else "dropped")] += 1
-        if verdict != DROP and f.parse(frame).valid:
-            assert f.parse(after).valid, frame.hex()
+    with campaign(f"fuzz-{hook[0]}-{seed}", "mutated frames at a pod's interface") as figures:
+        for _ in range(COUNT // 2):
+            figures.count += 1
+            frame = f.mutate(rng.choice(corpus), rng)
+            verdict, after = run(town, hook, frame)
+            why = forbidden(frame, hook)
+            assert verdict == DROP or not why, (why, frame.hex())
+            outcomes[why or ("passed" if verdict != DROP else "dropped")] += 1
+            if verdict != DROP and f.parse(frame).valid:
+                assert f.parse(after).valid, frame.hex()
     seen = {reason for reason, _ in town.lab.counters().items() - before.items()}
     assert len({reason for reason, _ in seen}) >= 12, "the mutations reach most of the code"
     assert outcomes["passed"] > COUNT // 40, outcomes

@@ -7,7 +7,6 @@ nothing with the datapath and says no only where it is sure.
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -16,12 +15,13 @@ import pytest
 from support import edge as e
 from support import frames as f
 from support import town as t
+from support.ca_soak import campaign, scaled
 from support.edge import NODE4, NODE6, Edge
 from support.lab import DROP, PASS, REDIRECT
 from tidegate_bpf import BpfError
 
 pytestmark = pytest.mark.kernel
-COUNT = 1_000_000 if os.environ.get("TIDEGATE_SOAK") == "1" else 100_000
+COUNT = scaled(ci=100_000, soak=1_000_000)
 SEEDS = 2
 HERE, THERE, SHUT = 30080, 30053, 30081
 """Node ports: TCP to pod b, UDP to r on another node, TCP to port 81 of b, which nobody may."""
@@ -103,15 +103,17 @@ def test_nothing_from_outside_gets_past_services_and_policy(edge: Edge, seed: in
     frames, rng = list(corpus()), random.Random(seed)
     outcomes: Counter[str] = Counter()
     run, context = edge.programs["from_net"].test_run, edge.context()
-    for number in range(COUNT // SEEDS):
-        frame = f.mutate(rng.choice(frames), rng) if number >= len(frames) else frames[number]
-        try:
-            result = run(frame, context, data_out_size=len(frame) + 128)
-        except BpfError:  # the kernel makes no packet of it
-            continue
-        why = wrong(frame, result.retval, result.data_out)
-        assert not why, (why, frame.hex(), result.data_out.hex())
-        outcomes[f"{result.retval}"] += 1
+    with campaign(f"fuzz-uplink-{seed}", "mutated frames at an uplink") as figures:
+        for number in range(COUNT // SEEDS):
+            frame = f.mutate(rng.choice(frames), rng) if number >= len(frames) else frames[number]
+            figures.count += 1
+            try:
+                result = run(frame, context, data_out_size=len(frame) + 128)
+            except BpfError:  # the kernel makes no packet of it
+                continue
+            why = wrong(frame, result.retval, result.data_out)
+            assert not why, (why, frame.hex(), result.data_out.hex())
+            outcomes[f"{result.retval}"] += 1
     assert all(outcomes[str(verdict)] > COUNT // 200 for verdict in (PASS, DROP, REDIRECT)), (
         outcomes
     )

@@ -6,7 +6,6 @@ program in a dry run. Then what a run that is none leaves behind: events, counte
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import pytest
 from msgspec import UNSET
 from support import frames as f
 from support import town as t
+from support.ca_soak import campaign, scaled
 from support.lab import Rules, addr
 from support.town import EGRESS, INGRESS, POLICY, POLICY_DENY, Town
 from tidegate_api import API_VERSION
@@ -27,7 +27,7 @@ from tidegate_loader import addresses, rules
 
 pytestmark = pytest.mark.kernel
 
-WORLDS = 1500 if os.environ.get("TIDEGATE_SOAK") == "1" else 150
+WORLDS = scaled(ci=150, soak=1500)
 QUESTIONS = 40
 NONE = -1
 AUDIT = 253
@@ -311,10 +311,12 @@ def dry(town: Town) -> Iterator[LoadedObject]:
 
 @pytest.mark.parametrize("part", range(3))
 def test_model_entries_and_program_agree(town: Town, dry: LoadedObject, part: int) -> None:
-    for seed in range(part, WORLDS, 3):
-        made, r = Made(town, seed), random.Random(seed)
-        for _ in range(QUESTIONS):
-            check(made, dry, r)
+    with campaign(f"entries-{part}", "verdicts by entries made at random") as figures:
+        for seed in range(part, WORLDS, 3):
+            made, r = Made(town, seed), random.Random(seed)
+            for _ in range(QUESTIONS):
+                check(made, dry, r)
+                figures.count += 1
 
 
 # ---- what a run leaves behind --------------------------------------------------------------

@@ -7,7 +7,6 @@ and with a CIDR of zeros before its bits taken by the model.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from manifests.installed import BY_KIND, Installed, identity, node_state
 from pydantic import ValidationError
+from support.ca_soak import scaled
 from tidegate_api import state, users
 from tidegate_kube import Client, Forbidden, Invalid, Resource, resources
 from tidegate_operator import publish
@@ -26,7 +26,7 @@ from tidegate_operator.standalone import compile_folder
 pytestmark = [pytest.mark.apiserver, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = 3000 if os.environ.get("TIDEGATE_SOAK") else 300
+EXAMPLES = scaled(ci=300, soak=3000)
 PROPERTY = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )

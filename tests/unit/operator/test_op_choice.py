@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 from msgspec import UNSET
 from msgspec.structs import replace
+from support.ca_soak import SOAK, campaign
 from support.service_oracle import Answer, Kind, Tree, answer, controller_hints
 from tidegate_api.choice import choose
 from tidegate_api.service import Backend, ServicePort
@@ -25,7 +25,6 @@ from tidegate_operator.world import Options, build
 from unit.operator.given import documents, pod
 from unit.operator.given import service as service_text
 
-SOAK = os.environ.get("TIDEGATE_SOAK") == "1"
 HERE, ZONE = "here", "z1"
 NAME = ObjectName("x", "s")
 KINDS: tuple[Kind, ...] = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalIP")
@@ -166,8 +165,10 @@ def test_every_pair_of_endpoints() -> None:
 
 def test_every_three_endpoints() -> None:
     """In CI of the sorts that differ most."""
-    sorts = SORTS if SOAK else FEW
-    assert next(differences(itertools.combinations_with_replacement(sorts, 3)), None) is None
+    with campaign("choice-compiled", "sets of three endpoints") as figures:
+        sets = list(itertools.combinations_with_replacement(SORTS if SOAK else FEW, 3))
+        assert next(differences(sets), None) is None
+        figures.count = len(sets)
 
 
 def test_choosing_rests_on_nothing_that_compiling_leaves_out() -> None:
