@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,6 +65,14 @@ def pinned(cpu: int | None = None) -> Iterator[int]:
         yield chosen
     finally:
         os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Says on standard error how long the block took: of what prepares a row for minutes."""
+    began = time.monotonic()
+    yield
+    print(f"       {time.monotonic() - began:6.1f} s  {what}", file=sys.stderr, flush=True)
 
 
 def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

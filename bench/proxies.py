@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import Unmeasurable
-from support import apiserver, sites, town_api
+from support import apiserver, sites, stored, town_api
 from tidegate_bpf.netns import inside
 from tidegate_cli.standalone.rundir import Pod
 from tidegate_kube import Client
@@ -63,6 +63,10 @@ class Api:
         with ThreadPoolExecutor(WRITERS) as pool:
             for done in [pool.submit(town_api.apply, self._client, tree) for tree in trees]:
                 done.result()
+
+    def store(self, trees: Sequence[Tree]) -> None:
+        """New Services and their EndpointSlices, straight into etcd: these are the many."""
+        stored.store(self.server.etcd_url, trees)
 
 
 # ---- kube-proxy -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -88,6 +89,8 @@ def main() -> int:
     missing = [name for name in ("bench.o", "rr") if not (HERE / "build" / name).exists()]
     if missing:
         parser.error(f"bench/build has no {', '.join(missing)}: run `make bench`")
+    # Namespaces, maps and processes of a row go with it, also when this is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     wanted = set(filter(None, options.only.split(",")))
     results, failed = measure(wanted)
     lines = [result.line() for result in results]

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -26,19 +27,25 @@ pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 
 SERVICES = scaled(1_000, 10_000)
 SECONDS = scaled(5, 600)
+ENDPOINTS = 6
+"""That a Service may have: a node has 65,536 ids for all of them, and they rest for ten minutes."""
 AT_ONCE = 10
 """Services that one publish changes."""
 SETTLE_SECONDS = 120.0
-GROWS = 1.3
+GROWS = 1.15
 """At most this much of what it was after a tenth of the time."""
 NODE = "node-1"
 
 
 def drawn(number: int, rng: random.Random) -> list[sites.Tree]:
-    """A Service with up to seven endpoints of its own twelve."""
+    """A Service with some of its endpoints."""
+    return made(number, rng.sample(range(ENDPOINTS), rng.randint(0, ENDPOINTS)), rng)
+
+
+def made(number: int, which: Iterable[int], rng: random.Random) -> list[sites.Tree]:
     pods = [
         f"10.{64 + (n >> 16)}.{n >> 8 & 255}.{n & 255}"
-        for n in (number * 12 + i for i in rng.sample(range(12), rng.randint(0, 7)))
+        for n in (number * ENDPOINTS + i for i in which)
     ]
     address = f"10.96.{1 + (number >> 8)}.{number & 255}"
     port = rng.choice([80, 80, 80, 443])
@@ -84,8 +91,10 @@ def test_churn_leaves_what_a_cold_compile_makes_and_nothing_more() -> None:
         sites.made(f"tgw{os.getpid()}") as site,
         sites.tidegate(site) as tidegate,
     ):
-        tidegate.publish([tree for n in range(SERVICES) for tree in drawn(n, rng)])
-        tidegate.realise(NODE)
+        # Who has an id is known while that rests: each endpoint has one before memory is measured.
+        for first in (lambda n: made(n, range(ENDPOINTS), rng), lambda n: drawn(n, rng)):
+            tidegate.publish([tree for n in range(SERVICES) for tree in first(n)])
+            tidegate.realise(NODE)
         loader = tidegate.start(NODE)
         try:
             sizes = []

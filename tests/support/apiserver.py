@@ -75,13 +75,17 @@ class ApiServer:
     def url(self) -> str:
         return f"https://127.0.0.1:{self.port}"
 
+    @property
+    def etcd_url(self) -> str:
+        return f"http://127.0.0.1:{self._etcd_port}"
+
     def client(self, access: Access | None = None) -> Client:
         return Client(access or self.access, "tidegate-test")
 
     # ---- life ----
 
     def start_etcd(self) -> None:
-        url, peer = f"http://127.0.0.1:{self._etcd_port}", f"http://127.0.0.1:{self._peer_port}"
+        url, peer = self.etcd_url, f"http://127.0.0.1:{self._peer_port}"
         self._etcd = self._spawn(
             "etcd",
             [
@@ -104,7 +108,7 @@ class ApiServer:
             "kube-apiserver",
             [
                 str(self._binary),
-                f"--etcd-servers=http://127.0.0.1:{self._etcd_port}",
+                f"--etcd-servers={self.etcd_url}",
                 "--bind-address=127.0.0.1",
                 f"--secure-port={self.port}",
                 f"--tls-cert-file={certificate}",
