@@ -32,7 +32,7 @@ from tidegate_loader.local import NodePaths, encode, read_realised
 from tidegate_operator.compile import Desired
 from tidegate_operator.compile.compiler import NodeContent
 from tidegate_operator.identities import EMPTY_LEDGER
-from tidegate_operator.publish import Publisher
+from tidegate_operator.publish import FOLDER_SIZES, Publisher
 from tidegate_operator.store import FileStore
 
 OBJECTS = Path(__file__).parents[1] / "datapath" / "build"
@@ -51,13 +51,15 @@ def rule_set(port: int) -> api.RuleSet:
 class Node:
     """A run directory and a bpffs that hold one node of two pods."""
 
+    sizes = FOLDER_SIZES
+
     def __init__(self, directory: Path, interfaces: tuple[int, int]) -> None:
         self.run_dir = directory / "run"
         self.mounted = directory / "bpf"
         self.mounted.mkdir()
         self.paths = NodePaths(self.run_dir, world.NODE)
         self.runs = 0
-        self.publisher = Publisher(FileStore(self.run_dir))
+        self.publisher = Publisher(FileStore(self.run_dir), self.sizes)
         cidrs = sorted((address(i), FIRST_IDENTITY + i % 5000) for i in range(ENTRIES))
         self.ipcache = {
             cidr: api.IPCacheEntry(cidr=cidr, identity=identity, node="node-2")

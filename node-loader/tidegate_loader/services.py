@@ -306,11 +306,9 @@ def host_ports(endpoints: Iterable[Endpoint], place: Place) -> SharedPart:
     )
 
 
-def merge(shards: tuple[SharedPart, ...]) -> Services:
-    """Of two services that claim one frontend, the one in the lower shard has it."""
+def _apart(shards: tuple[SharedPart, ...], problems: list[str]) -> list[ServicePart]:
+    """Each frontend in one part only."""
     parts: list[ServicePart] = []
-    names: dict[str, str] = {}
-    problems = [p for found in shards for p in found.problems]
     taken: set[FrontendKey] = set()
     for found in shards:
         part = found.part
@@ -318,8 +316,19 @@ def merge(shards: tuple[SharedPart, ...]) -> Services:
             for key in sorted(taken & part.keys()):
                 problems.append(f"{found.names[frontend_text(key)]}: {frontend_text(key)} is taken")
             part = {k: v for k, v in part.items() if k not in taken}
-        taken |= part.keys()
+        # Not |=, which makes a new set of what is no set: all of it again for each shard.
+        taken.update(part)
         parts.append(part)
+    return parts
+
+
+def merge(shards: tuple[SharedPart, ...]) -> Services:
+    """Of two services that claim one frontend, the one in the lower shard has it."""
+    names: dict[str, str] = {}
+    parts = [found.part for found in shards]
+    problems = [p for found in shards for p in found.problems]
+    if len(set[FrontendKey]().union(*parts)) < sum(map(len, parts)):
+        parts = _apart(shards, problems)
     for found in reversed(shards):
         names.update(found.names)
     return Services(

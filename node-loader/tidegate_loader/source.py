@@ -74,6 +74,8 @@ class _Files(Generic[_T]):
     def __init__(self, kind: type[_T]) -> None:
         self._decoder = msgspec.json.Decoder(kind)
         self._held: dict[str, tuple[Stamp, _T]] = {}
+        self.fresh: set[str] = set()
+        """Paths that were decoded since somebody cleared this."""
 
     def get(self, path: str) -> _T:
         """Stalled: not there, or not one of these."""
@@ -85,6 +87,7 @@ class _Files(Generic[_T]):
                 with open(path, "rb") as file:
                     held = (stamp, self._decoder.decode(file.read()))
                 self._held[path] = held
+                self.fresh.add(path)
         except FileNotFoundError:
             raise Stalled("Missing", f"{_short(path)} is not there") from None
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -122,6 +125,18 @@ def _peek(path: str) -> _Peeked:
 _AnyFiles = _Files[NodeState] | _Files[RuleSet] | _Files[StateSlice]
 
 
+class _Listed:
+    """The shards of a table, as they were read last."""
+
+    def __init__(self, root: str, table: str, ref: TableRef) -> None:
+        self.epoch, self.shards = ref.epoch, ref.shards
+        names = [slice_name(table, ref.epoch, n, ref.shards) for n in range(ref.shards)]
+        self.places = [(name, f"{root}/stateslices/{name}.json") for name in names]
+        self.items: tuple[StateSlice, ...] = ()
+        """Each of them checked."""
+        self.newest = 0
+
+
 class Source:
     """Reads one node's state and interfaces."""
 
@@ -133,6 +148,12 @@ class Source:
         self._slices = _Files(StateSlice)
         self._interfaces = _Files(LocalInterface)
         self._copied: dict[str, Stamp] = {}
+        self._named: tuple[NodeState, dict[str, _AnyFiles]] | None = None
+        """The last NodeState that `_files` was asked about, and what it said."""
+        self._kept: NodeState | None = None
+        """Of the state that `keep` has copied last."""
+        self._listed: dict[tuple[str, str], _Listed] = {}
+        """Root and table → its shards as they were read last."""
         self._verified: dict[str, RuleSet] = {}
         self._peers: tuple[tuple[StateSlice, ...], dict[str, PeerSet]] | None = None
         self._last: State | None = None
@@ -217,28 +238,24 @@ class Source:
     def _table(self, root: str, table: str, ref: TableRef | None) -> tuple[StateSlice, ...]:
         if ref is None:
             raise Stalled("Missing", f"the NodeState names no table {table}")
-        found = []
-        for shard in range(ref.shards):
-            name = slice_name(table, ref.epoch, shard, ref.shards)
-            item = self._slices.get(f"{root}/stateslices/{name}.json")
-            spec = item.spec
-            _check_format(name, spec.format)
-            if (spec.table, spec.epoch, spec.shard, spec.shards) != (
-                table,
-                ref.epoch,
-                shard,
-                ref.shards,
-            ) or getattr(spec, table) is msgspec.UNSET:
-                raise Stalled(
-                    "Unverified", f"stateslices/{name}.json: the name is not its content's"
-                )
-            found.append(item)
-        newest = max(item.spec.revision for item in found) if found else 0
-        if not found or newest < ref.min_revision:
+        last = self._listed.get((root, table))
+        if last is None or (last.epoch, last.shards) != (ref.epoch, ref.shards):
+            last = _Listed(root, table, ref)
+        items = tuple([self._slices.get(path) for _, path in last.places])
+        if not _identical(items, last.items):
+            known = last.items or (None,) * ref.shards
+            for shard, (item, before) in enumerate(zip(items, known, strict=True)):
+                if item is not before:
+                    _check_shard(last.places[shard][0], item, table, ref, shard)
+            last.items = items
+            last.newest = max((item.spec.revision for item in items), default=0)
+            self._listed[root, table] = last
+        if not items or last.newest < ref.min_revision:
             raise Stalled(
-                "Incomplete", f"table {table} is at revision {newest}, not yet {ref.min_revision}"
+                "Incomplete",
+                f"table {table} is at revision {last.newest}, not yet {ref.min_revision}",
             )
-        return tuple(found)
+        return items
 
     def _peer_sets(self, slices: tuple[StateSlice, ...]) -> dict[str, PeerSet]:
         if self._peers is None or not _identical(self._peers[0], slices):
@@ -273,12 +290,27 @@ class Source:
         """Copy the objects of `state` to lastgood/, the NodeState last, then drop the rest."""
         named = self._files(state)
         source, target = str(self._paths.objects), str(self._paths.lastgood)
-        for relative, files in named.items():
+        same = self._kept is state.node
+        kinds: tuple[_AnyFiles, ...] = (self._rule_sets, self._slices, self._nodes)
+        if same:  # these files and no others, of which those that were not read again are copied
+            fresh = (path.removeprefix(f"{source}/") for kind in kinds for path in kind.fresh)
+            changed = {relative: named[relative] for relative in fresh if relative in named}
+        else:
+            changed = named
+        for relative, files in changed.items():
             stamp = files.stamp(f"{source}/{relative}")
             if stamp is None or self._copied.get(relative) != stamp:
                 _copy(f"{source}/{relative}", f"{target}/{relative}")
                 if stamp is not None:
                     self._copied[relative] = stamp
+        for kind in kinds:
+            kind.fresh.clear()
+        if not same:
+            self._drop_all_but(named, source, target)
+            self._kept = state.node
+        self._verified = dict(state.rule_sets)
+
+    def _drop_all_but(self, named: dict[str, _AnyFiles], source: str, target: str) -> None:
         for name in ("rulesets", "stateslices", "nodestates"):
             with contextlib.suppress(FileNotFoundError):
                 for file in os.listdir(f"{target}/{name}"):
@@ -288,7 +320,6 @@ class Source:
         current = {f"{root}/{relative}" for relative in named for root in (source, target)}
         for kind in (self._nodes, self._rule_sets, self._slices):
             kind.keep_only(current)
-        self._verified = dict(state.rule_sets)
 
     def names(self, state: State) -> frozenset[str]:
         """The files that make up a state, relative to objects/."""
@@ -296,7 +327,11 @@ class Source:
 
     def _files(self, state: State) -> dict[str, _AnyFiles]:
         """Every file of a state, in the order of publishing, with who reads it."""
-        spec = state.node.spec
+        if self._named is None or self._named[0] is not state.node:
+            self._named = (state.node, self._named_by(state.node.spec))
+        return self._named[1]
+
+    def _named_by(self, spec: NodeStateSpec) -> dict[str, _AnyFiles]:
         return {
             **{f"rulesets/{name}.json": self._rule_sets for name in spec.rule_sets},
             **{
@@ -307,6 +342,18 @@ class Source:
             },
             f"nodestates/{self._name}.json": self._nodes,
         }
+
+
+def _check_shard(name: str, item: StateSlice, table: str, ref: TableRef, shard: int) -> None:
+    spec = item.spec
+    _check_format(name, spec.format)
+    if (spec.table, spec.epoch, spec.shard, spec.shards) != (
+        table,
+        ref.epoch,
+        shard,
+        ref.shards,
+    ) or getattr(spec, table) is msgspec.UNSET:
+        raise Stalled("Unverified", f"stateslices/{name}.json: the name is not its content's")
 
 
 def _check_format(name: str, number: int) -> None:

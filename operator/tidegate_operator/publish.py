@@ -71,7 +71,8 @@ SHARD_ENTRIES = 2048
 no more keys than this: what one change makes every loader read again."""
 Sizes = Mapping[Table, int]
 """Keys a shard, on average, of the tables that are not cut by SHARD_ENTRIES."""
-FOLDER_SIZES: Sizes = {}
+FOLDER_SIZES: Sizes = {"services": 256}
+"""A key of services is a whole Service with its endpoints."""
 CLUSTER_SIZES: Sizes = {"ipcache": 32, "services": 4, "peers": 16}
 """Where every shard that changes is sent to every node: some 2 KiB each. The folder's nodes
 read from a disk, and reading few large files costs them less."""

@@ -121,6 +121,27 @@ def test_last_good_is_a_whole_copy(paths: NodePaths) -> None:
     assert list((paths.lastgood / "rulesets").iterdir()) == []
 
 
+def test_last_good_follows_a_shard_under_the_same_node_state(paths: NodePaths) -> None:
+    """Only what was read again is looked at, and what could not be copied is tried again."""
+    changed = world.example()
+    changed.write(paths.objects.parent)
+    source = _source(paths)
+    source.keep(source.state())
+    for number in (3, 4):
+        changed.ipcache = changed.ipcache | {f"10.3.3.{number}/32": 305}
+        changed.write(paths.objects.parent)
+        state = source.state()
+        if number == 4:
+            os.rename(paths.lastgood / "stateslices", paths.lastgood / "away")
+            (paths.lastgood / "stateslices").touch()
+            with pytest.raises(NotADirectoryError):
+                source.keep(state)
+            os.unlink(paths.lastgood / "stateslices")
+            os.rename(paths.lastgood / "away", paths.lastgood / "stateslices")
+        source.keep(state)
+        assert _source(paths).last_good() == changed.state()
+
+
 def test_interfaces(paths: NodePaths) -> None:
     source = _source(paths)
     for number in (1, 2):
