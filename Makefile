@@ -14,7 +14,7 @@ EXAMPLE ?= examples/shop
 BUILD_PACKAGES := python3-venv $(CLANG) libbpf1 libbpf-dev linux-libc-dev libc6-dev gcc libjansson-dev
 TEST_PACKAGES := iproute2 iperf3 openssl qemu-system-x86 busybox-static cpio lua5.4
 # A machine that has Docker keeps its own.
-E2E_PACKAGES := debootstrap iptables iproute2 openssl gcc libc6-dev $(if $(shell command -v dockerd),,docker.io)
+E2E_PACKAGES := debootstrap iperf3 iptables iproute2 openssl gcc libc6-dev $(if $(shell command -v dockerd),,docker.io)
 # What kube-proxy runs in its modes.
 BENCH_PACKAGES := nftables iptables
 SOURCES := $(wildcard datapath/*.bpf.c)
@@ -165,7 +165,7 @@ e2e: install .cache/e2e-packages kube-binaries ## Tidegate on a cluster of kind;
 soak: install .cache/test-packages .cache/e2e-packages kube-binaries ## the long campaigns in full; writes soak/results.json
 	$(say) "campaigns in full; this takes long"
 	@TIDEGATE_SOAK=1 $(PYTEST) -q tests/campaign tests/cluster/test_net_clients.py tests/kernel/test_dp_fuzz.py tests/kernel/test_dp_fuzz_uplink.py tests/kernel/test_dp_tiers.py tests/kube/test_ku_faults.py tests/manifests/test_mf_models.py tests/operator/test_oa_faults.py tests/unit/operator/test_op_choice.py
-	@TIDEGATE_SOAK=1 $(PYTEST) -q e2e/test_e2e_faults.py e2e/test_e2e_stream.py e2e/test_e2e_versions.py
+	@TIDEGATE_SOAK=1 $(PYTEST) -q e2e/test_e2e_clients.py e2e/test_e2e_faults.py e2e/test_e2e_stream.py e2e/test_e2e_versions.py
 
 .PHONY: stock-hubble
 stock-hubble: install ## Hubble's own command, built from its module (needs Go), against our observer

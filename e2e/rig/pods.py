@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from support.waiting import until
 
 from kind import cluster, golang, images, settings
+from kind.run import Failed, run
 
 IMAGE = "tidegate-probe:dev"
 READY_SECONDS = 90.0
@@ -189,7 +192,20 @@ def eventually(condition: Any, what: str, seconds: float = READY_SECONDS) -> Non
 
 @functools.cache
 def build_image() -> str:
-    """Builds the test image; its name. Needs Go."""
+    """Builds the test image; its name. Needs Go, and iperf3 of this machine, which is in it."""
     program = golang.build_local("probe", settings.HERE.parent / "probe")
-    images.from_program(IMAGE, program, "/probe")
+    images.from_files(
+        IMAGE, {"/probe": program, **with_libraries("iperf3")}, ['ENTRYPOINT ["/probe"]']
+    )
     return IMAGE
+
+
+def with_libraries(name: str) -> dict[str, Path]:
+    """A program of this machine as /NAME of an image, and what it is linked with; Failed."""
+    program = shutil.which(name)
+    if program is None:
+        raise Failed(f"there is no {name}: `make e2e` installs it")
+    words = run("ldd", program).split()
+    libraries = [Path(word) for word in words if word.startswith("/")]
+    found = {str(library): library.resolve() for library in libraries}
+    return {f"/{name}": Path(program), **found}
