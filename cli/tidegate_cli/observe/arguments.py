@@ -11,9 +11,30 @@ from typing import Any, NamedTuple
 from tidegate_cli.arguments import add_cluster, add_local, add_run_dir
 
 OUTPUTS = ("tab", "table", "compact", "dict", "json", "jsonpb")
-TIME_FORMATS = ("StampMilli", "RFC3339", "RFC3339Milli", "YearMonthDay")
+TIME_FORMATS = (
+    "StampMilli",
+    "YearMonthDay",
+    "YearMonthDayHour",
+    "YearMonthDayHourMinute",
+    "RFC3339",
+    "RFC3339Milli",
+    "RFC3339Micro",
+    "RFC3339Nano",
+    "RFC1123Z",
+)
 
-EITHER = ("pod", "ip", "port", "label", "identity", "service", "workload", "fqdn", "namespace")
+EITHER: tuple[str, ...] = (
+    "pod",
+    "ip",
+    "port",
+    "label",
+    "identity",
+    "service",
+    "workload",
+    "fqdn",
+    "namespace",
+)
+EITHER += ("cluster",)
 """Filters of an end; each has a --from- and a --to- form."""
 
 
@@ -57,6 +78,7 @@ def add_parser(subparsers: Any, run: Any) -> None:
     parser.set_defaults(run=run, filters=[], negate=False)
     _which(parser.add_argument_group("which flows"))
     _filters(parser.add_argument_group("filters"))
+    _raw(parser.add_argument_group("filters as the API has them"))
     _form(parser.add_argument_group("output"))
 
 
@@ -107,6 +129,7 @@ def _filters(group: Any) -> None:
         "workload": ("[KIND/]NAME", "what made the pod"),
         "fqdn": ("PATTERN", "names of the DNS (none are known)"),
         "namespace": ("NS", "pods of a namespace; with --pod, the pods' namespace"),
+        "cluster": ("NAME", "the end's cluster"),
     }
     short = {"label": ["-l"], "namespace": ["-n"]}
     for name in EITHER:
@@ -117,6 +140,10 @@ def _filters(group: Any) -> None:
     group.add_argument(
         "-A", "--all-namespaces", action="store_true", help="pods without one: of any namespace"
     )
+    for prefix in ("from", "to"):
+        group.add_argument(
+            f"--{prefix}-all-namespaces", action="store_true", help=f"the same of --{prefix}-pod"
+        )
     add("--verdict", metavar="WORD", help="FORWARDED, DROPPED, AUDIT, …")
     add("--protocol", metavar="WORD", help="tcp, udp, icmp, icmpv4, icmpv6, sctp")
     add("-t", "--type", metavar="TYPE[:SUB]", help="drop, trace, policy-verdict, trace:to-stack, …")
@@ -130,12 +157,24 @@ def _filters(group: Any) -> None:
     add("--reply", metavar="BOOL", help="true: replies (each event is told as its flow began)")
     add("--node-name", metavar="PATTERN", help="[CLUSTER/]NODE, with *")
     add("--node-label", metavar="SELECTOR", help="labels of the node (none are known)")
-    add("--cluster", metavar="NAME", help="either end's cluster")
+    add("--interface", metavar="NAME", help="of the node (their names are not known)")
+    add("--snat-ip", metavar="IP[/N]", help="an address that the source was given (none is known)")
     add("--uuid", metavar="ID", help="the one flow of this id")
     add("--trace-id", metavar="ID", help="of a trace (none are known)")
     for name in ("http-status", "http-method", "http-path", "http-url", "http-header"):
         add(f"--{name}", metavar="VALUE", help="of HTTP (none is seen)")
     add("--dns-query", metavar="REGEX", help="of the DNS (none is seen)")
+
+
+def _raw(group: Any) -> None:
+    for name, text in (("allowlist", "to show"), ("denylist", "to leave out")):
+        group.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="JSON",
+            help=f"a FlowFilter of what {text}; may be repeated",
+        )
 
 
 def _form(group: Any) -> None:
@@ -159,5 +198,14 @@ def _form(group: Any) -> None:
     add("--color", choices=("auto", "always", "never"), default="auto", help="default: auto")
     add("--time-format", choices=TIME_FORMATS, default="StampMilli", help="default: StampMilli")
     add("--print-node-name", action="store_true", help="show the node, too")
+    add("--print-policy-names", action="store_true", help="they are shown anyway")
     add("--numeric", action="store_true", help="addresses, not names")
+    add("--ip-translation", choices=("true", "false"), default="true", help="false: as --numeric")
+    add(
+        "--experimental-field-mask",
+        default="",
+        metavar="FIELDS",
+        help="only these fields of flows, with commas between",
+    )
+    add("-s", "--silent-errors", action="store_true", help="say nothing of nodes and losses")
     add("--print-raw-filters", action="store_true", help="print the request's filters and end")

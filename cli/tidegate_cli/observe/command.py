@@ -44,7 +44,7 @@ def observe(args: argparse.Namespace) -> int:
         color=color,
         time_format=args.time_format,
         nodes=args.print_node_name,
-        numeric=args.numeric,
+        numeric=args.numeric or args.ip_translation == "false",
         live=args.follow,
     )
     server = server_of(args)
@@ -52,7 +52,7 @@ def observe(args: argparse.Namespace) -> int:
         with contextlib.ExitStack() as stack:
             for response in _answers(args, server, wanted, stack):
                 said = printer.write(response)
-                if said is not None:
+                if said is not None and not args.silent_errors:
                     print(f"tidegate: {said}", file=sys.stderr)
                 if args.follow:
                     sys.stdout.flush()

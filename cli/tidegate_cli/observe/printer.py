@@ -37,6 +37,7 @@ RESERVED |= {7: "kube-apiserver", 8: "ingress"}
 STATES = {1: "flows come from node", 2: "no flows from node", 3: "node is gone:", 4: "node"}
 """By state of a node."""
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 HEADER = ("TIMESTAMP", "SOURCE", "DESTINATION", "TYPE", "VERDICT", "SUMMARY")
 RED, GREEN, YELLOW, CYAN, PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[36m", "\033[0m"
 _KNOWN = (struct_pb2.Struct,)
@@ -172,16 +173,7 @@ class Printer:
     # ---- cells ---------------------------------------------------------------------------------
 
     def _time(self, flow: flow_pb2.Flow) -> str:
-        when = datetime.fromtimestamp(flow.time.seconds, UTC)
-        milli = flow.time.nanos // 10**6
-        match self._time_format:
-            case "RFC3339":
-                return f"{when:%Y-%m-%dT%H:%M:%SZ}"
-            case "RFC3339Milli":
-                return f"{when:%Y-%m-%dT%H:%M:%S}.{milli:03}Z"
-            case "YearMonthDay":
-                return f"{when:%Y-%m-%d %H:%M:%S}"
-        return f"{MONTHS[when.month - 1]} {when.day:>2} {when:%H:%M:%S}.{milli:03}"
+        return time_text(self._time_format, flow.time.seconds, flow.time.nanos)
 
     def _ends(self, flow: flow_pb2.Flow) -> tuple[str, str]:
         ports: tuple[int, int] | None = None
@@ -246,6 +238,32 @@ class Printer:
 
     def _paint(self, color: str, text: str) -> str:
         return f"{color}{text}{PLAIN}" if self._color and color else text
+
+
+def time_text(form: str, seconds: int, nanos: int) -> str:
+    """In UTC, in one of `arguments.TIME_FORMATS`."""
+    when = datetime.fromtimestamp(seconds, UTC)
+    month, day = MONTHS[when.month - 1], DAYS[when.weekday()]
+    match form:
+        case "YearMonthDay":
+            return f"{when:%Y-%m-%d}"
+        case "YearMonthDayHour":
+            return f"{when:%Y-%m-%dT%H}Z"
+        case "YearMonthDayHourMinute":
+            return f"{when:%Y-%m-%dT%H:%M}Z"
+        case "RFC3339":
+            return f"{when:%Y-%m-%dT%H:%M:%S}Z"
+        case "RFC3339Milli":
+            return f"{when:%Y-%m-%dT%H:%M:%S}.{nanos // 10**6:03}Z"
+        case "RFC3339Micro":
+            return f"{when:%Y-%m-%dT%H:%M:%S}.{nanos // 10**3:06}Z"
+        case "RFC3339Nano":
+            # As Go writes it: without zeros at the end.
+            rest = f".{nanos:09}".rstrip("0").rstrip(".")
+            return f"{when:%Y-%m-%dT%H:%M:%S}{rest}Z"
+        case "RFC1123Z":
+            return f"{day}, {when:%d} {month} {when:%Y %H:%M:%S} +0000"
+    return f"{month} {when.day:>2} {when:%H:%M:%S}.{nanos // 10**6:03}"
 
 
 def strip(text: str) -> str:

@@ -11,7 +11,9 @@ import re
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 
+from google.protobuf import json_format
 from tidegate_observer.api import flow_pb2, observer_pb2
 from tidegate_observer.messages import timestamp
 
@@ -33,6 +35,7 @@ IDENTITIES = {
 }
 """Numbers as the API has them."""
 EVENT_TYPES = {"drop": 1, "debug": 2, "capture": 3, "trace": 4, "policy-verdict": 5}
+EVENT_TYPES |= {"trace-sock": 6, "l7": 129}
 TRACE_POINTS = {
     "to-endpoint": 0,
     "to-proxy": 1,
@@ -46,6 +49,8 @@ TRACE_POINTS = {
     "from-overlay": 9,
     "from-network": 10,
     "to-network": 11,
+    "from-crypto": 12,
+    "to-crypto": 13,
 }
 FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR", "NS")
 
@@ -79,10 +84,16 @@ class Sides:
 def build(args: argparse.Namespace, now: float | None = None) -> observer_pb2.GetFlowsRequest:
     """CliError: flags that make no sense."""
     now = time.time() if now is None else now
-    white, black = lists(args.filters, every_namespace=args.all_namespaces)
+    white, black = lists(args.filters, everywhere=_everywhere(args))
     request = observer_pb2.GetFlowsRequest(
-        whitelist=white.messages(), blacklist=black.messages(), follow=args.follow
+        whitelist=[*white.messages(), *_raw("allowlist", args.allowlist)],
+        blacklist=[*black.messages(), *_raw("denylist", args.denylist)],
+        follow=args.follow,
     )
+    fields = [word.strip() for word in args.experimental_field_mask.split(",") if word.strip()]
+    request.field_mask.paths.extend(fields)
+    if not fields:
+        request.ClearField("field_mask")
     for name in ("since", "until"):
         text = getattr(args, name)
         if text:
@@ -100,17 +111,34 @@ def build(args: argparse.Namespace, now: float | None = None) -> observer_pb2.Ge
     return request
 
 
-def lists(filters: Sequence[Filter], *, every_namespace: bool = False) -> tuple[Sides, Sides]:
+def _everywhere(args: argparse.Namespace) -> frozenset[str]:
+    """Of --pod ("") , --from-pod, --to-pod: those whose pods without a namespace are any's."""
+    given = {"from": args.from_all_namespaces, "to": args.to_all_namespaces}
+    return frozenset(
+        prefix for prefix in ("", "from", "to") if args.all_namespaces or given.get(prefix)
+    )
+
+
+def _raw(name: str, texts: Sequence[str]) -> list[flow_pb2.FlowFilter]:
+    try:
+        return [json_format.Parse(text, flow_pb2.FlowFilter()) for text in texts]
+    except json_format.ParseError as error:
+        raise CliError(f"--{name}: {error}", '{"verdict":["DROPPED"]}') from None
+
+
+def lists(
+    filters: Sequence[Filter], *, everywhere: frozenset[str] = frozenset()
+) -> tuple[Sides, Sides]:
     """(white, black)."""
     made = Sides(), Sides()
     for left_out in (False, True):
         of_list = [item for item in filters if item.left_out == left_out]
-        for item in _with_namespaces(of_list, every_namespace):
+        for item in _with_namespaces(of_list, everywhere):
             _add(made[left_out], item)
     return made
 
 
-def _with_namespaces(filters: Sequence[Filter], everywhere: bool) -> list[Filter]:
+def _with_namespaces(filters: Sequence[Filter], everywhere: frozenset[str]) -> list[Filter]:
     """Namespaces joined to the pods beside them: "shop" and "web" are "shop/web", and "shop" alone
     "shop/", every pod of it."""
     found = []
@@ -121,7 +149,7 @@ def _with_namespaces(filters: Sequence[Filter], everywhere: bool) -> list[Filter
                 found.append(item._replace(value=f"{item.value}/"))
         elif kind in ("pod", "service") and "/" not in item.value:
             spaces = [o.value for o in filters if _split(o.name) == (prefix, "namespace")]
-            spaces = spaces or ([""] if everywhere else ["default"])
+            spaces = spaces or ([""] if prefix in everywhere else ["default"])
             found += [item._replace(value=f"{space}/{item.value}") for space in spaces]
         else:
             found.append(item)
@@ -208,6 +236,10 @@ def _common(side: flow_pb2.FlowFilter, name: str, text: str) -> None:
             side.node_name.append(text)
         case "node-label":
             side.node_labels.append(text)
+        case "interface":
+            side.interface.add(name=text)
+        case "snat-ip":
+            side.source_ip_xlated.append(text)
         case "uuid":
             side.uuid.append(text)
         case "trace-id":
@@ -254,17 +286,23 @@ def _event_type(text: str) -> flow_pb2.EventTypeFilter:
 
 
 def parse_time(text: str, now: float) -> int:
-    """Nanoseconds since 1970 of "5m" (ago), "1h30m", or a time as RFC 3339 has it. CliError."""
+    """Nanoseconds since 1970 of "5m" (ago), "1h30m", or a time as RFC 3339 or RFC 1123 (with the
+    zone in digits) have it. CliError."""
     if text == "now":
         return int(now * 10**9)
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[smhd])", text)
     if parts and "".join(a + b for a, b in parts) == text:
         ago = sum(float(number) * UNITS[unit] for number, unit in parts)
         return max(0, int((now - ago) * 10**9))
+    # Of nine digits Python would take six, and refuses others than three or six.
+    text = re.sub(r"(\.\d{6})\d{1,3}(?=Z|[+-]|$)", r"\1", text)
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
-        raise CliError(f"not a time: {text!r}", "5m, 1h30m, 2024-05-01T10:00:00Z") from None
+        try:
+            found = parsedate_to_datetime(text)
+        except ValueError:
+            raise CliError(f"not a time: {text!r}", "5m, 1h30m, 2024-05-01T10:00:00Z") from None
     if found.tzinfo is None:
         found = found.astimezone()
     return max(0, int(found.timestamp() * 10**6) * 1000)

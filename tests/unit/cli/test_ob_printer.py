@@ -7,7 +7,8 @@ import json
 
 import pytest
 from google.protobuf.json_format import Parse
-from tidegate_cli.observe.printer import Printer, safe
+from tidegate_cli.observe.arguments import TIME_FORMATS
+from tidegate_cli.observe.printer import Printer, safe, time_text
 from tidegate_observer.api import flow_pb2, observer_pb2
 from tidegate_observer.messages import flow_message
 from unit.observer.flows import flow
@@ -135,3 +136,22 @@ def test_our_own_flows() -> None:
         "Jan  1 00:16:40.000: shop/web-1:40000 (ID:300) -> data/db-0:5432 (ID:301) "
         "Policy denied DROPPED BY default-deny (NetworkPolicy) (TCP Flags: SYN)\n"
     )
+
+
+TIMES = {
+    "StampMilli": "Feb  3 04:05:06.007",
+    "YearMonthDay": "2021-02-03",
+    "YearMonthDayHour": "2021-02-03T04Z",
+    "YearMonthDayHourMinute": "2021-02-03T04:05Z",
+    "RFC3339": "2021-02-03T04:05:06Z",
+    "RFC3339Milli": "2021-02-03T04:05:06.007Z",
+    "RFC3339Micro": "2021-02-03T04:05:06.007080Z",
+    "RFC3339Nano": "2021-02-03T04:05:06.00708Z",
+    "RFC1123Z": "Wed, 03 Feb 2021 04:05:06 +0000",
+}
+
+
+def test_forms_of_time_are_hubbles() -> None:
+    seconds = 1612325106
+    assert {form: time_text(form, seconds, 7_080_000) for form in TIME_FORMATS} == TIMES
+    assert time_text("RFC3339Nano", seconds, 0) == "2021-02-03T04:05:06Z"

@@ -63,6 +63,39 @@ ROWS = [
         "-f --tcp-flags syn,ack",
         {"follow": True, "whitelist": [{"tcp_flags": [{"SYN": True, "ACK": True}]}]},
     ),
+    (
+        "-f --from-all-namespaces --from-pod web --to-pod db",
+        {
+            "follow": True,
+            "whitelist": [{"source_pod": ["/web"], "destination_pod": ["default/db"]}],
+        },
+    ),
+    (
+        "-f --to-all-namespaces --to-pod db --from-cluster default",
+        {
+            "follow": True,
+            "whitelist": [{"destination_pod": ["/db"], "source_cluster_name": ["default"]}],
+        },
+    ),
+    (
+        "-f --interface eth0 --snat-ip 10.0.0.0/8",
+        {
+            "follow": True,
+            "whitelist": [{"interface": [{"name": "eth0"}], "source_ip_xlated": ["10.0.0.0/8"]}],
+        },
+    ),
+    (
+        '-f --allowlist {"verdict":["DROPPED"]} --denylist {"source_port":["1"]} --protocol udp',
+        {
+            "follow": True,
+            "whitelist": [{"protocol": ["udp"]}, {"verdict": ["DROPPED"]}],
+            "blacklist": [{"source_port": ["1"]}],
+        },
+    ),
+    ("-f --experimental-field-mask time,verdict", {"follow": True, "field_mask": "time,verdict"}),
+    ("-f --type l7", {"follow": True, "whitelist": [{"event_type": [{"type": 129}]}]}),
+    ("--since 1970-01-01T00:00:09.123456789Z", {"since": "1970-01-01T00:00:09.123456Z"}),
+    ("--since 1970-01-01T02+01:00", {"since": "1970-01-01T01:00:00Z"}),
     ("-f -6", {"follow": True, "whitelist": [{"ip_version": ["IPv6"]}]}),
     (
         "-f --drop-reason policy_denied",
@@ -101,9 +134,15 @@ def test_requests(words: str, expected: dict[str, object]) -> None:
         "--tcp-flags abc",
         "--reply perhaps",
         "--type trace:nowhere",
+        "--allowlist {",
+        '--denylist {"no_such_field":1}',
     ],
 )
 def test_refused(words: str) -> None:
     args = build_parser().parse_args(["observe", *words.split()])
     with pytest.raises(CliError):
         request.build(args, NOW)
+
+
+def test_a_time_as_rfc_1123_has_it() -> None:
+    assert request.parse_time("Thu, 01 Jan 1970 01:00:09 +0100", NOW) == 9 * 10**9
