@@ -88,8 +88,15 @@ def _names(flow: dict[str, Any], verdict: str) -> tuple[str, ...]:
     return tuple(sorted(f"{p['namespace']}/{p['name']}" for p in policies))
 
 
+def more(flow: dict[str, Any]) -> dict[str, Any]:
+    """What is said beyond the API."""
+    return dict(flow.get("extensions", {}).get("value", {}))
+
+
 def told(flow: dict[str, Any]) -> Told:
-    what = "denied" if flow["verdict"] == "DROPPED" else "end" if "extensions" in flow else "start"
+    what = (
+        "denied" if flow["verdict"] == "DROPPED" else "end" if "closed" in more(flow) else "start"
+    )
     ports = next(iter(flow["l4"].values()))
     ends = flow["source"]["pod_name"], flow["destination"]["pod_name"]
     by = _names(flow, "allowed"), _names(flow, "denied")
@@ -213,8 +220,8 @@ def test_everything_is_told_once_by_its_policies(settled: town.Town) -> None:
         assert "k8s:app=server" in flow["destination"]["labels"]
     by_port = {one.port: one for one in made.connections}
     for flow in flows:
-        if "extensions" in flow:
-            one, counts = by_port[flow["l4"]["TCP"]["source_port"]], flow["extensions"]["value"]
+        if "closed" in more(flow):
+            one, counts = by_port[flow["l4"]["TCP"]["source_port"]], more(flow)
             assert (counts["closed"], counts["packets"]) == ("fin", one.segments)
             assert counts["bytes"] == one.segments * HEADERS + SYN_OPTIONS + one.sent
             back = counts["replyBytes"] - counts["replyPackets"] * HEADERS
@@ -241,6 +248,26 @@ def test_a_killed_observer_misses_nothing(settled: town.Town) -> None:
     )
     pods.eventually(lambda: server.node not in observe("--last", "1")[1], "it can be asked", 30)
     made.told()
+
+
+def test_a_pod_in_the_nodes_network_is_named_with_its_process(settled: town.Town) -> None:
+    """Its address is the node's; by it nobody could be told apart there."""
+    server = settled.pods["server"]
+    manifest = pods.manifest("in-the-nodes", town.SPACE, {"app": "agent"}, server.node)
+    manifest = pods.flooding(manifest, server.address)
+    manifest["spec"]["hostNetwork"] = True
+    pods.apply(manifest)
+    words = ("--from-pod", f"{town.SPACE}/in-the-nodes", "--node", server.node, "--last", "1")
+    found: list[dict[str, Any]] = []
+    try:
+        pods.eventually(lambda: found.extend(observe(*words)[0]) or found, "it is told by name")
+    finally:
+        cluster.kubectl("delete", "pod", "-n", town.SPACE, "in-the-nodes", "--wait=false")
+    flow = found[0]
+    assert flow["destination"]["pod_name"] == "server"
+    assert flow["source"]["identity"] == 1
+    assert {"k8s:app=agent", "reserved:host"} <= set(flow["source"]["labels"])
+    assert more(flow)["process"] == "probe"
 
 
 def test_a_rule_that_asks_for_it_is_logged(settled: town.Town) -> None:
