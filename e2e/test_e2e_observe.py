@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 import pytest
-from support.hubble import Hubble
+from support.hubble import Hubble, contract
 
 from kind import cluster
 from kind.run import run
@@ -89,8 +89,12 @@ def _names(flow: dict[str, Any], verdict: str) -> tuple[str, ...]:
 
 
 def more(flow: dict[str, Any]) -> dict[str, Any]:
-    """What is said beyond the API."""
-    return dict(flow.get("extensions", {}).get("value", {}))
+    """What is said beyond the API, of a flow as JSON or as the contract's client has it."""
+    value = flow.get("extensions", {}).get("value", {})
+    if isinstance(value, dict):
+        return value
+    entries = contract().decode("google.protobuf.Struct", value)["fields"]
+    return {entry["key"]: next(iter(entry["value"].values()), 0.0) for entry in entries}
 
 
 def told(flow: dict[str, Any]) -> Told:
