@@ -8,7 +8,7 @@ import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -70,13 +70,15 @@ class Reader:
         self._metrics = pins / "maps" / "metrics_v1"
         self._lost, self._looked = self._remembered()
         self._due = 0.0
+        self.failed: BpfError | ValueError | None = None
         self.through = 0
         """Everything until then has been returned; nanoseconds since 1970."""
 
     def read(self, offset: int) -> list[Entry]:
         """Everything that has come since; `offset` from the kernel's clock to the time of day, in
-        nanoseconds. BpfError."""
+        nanoseconds. BpfError: nothing was read. `failed`: some was not."""
         found: list[Entry] = []
+        self.failed = None
         if time.monotonic() >= self._due:
             self.drain.reopen()
             self.source.refresh()
@@ -87,15 +89,26 @@ class Reader:
             self._due = time.monotonic() + REFRESH_SECONDS
         through = self.drain.through
         for number, records in enumerate(self._records):
-            data = self.drain.take(number)
-            if data:
-                found += records.flows(data, offset, self.source.directory)
+            with self._noted():
+                data = self.drain.take(number)
+                if data:
+                    found += records.flows(data, offset, self.source.directory)
         if not self.drain.more:
             self.through = through
-        found += self.limits.sweep(offset, self.source.directory)
+        with self._noted():
+            found += self.limits.sweep(offset, self.source.directory)
         if self._rings[1].open and not self.drain.more:
-            found += self.tracked.sweep(offset)
+            with self._noted():
+                found += self.tracked.sweep(offset)
         return found
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        """What fails is told by `failed`: what was taken from the rings is nowhere else."""
+        try:
+            yield
+        except (BpfError, ValueError) as error:
+            self.failed = error
 
     def counters(self) -> dict[tuple[int, int], tuple[int, int]]:
         """(reason, direction) → (packets, bytes) of the programs, without zeros. BpfError."""
@@ -177,7 +190,10 @@ class Collector:
         for reader in self._readers:
             try:
                 found += reader.read(offset)
-            except (BpfError, ValueError) as error:
+                error: Exception | None = reader.failed
+            except BpfError as failed:
+                error = failed
+            if error is not None:
                 log.warning("cannot read", node=reader.node, error=str(error))
                 pause = RETRY_SECONDS
         for reader in self._readers:
