@@ -46,6 +46,8 @@ _V6 = {
 """RFC 4443, 4861, 2710, 3810, in the words of Hubble's library."""
 
 OTHER = "other"
+_ZERO = 1
+"""The other port of type 0 code 0 of ICMPv6, `TG_ICMP_ZERO`."""
 
 
 def is_icmp(flow: Flow) -> bool:
@@ -56,6 +58,8 @@ def type_code(flow: Flow) -> tuple[int, int]:
     """As `tg_policy_port` has it: the code of an echo counts as 0, and an answer whose identifier
     is 0 as a request."""
     v4 = flow.protocol == ICMP
+    if flow.source_port and flow.destination_port == _ZERO:
+        return 0, 0
     if flow.source_port and flow.destination_port:
         return flow.source_port >> 8, flow.source_port & 0xFF
     if flow.destination_port:

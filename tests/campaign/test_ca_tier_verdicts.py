@@ -137,7 +137,7 @@ class Case:
             maps = self.maps[dst.node].to_pod(dst.ifindex, src.address, port, protocol, host=host)
             # ICMP that is no echo has no port of its own: what the node may send would open
             # the way for a later question from the same address, from elsewhere.
-            own = packet.icmp is None or packet.icmp[0] in (0, 8, 128, 129)
+            own = packet.icmp is None or _is_echo(packet)
             yield self._run("to_pod", dst, frame, maps, host, own or not host)
 
     def _run(
@@ -220,8 +220,13 @@ def _flow(packet: Packet) -> tuple[int | None, str]:
     if packet.icmp is None:
         return packet.port, packet.protocol
     kind, code = packet.icmp
-    echo = (0, 8) if packet.protocol == "ICMP" else (128, 129)
-    return kind << 8 | (0 if kind in echo else code), packet.protocol
+    return kind << 8 | (0 if _is_echo(packet) else code), packet.protocol
+
+
+def _is_echo(packet: Packet) -> bool:
+    """Or the answer to one."""
+    kinds = (0, 8) if packet.protocol == "ICMP" else (128, 129)
+    return packet.icmp is not None and packet.icmp[0] in kinds
 
 
 def _frame(src: str, dst: str, packet: Packet) -> bytes:

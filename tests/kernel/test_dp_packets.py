@@ -272,6 +272,26 @@ def test_other_icmp_is_a_flow(town: Town, kind: int) -> None:
     assert town.reason("a>", sent) == POLICY
 
 
+@pytest.mark.parametrize("kind", [0, 8, 127, 128, 130, 200, 255])
+def test_other_icmp6_is_judged_by_its_own_type(town: Town, kind: int) -> None:
+    """Type 0 code 0, too, whose number is that of no port: it is neither an echo nor its answer."""
+    sent = f.eth(f.ip(A6, B6, f.ICMPV6, f.icmpv6(A6, B6, kind, 0)))
+    town.open({"b<": t.rules(t.from_("a", f.ICMPV6, kind << 8))})
+    assert town.reason("a>", sent) == 0
+    others = [t.from_("a", f.ICMPV6, other << 8) for other in (1, 128, 129) if other != kind]
+    town.open({"b<": t.rules(*others)})
+    assert town.reason("a>", sent) == POLICY
+
+
+@pytest.mark.parametrize("ident", [0, 1, 0xFFFF])
+def test_icmp6_of_type_0_answers_nothing(town: Town, ident: int) -> None:
+    town.open({"b<": t.rules(t.from_("a", f.ICMPV6, 128 << 8)), "a<": t.rules()})
+    asked = f.icmpv6(A6, B6, 128, 0, ident.to_bytes(2, "big") + bytes(2))
+    assert town.reason("a>", f.eth(f.ip(A6, B6, f.ICMPV6, asked))) == 0
+    sent = f.eth(f.ip(B6, A6, f.ICMPV6, f.icmpv6(B6, A6, 0, 0)))
+    assert town.reason("b>", sent) == POLICY
+
+
 # ---- fragments ------------------------------------------------------------------------------
 
 

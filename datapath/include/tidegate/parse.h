@@ -159,14 +159,17 @@ tg_inline int tg_echo(struct tg_tuple *t, __u8 type, __be16 id)
  * one for the other that no echo has beside it: each type is a flow of its own
  * either way, because nothing says which of them answers which. The other port
  * of type 255 code 255 is an echo's type: no flow has that for its source port,
- * so none is taken for the answer. */
+ * so none is taken for the answer. Type 0 code 0 of ICMPv6 would have no port, as
+ * an echo's reply: it has the echo's type, with TG_ICMP_ZERO. */
+#define TG_ICMP_ZERO bpf_htons(1)
+
 tg_inline void tg_icmp_ports(struct tg_tuple *t, __u8 type, __be16 type_code, __be16 id)
 {
-	__u8 echo = t->protocol == IPPROTO_ICMP ? TG_ICMP_ECHO : ICMPV6_ECHO_REQUEST;
+	__be16 echo = bpf_htons((t->protocol == IPPROTO_ICMP ? TG_ICMP_ECHO : ICMPV6_ECHO_REQUEST) << 8);
 
 	if (!tg_echo(t, type, id)) {
-		t->sport = type_code;
-		t->dport = type_code == 0xffff ? bpf_htons(echo << 8) : 0xffff;
+		t->sport = type_code ? type_code : echo;
+		t->dport = !type_code ? TG_ICMP_ZERO : type_code == 0xffff ? echo : 0xffff;
 	}
 }
 
@@ -180,7 +183,7 @@ tg_inline __be16 tg_policy_port(const struct tg_tuple *t)
 	if (!tg_is_icmp(t->protocol))
 		return t->dport;
 	if (t->sport && t->dport)
-		return t->sport;
+		return t->dport == TG_ICMP_ZERO ? 0 : t->sport;
 	if (t->dport)
 		return bpf_htons((v4 ? TG_ICMP_ECHO_REPLY : ICMPV6_ECHO_REPLY) << 8);
 	return bpf_htons((v4 ? TG_ICMP_ECHO : ICMPV6_ECHO_REQUEST) << 8);

@@ -50,6 +50,10 @@ tg_inline int tg_trace_parse(struct __sk_buff *skb, struct tg_trace *seen)
 	if (tg_is_icmp(seen->protocol)) {
 		if (!tg_load(skb, l4, &seen->sport, 2))
 			seen->dport = 0xffff;
+		if (!seen->sport && seen->protocol == IPPROTO_ICMPV6) {
+			seen->sport = bpf_htons(ICMPV6_ECHO_REQUEST << 8);
+			seen->dport = TG_ICMP_ZERO;
+		}
 	} else if (seen->protocol == IPPROTO_TCP || seen->protocol == IPPROTO_UDP ||
 		   seen->protocol == IPPROTO_SCTP) {
 		if (tg_load(skb, l4, &seen->sport, 4))

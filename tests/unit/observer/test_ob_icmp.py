@@ -26,6 +26,8 @@ ROWS = [
     ("the last of all", ICMP, NONE, 8 << 8, (255, 255), "ICMPv4 255(255)"),
     ("a request by IPv6", ICMPV6, 7, 0, (128, 0), "ICMPv6 EchoRequest"),
     ("a reply by IPv6", ICMPV6, 0, 7, (129, 0), "ICMPv6 EchoReply"),
+    ("the first of all by IPv6", ICMPV6, 128 << 8, 1, (0, 0), "ICMPv6 0(0)"),
+    ("a reply with identifier 1", ICMPV6, 0, 1, (129, 0), "ICMPv6 EchoReply"),
     ("multicast", ICMPV6, 143 << 8, NONE, (143, 0), None),
 ]
 
