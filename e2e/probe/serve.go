@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
 const mostDraining = 20 * time.Second
@@ -73,7 +74,7 @@ func (s *server) listen(text string) error {
 		if err != nil {
 			return err
 		}
-		go s.echo(socket)
+		go s.echo(socket.(*net.UDPConn))
 		return nil
 	}
 	return fmt.Errorf("%q is not TCP:port or UDP:port", text)
@@ -94,17 +95,45 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(w).Encode(map[string]string{"pod": s.pod, "client": client})
 }
 
-func (s *server) echo(socket net.PacketConn) {
-	buffer := make([]byte, 65536)
+// echo answers from the address that was asked, whatever the route to the client prefers: a node has
+// several.
+func (s *server) echo(socket *net.UDPConn) {
+	if raw, err := socket.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) {
+			syscall.SetsockoptInt(int(fd), syscall.IPPROTO_IPV6, syscall.IPV6_RECVPKTINFO, 1)
+		})
+	}
+	buffer, control := make([]byte, 65536), make([]byte, 256)
 	for {
-		n, from, err := socket.ReadFrom(buffer)
+		n, size, _, from, err := socket.ReadMsgUDPAddrPort(buffer, control)
 		if err != nil {
 			continue // an ICMP error for an earlier answer
 		}
-		host, _, _ := net.SplitHostPort(from.String())
+		host := from.Addr().Unmap().String()
 		s.mu.Lock()
 		s.received[host]++
 		s.mu.Unlock()
-		socket.WriteTo(append([]byte(s.pod+" "), buffer[:n]...), from)
+		answer := append([]byte(s.pod+" "), buffer[:n]...)
+		socket.WriteMsgUDPAddrPort(answer, asked(control[:size]), from)
 	}
+}
+
+// asked is control data to send from the address that other control data says was asked.
+func asked(control []byte) []byte {
+	messages, err := syscall.ParseSocketControlMessage(control)
+	if err != nil {
+		return nil
+	}
+	for _, message := range messages {
+		if message.Header.Level == syscall.IPPROTO_IPV6 && message.Header.Type == syscall.IPV6_PKTINFO {
+			made := make([]byte, syscall.CmsgSpace(syscall.SizeofInet6Pktinfo))
+			header := (*syscall.Cmsghdr)(unsafe.Pointer(&made[0]))
+			header.Level, header.Type = syscall.IPPROTO_IPV6, syscall.IPV6_PKTINFO
+			header.SetLen(syscall.CmsgLen(syscall.SizeofInet6Pktinfo))
+			// Without the interface: where the answer goes out is the route's to say.
+			copy(made[syscall.CmsgLen(0):], message.Data[:net.IPv6len])
+			return made
+		}
+	}
+	return nil
 }

@@ -16,7 +16,7 @@ from kind import cluster, golang, images, settings
 from kind.run import Failed, run
 
 IMAGE = "tidegate-probe:dev"
-READY_SECONDS = 90.0
+READY_SECONDS = 180.0
 PORTS = ("TCP:80", "TCP:8080", "UDP:53")
 
 Manifest = dict[str, Any]

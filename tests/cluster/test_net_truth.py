@@ -13,37 +13,35 @@ import os
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support import ca_town, frames
+from support import truth as truth_
 from support import truth_town as t
-from support.asking import GRACE_SECONDS, Echoes, Flows, Places, Question
+from support.asking import GRACE_SECONDS, Places
 from support.ca_maps import ADDR, ALLOW, DENY, ISOLATED, U32, codec
-from support.waiting import until
+from support.truth import WAIT_SECONDS, ip
 from tidegate_bpf import Map, netns
 from tidegate_cli.standalone.errors import PrerequisiteError
 from tidegate_cli.standalone.loaders import check
 from tidegate_cli.standalone.rundir import RunDir
 
 pytestmark = [pytest.mark.cluster, pytest.mark.kernel]
-WAIT_SECONDS = 60.0
 
 
 @dataclass
-class Truth:
-    town: ca_town.Town
-    places: Places
-    outside: str
-    addresses: dict[str, tuple[str, str]] = field(default_factory=dict)
+class Truth(truth_.Truth):
+    """As `tidegate up` made it, from a folder that it watches."""
 
-    def learn(self, wanted: str = "") -> bool:
-        """Who is where, as `up` made it; whether `wanted` is among them."""
+    town: ca_town.Town
+    outside: str
+
+    def learn(self, *wanted: str) -> bool:
         state = self.town.run_dir.read()
         assert state is not None
         for pod in state.pods:
@@ -55,43 +53,7 @@ class Truth:
         self.cidrs = {node.name: (node.pod_cidrs[0], node.pod_cidrs[1]) for node in state.nodes}
         self.addresses |= t.NODES | t.OUTSIDE | {"vip": t.VIP}
         self.places.paths |= dict.fromkeys(t.OUTSIDE, f"/run/netns/{self.outside}")
-        return wanted in self.addresses
-
-    def questions(self, rows: Sequence[t.Row]) -> list[tuple[t.Row, Question]]:
-        return [
-            (row, Question(row.who, address, row.port, protocol, source))
-            for row in rows
-            for protocol in ([row.protocol] if row.protocol else ["TCP", "UDP"])
-            for address, source in zip(
-                self.addresses[row.target], t.OUTSIDE.get(row.who, ("", "")), strict=True
-            )
-        ]
-
-    def agrees(self, rows: Sequence[t.Row] = t.TABLE) -> None:
-        """Soon every row is true: a change takes a moment to reach the nodes."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while (wrong := self.wrong(rows)) and time.monotonic() < deadline:
-            pass
-        assert wrong == []
-
-    def wrong(
-        self, rows: Sequence[t.Row] = t.TABLE, seconds: float = 3.0, grace: float = GRACE_SECONDS
-    ) -> list[str]:
-        """Rows that are not as expected, an answer being due in so many seconds; one that must not
-        come has `grace` more."""
-        asked = self.questions(rows)
-        expected = [row.allowed for row, _ in asked]
-        questions = [question for _, question in asked]
-        found = self.places.ask(questions, expected, seconds, grace)
-        return [
-            f"{row.why}: {q.who} > {row.target} {q.address} {q.port}/{q.protocol}: {got or '-'}"
-            for (row, q), got in zip(asked, found, strict=True)
-            if got != ("answered" if row.allowed else "")
-        ]
-
-    def inhabit(self, **changed: str) -> None:
-        """Everybody, some otherwise."""
-        self.save("inhabitants", "---".join((t.INHABITANTS | changed).values()))
+        return self.addresses.keys() >= set(wanted)
 
     def save(self, name: str, text: str) -> None:
         """By rename, as editors save."""
@@ -100,24 +62,12 @@ class Truth:
         temporary.rename(self.town.folder / f"{name}.yaml")
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
-def join(run_dir: RunDir, outside: str, cidrs: dict[str, tuple[str, str]]) -> None:
-    """A host on the nodes' network that has many addresses."""
+def join(run_dir: RunDir, outside: str) -> None:
+    """A host on the nodes' network."""
     fabric = f"{run_dir.netns_prefix}_fabric"
     veth = ("type", "veth", "peer", "eth0", "netns", outside)
     ip("-n", fabric, "link", "add", "out", *veth)
     ip("-n", fabric, "link", "set", "out", "master", "br0", "up")
-    for link in ("lo", "eth0"):
-        ip("-n", outside, "link", "set", link, "up")
-    for pair in t.OUTSIDE.values():
-        ip("-n", outside, "addr", "add", f"{pair[0]}/16", "dev", "eth0")
-        ip("-n", outside, "addr", "add", f"{pair[1]}/64", "dev", "eth0", "nodad")
-    for node, pair in cidrs.items():
-        for cidr, via in zip(pair, t.NODES[node], strict=True):
-            ip("-n", outside, "route", "add", cidr, "via", via)
 
 
 @pytest.fixture(scope="module")
@@ -130,18 +80,14 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Truth]:
     ip("netns", "add", outside)
     try:
         with ca_town.town(tmp_path_factory.mktemp("truth")) as town:
-            found = Truth(town, Places({}), outside)
+            found = Truth(Places({}), town, outside)
             found.inhabit()
             town.up()
             found.learn()
-            join(town.run_dir, outside, found.cidrs)
+            join(town.run_dir, outside)
+            truth_.furnish(found, outside)
             found.save("policies", t.policies(found.addresses, found.cidrs))
-            with Echoes(found.places) as echoes:
-                for name in ("sctp", "open", "ranged"):
-                    echoes.serve(name, "SCTP", *t.SCTP_PORTS)
-                for name, pair in t.OUTSIDE.items():
-                    for protocol in ("TCP", "UDP", "SCTP"):
-                        echoes.serve(name, protocol, t.OUTER, at=pair)
+            with truth_.answered(found):
                 yield found
     finally:
         ip("netns", "del", outside)
@@ -214,7 +160,7 @@ class _Faults:
     def __init__(self, truth: Truth) -> None:
         self._nodes = [truth.town.run_dir.bpf / name for name in t.NODES]
         self._names = {pair[0]: name for name, pair in truth.addresses.items()}
-        self._names["10.96.7.7"] = "vip"
+        self._names[t.VIP[0]] = "vip"
         self._undo: list[tuple[Map, bytes, bytes]] = []
         self.count = 0
 
@@ -381,155 +327,15 @@ def _heard(sink: socket.socket, wanted: set[bytes]) -> set[bytes]:
 
 
 def test_labels_of_living_pods_and_namespaces(truth: Truth) -> None:
-    """A policy that waits for its pod; then pods and a namespace that have other labels."""
-    late = t.policy(
-        "late", f"{{from: [{t.FRIENDS}, {{namespaceSelector: {{matchLabels: {{team: blue}}}}}}]}}"
-    )
-    truth.save("late-policy", late)
-    truth.save("late", t.pod("late"))
-    until(lambda: truth.learn("late"), "the pod is there", WAIT_SECONDS)
-    rows = t.rows("""
-near far mate > late:8080/ yes  # the policy was there first
-stray alien   > late:8080/ no   # and isolates
-""")
-    truth.agrees(rows)
-    changed = {
-        "near": t.pod("near", 1, "role: former"),
-        "stray": t.pod("stray", 1, "role: friend"),
-        "blue": t.namespace("red"),
-    }
-    # While it is open, no other namespace has its number.
-    with Path(truth.places.paths["near"]).open("rb") as lives, _put_back(truth):
-        truth.inhabit(**changed)
-        truth.agrees(
-            t.rows("""
-stray far > late:8080/ yes  # has the label now
-stray     > hosted:8080/ yes  # for every policy
-near      > late:8080/ no   # has it no more
-near      > hosted:8080/ no   # for every policy
-mate      > late:8080/ no   # the namespace has another label
-mate      > by-team:8080/ no   # for every policy
-mate      > by-name:8080/ yes  # and the same name
-""")
-        )
-        number = os.fstat(lives.fileno()).st_ino
-        assert Path(truth.places.paths["near"]).stat().st_ino == number, "the same pod"
-        truth.save("late", t.pod("late").replace("app: late", "app: free"))
-        truth.agrees(t.rows("near stray mate alien > late:8080/ yes  # nobody's subject now"))
-    truth.agrees(rows)
-    truth.agrees()
+    truth_.labels_change(truth)
 
 
-@contextlib.contextmanager
-def _put_back(truth: Truth) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        truth.inhabit()
-        truth.save("late", t.pod("late"))
-
-
-CLIENTS = ("near", "far", "mate", "alien", "two", "outside-200", "outside-202", "outside-210")
-
-
-@pytest.mark.parametrize(
-    ("changed", "cut"),
-    [
-        # near: the receiver's rule. far: its own egress, TCP only. mate: its namespace's label.
-        # outside-200: the block has a hole now.
-        (
-            1,
-            {
-                "near TCP",
-                "near UDP",
-                "far TCP",
-                "mate TCP",
-                "mate UDP",
-                "outside-200 TCP",
-                "outside-200 UDP",
-            },
-        ),
-        # near: its own label. far: a TrafficPolicy. mate: the Admin tier. alien: the block has a
-        # hole. outside-210: the Identity has no such address any more.
-        (
-            2,
-            {
-                f"{who} {kind}"
-                for who in ("near", "far", "mate", "alien", "outside-210")
-                for kind in ("TCP", "UDP")
-            },
-        ),
-    ],
-)
+@pytest.mark.parametrize("changed", truth_.CUTS)
 def test_what_is_allowed_no_more_is_cut_and_the_rest_loses_nothing(
-    truth: Truth, changed: int, cut: set[str]
+    truth: Truth, changed: int
 ) -> None:
-    """Established flows, from either end's policy; the rest go on without a datagram lost."""
-    truth.save("kept", t.kept(truth.addresses, truth.cidrs))
-    truth.agrees(_kept(set()))
-    with Flows() as flows:
-        for number, who in enumerate(CLIENTS):
-            for kind in ("TCP", "UDP"):
-                # One family each, so that both are there.
-                family = (number + (kind == "UDP")) % 2
-                to, source = truth.addresses["kept"][family], t.OUTSIDE.get(who, ("", ""))[family]
-                flows.open(truth.places, f"{who} {kind}", Question(who, to, 8080, kind, source))
-        until(lambda: min(flows.counts().values()) > 5, "all are answered", WAIT_SECONDS)
-        try:
-            truth.save("kept", t.kept(truth.addresses, truth.cidrs, changed=changed))
-            if changed == 1:
-                truth.inhabit(blue=t.namespace("red"))
-            else:
-                near = t.pod("near", 1, "role: former")
-                truth.inhabit(near=near, office=t.office("172.18.0.211/32"))
-            truth.agrees(_kept(cut))
-            deadline = time.monotonic() + WAIT_SECONDS
-            while (silent := flows.silent()) != cut and time.monotonic() < deadline:
-                pass
-            assert silent == cut
-            ended = flows.counts()
-            assert flows.silent() == cut
-            assert {name for name, count in flows.counts().items() if count == ended[name]} == cut
-            assert flows.lost().keys() <= cut
-        finally:
-            truth.inhabit()
-            truth.save("kept", "")
-    truth.agrees(t.rows(f"{' '.join(CLIENTS)} > kept:8080/ yes  # nobody isolates"))
-
-
-def _kept(cut: set[str]) -> list[t.Row]:
-    """New connections have the same fate."""
-    return [
-        t.Row("as the flow", who, "kept", 8080, kind, f"{who} {kind}" not in cut)
-        for who in CLIENTS
-        for kind in ("TCP", "UDP")
-    ]
+    truth_.flows_are_cut(truth, changed)
 
 
 def test_a_policy_that_is_widened_interrupts_nothing(truth: Truth) -> None:
-    """More peers, another kind of peer for the same pods, more ports, one more policy, none."""
-    ports = "ports: [{port: 8080}, {port: 8080, protocol: UDP}]"
-    wide = "ports: [{port: 8000, endPort: 9000}, {port: 1, endPort: 65535, protocol: UDP}]"
-    other, near = t.pods_with(role="other"), t.pods_with(app="near")
-    far, everybody = t.blocks(*t.both(truth.cidrs["node-2"])), "from: [{namespaceSelector: {}}]"
-    steps = {
-        "stray > kept:8080/": t.policy("kept", f"{{from: [{t.FRIENDS}, {other}], {ports}}}"),
-        "alien > kept:8080/": t.policy("kept", f"{{from: [{near}, {far}], {ports}}}"),
-        "mate > kept:8081/UDP": t.policy("kept", f"{{{everybody}, {wide}}}"),
-        "mate > kept:7000/TCP": "---".join(
-            [t.policy("kept", f"{{{everybody}}}"), t.policy("kept", name="more")]
-        ),
-        "outside-200 > kept:8080/": "",
-    }
-    truth.save("kept", t.policy("kept", f"{{from: [{t.FRIENDS}], {ports}}}"))
-    truth.agrees(t.rows("near far > kept:8080/ yes\nstray > kept:8080/ no"))
-    with Flows() as flows:
-        for who in ("near", "far"):
-            for kind in ("TCP", "UDP"):
-                to = truth.addresses["kept"][kind == "UDP"]
-                flows.open(truth.places, f"{who} {kind}", Question(who, to, 8080, kind))
-        for opened, text in steps.items():
-            truth.save("kept", text)
-            truth.agrees(t.rows(f"{opened} yes # is what it adds"))
-            assert flows.silent() == set(), opened
-        assert flows.lost() == {}
+    truth_.policies_are_widened(truth)

@@ -28,6 +28,8 @@ AGAIN_SECONDS = 0.4
 DATAGRAMS = 32
 """To a Service: that none of two endpoints gets one happens once in four billion times."""
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+INIT_ACK = struct.pack("!BBHIIHHI", 2, 0, 20, 1, 0x10000, 1, 1, 1)
+"""What a kernel that masquerades takes for the answer to an INIT whose tag is 1."""
 _ports = itertools.cycle(range(20000, 32000))
 
 
@@ -192,7 +194,7 @@ def _sctp_ports(sock: socket.socket, data: bytes) -> tuple[int, int]:
 
 
 class Echoes:
-    """Answers in `places`: TCP by accepting, UDP by echo, SCTP by a header that comes back."""
+    """Answers in `places`: TCP by accepting, UDP by echo, SCTP by an INIT ACK."""
 
     def __init__(self, places: Places) -> None:
         self._places = places
@@ -250,7 +252,7 @@ class Echoes:
             return
         sport, dport = _sctp_ports(sock, data)
         if dport in self._ports[sock.fileno()]:
-            sock.sendto(frames.sctp(dport, sport, 1), client)
+            sock.sendto(frames.sctp(dport, sport, 1, INIT_ACK), client)
 
 
 # ---- flows that stay ----------------------------------------------------------------------

@@ -23,7 +23,8 @@ CORNER = ("172.18.0.192/28", "fc00:f853:ccd:e793::c0/124")
 """outside-200 to -202; -210 is beside it."""
 PAIR = ("172.18.0.200/31", "fc00:f853:ccd:e793::c8/127")
 """outside-200 and -201."""
-VIP = ("10.96.7.7", "fd00:10:96::7:7")
+VIP = ("10.96.0.77", "fd00:10:96::4d")
+"""Among those that an API server gives to nobody who asks for none."""
 EVERY = (8080, 8081, 7000, 7001, 7003, 7004)
 OUTER = 6000
 """The port of hosts outside, and of the pods on the host's network."""
@@ -108,7 +109,17 @@ spec:
   - {{name: t, port: 80, targetPort: 8080}}
   - {{name: u, port: 80, targetPort: 8080, protocol: UDP}}
 """
-SERVERS = ("sctp", "blocks", "nodes", "node-two", "world", "probed", "by-name", "by-team", "own")
+SERVERS: tuple[str, ...] = (
+    "sctp",
+    "blocks",
+    "nodes",
+    "node-two",
+    "world",
+    "probed",
+    "by-name",
+    "by-team",
+    "own",
+)
 SERVERS += ("all", "hosted", "ranged", "union", "narcissus", "open", "one", "mute", "to-named")
 SERVERS += ("to-hosts", "to-near", "kept", "tiers", "to-tiers", "entities", "to-entities")
 INHABITANTS = {
@@ -173,10 +184,10 @@ FRIENDS = pods_with(role="friend")
 
 
 def policies(addresses: Mapping[str, tuple[str, str]], cidrs: Mapping[str, tuple[str, str]]) -> str:
-    """`addresses` of pods; `cidrs` of the nodes' pods. Every family's blocks in one rule."""
+    """`addresses` of pods and nodes; `cidrs` of nodes' pods. Every family's blocks in one rule."""
     pod_net = ("10.244.0.0/16", "fd00:10:244::/56")
     near, alien = hosts(addresses["near"]), hosts(addresses["alien"])
-    two = hosts(NODES["node-2"])
+    two = hosts(addresses["node-2"])
     named = "{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: blue}}}"
     team = "{namespaceSelector: {matchLabels: {team: blue}}"
     http = "ports: [{port: http}]"
