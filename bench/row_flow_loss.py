@@ -68,7 +68,7 @@ def offer(run: Callable[[int], object]) -> tuple[int, float, float]:
         if behind > LATE:
             stalled += behind - LATE
             began += behind - LATE
-        elif behind > 0:
+        if behind > 0:
             run(each)
             offered += each
         else:

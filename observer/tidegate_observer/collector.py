@@ -62,6 +62,7 @@ class Reader:
             for name, records in zip(RINGS, self._records, strict=True)
         ]
         self.drain = rings.Drain(self._rings, processes.read)
+        source.hurry = self.drain.pressed
         self.pressure = Pressure(spec, pins)
         self.tracked = Tracked(spec, node, pins, flows.live)
         self._watch = agent.Watch(node)

@@ -114,6 +114,10 @@ class Drain:
         """Whether a batch was not all."""
         return any(self._queues)
 
+    def pressed(self) -> bool:
+        """Whether half of what memory there is for a ring is full."""
+        return max(self._held) > MAX_BUFFERED // 2
+
     def read(self) -> None:
         """Empties the rings once, as the thread does all the time."""
         came, began, whole = False, time.time_ns(), True

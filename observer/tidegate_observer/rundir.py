@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,8 @@ from tidegate_observer.people import Files, People, Pod, PodKey, RunDirPeople, o
 WAIT_SECONDS = {"address": 0.5, "rule set": 5.0}
 """How long a batch of records waits for the file that names what it speaks of: whoever made it
 true writes it down a moment later, and on a node that is busy later than that. An address may be
-of somebody who is never named; a rule set in force always is."""
+of somebody who is never named; a rule set in force always is. Not while so many records wait behind
+it that some would be lost."""
 STEP_SECONDS = 0.01
 REREAD_SECONDS = 0.1
 """How often the files are read again for what is not known, once there is no more waiting:
@@ -94,6 +95,8 @@ class RunDirSource:
         self._facts: tuple[dict[bytes, int], dict[FrontendKey, Service]] = {}, {}
         self._rule_sets: dict[str, RuleSet] = {}
         self._cgroups = Cgroups(cgroup)
+        self.hurry: Callable[[], bool] = lambda: False
+        """Whether there is no time to wait for a name; set from outside."""
         self._unknown: dict[tuple[str, bytes | int], float] = {}
         self._waited = dict.fromkeys(WAIT_SECONDS, -UNKNOWN_SECONDS)
         self._reread = -REREAD_SECONDS
@@ -234,7 +237,7 @@ class RunDirSource:
             return False
         held: Mapping[Any, object]
         while True:
-            patient = time.monotonic() < self._patient_until(what, now)
+            patient = time.monotonic() < self._patient_until(what, now) and not self.hurry()
             if not patient and time.monotonic() - self._reread < REREAD_SECONDS:
                 break
             self.refresh()

@@ -58,8 +58,10 @@ def test_a_ring_that_nobody_takes_from_is_left_to_fill() -> None:
     made.read()
     made.read()
     assert source.pieces == [b"later"]
+    assert made.pressed()
     assert made.take(1) == b"other"
     made.take(0)
+    assert not made.pressed()
     made.read()
     assert made.take(0) == b"later"
 

@@ -84,3 +84,18 @@ def test_strangers_make_nobody_read_files_over_and_over(
     took = time.monotonic() - began
     patience = rundir.WAIT_SECONDS["address"] * (1 + took / rundir.UNKNOWN_SECONDS)
     assert len(reads) <= patience / rundir.STEP_SECONDS + took / rundir.REREAD_SECONDS + 2
+
+
+def test_a_name_is_not_waited_for_while_records_would_be_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = RunDirSource(tmp_path, "node-1")
+    asked: list[int] = []
+
+    def pressed() -> bool:
+        asked.append(1)
+        return len(asked) > 3
+
+    monkeypatch.setattr(source, "hurry", pressed)
+    assert source.directory.decision(9, 0) is None
+    assert len(asked) == 4, "it waited on"
