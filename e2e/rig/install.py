@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kind import cluster
+from kind import cluster, settings
 from kind.run import run
 from rig import pods
 
 IMAGE = "tidegate:dev"
 NAMESPACE = "tidegate-system"
 ROOT = Path(__file__).parents[2]
+CHART = ROOT / "manifests" / "chart" / "tidegate"
 READY_SECONDS = 120
 
 
@@ -38,6 +39,22 @@ def apply() -> None:
     cluster.kubectl(
         "apply", "--server-side", "--force-conflicts", "-k", ROOT / "manifests/overlays/kind"
     )
+
+
+@contextlib.contextmanager
+def with_values(*values: str) -> Iterator[None]:
+    """While in it Tidegate has these values of the chart, "name=value"; then again its defaults."""
+    given = ("image.pullPolicy=Never", "crds.install=false", *values)
+    options = [word for value in given for word in ("--set", value)]
+    options += ["--namespace", NAMESPACE, "--kube-version", settings.KUBERNETES]
+    made = run(settings.binaries() / "helm", "template", "tidegate", CHART, *options)
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=made)
+    try:
+        wait_ready()
+        yield
+    finally:
+        apply()
+        wait_ready()
 
 
 @contextlib.contextmanager
