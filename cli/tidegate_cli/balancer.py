@@ -15,13 +15,14 @@ from typing import Any
 from msgspec import UNSET
 from tidegate_api.service import EVERY_NODE, ServicePort
 from tidegate_loader import addresses, services
+from tidegate_observer import carried
 
 from tidegate_cli import live, render
 from tidegate_cli.lists import by_node, gather, protocol_name, values_of
 from tidegate_cli.live import NodeView
 from tidegate_cli.model import Model
 from tidegate_cli.objects import RunObjects
-from tidegate_cli.target import choose
+from tidegate_cli.target import Place, choose
 
 WORDS = {
     services.LOCAL: "Local",
@@ -32,6 +33,8 @@ WORDS = {
 """In this order, then `non-routable`, then RANGES."""
 KINDS = {"ExternalIP": "ExternalIPs"}
 """Words that people know by another name."""
+
+STATS_KEYS = ("address", "service", "type", "connections", "noBackend")
 
 Key = tuple[str, int, str]
 """(address, or EVERY_NODE's; port; protocol)."""
@@ -72,9 +75,9 @@ def lb_list(args: argparse.Namespace) -> int:
         found, code = gather(place, args, _maglev, "--maglev")
         by_node(args, found, ("SERVICE ADDRESS", "BACKEND ADDRESS", "PLACES"), values_of)
     elif args.stats:
-        found, code = gather(place, args, partial(_stats, known), "--stats")
+        found, code = gather(place, args, partial(_stats, known, place), "--stats")
         header = ("SERVICE ADDRESS", "SERVICE", "TYPE", "CONNECTIONS", "NO BACKEND")
-        by_node(args, found, header, values_of)
+        by_node(args, found, (*header, "PACKETS", "BYTES"), _stats_cells)
     elif args.revnat:
         found, code = gather(place, args, _revnat, "--revnat")
         by_node(args, found, ("ID", "SERVICE ADDRESS"), values_of)
@@ -165,23 +168,38 @@ def _frontends(known: Known, view: NodeView) -> list[dict[str, Any]]:
     return rows
 
 
-def _stats(known: Known, view: NodeView) -> list[dict[str, Any]]:
-    """Since the node's maps were made; a frontend that goes takes its figures with it."""
+def _stats(known: Known, place: Place, view: NodeView) -> list[dict[str, Any]]:
+    """Since the node's maps were made; a frontend that goes takes its figures with it. Packets and
+    bytes are as the observer has counted them, absent where there is none."""
     counts = view.maps.service_counts()
+    name = carried.file_name(view.name)
+    passed = carried.read(place.beside_observer(name)) if isinstance(place, RunObjects) else None
     rows = []
     for front in view.maps.frontends():
         kind, port = known.find(front)
-        asked = counts.get((front.address, front.port, front.protocol), (0, 0))
-        rows.append(
-            {
-                "address": _name(front),
-                "service": f"{port.namespace}/{port.name}" if port else "-",
-                "type": kind if port else "-",
-                "connections": asked[0],
-                "noBackend": asked[1],
-            }
-        )
+        key = (front.address, front.port, front.protocol)
+        asked = counts.get(key, (0, 0))
+        row = {
+            "address": _name(front),
+            "service": f"{port.namespace}/{port.name}" if port else "-",
+            "type": kind if port else "-",
+            "connections": asked[0],
+            "noBackend": asked[1],
+        }
+        if passed is not None:
+            amounts = passed.get(key, carried.NOTHING)
+            row["packets"], row["bytes"] = amounts.packets, amounts.bytes
+            row["replyPackets"], row["replyBytes"] = amounts.reply_packets, amounts.reply_bytes
+        rows.append(row)
     return rows
+
+
+def _stats_cells(rows: Any) -> Iterable[Sequence[object]]:
+    """Packets and bytes of both ways."""
+    for row in rows:
+        ways = (("packets", "replyPackets"), ("bytes", "replyBytes"))
+        sums = [row[one] + row[two] if one in row else "-" for one, two in ways]
+        yield (*(row[key] for key in STATS_KEYS), *sums)
 
 
 def _revnat(view: NodeView) -> list[dict[str, Any]]:

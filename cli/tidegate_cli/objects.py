@@ -78,6 +78,10 @@ class Followed(msgspec.Struct, frozen=True):
     """ "Kind namespace/name"."""
 
 
+OBSERVER_DIR = Path("/run/tidegate-observer")
+"""Where a node's observer has its socket, in a cluster."""
+
+
 class RunObjects:
     """`run_dir` as it is now. Raises CliError: there is none, or a file is no object of ours."""
 
@@ -87,6 +91,10 @@ class RunObjects:
         self._pin_dir = pin_dir
         if not (self.run_dir / "objects").is_dir():
             raise CliError(f"nothing is up in {self.run_dir}", "run `tidegate up DIR` first")
+
+    def beside_observer(self, name: str) -> Path:
+        """A file that the observer keeps beside its socket."""
+        return (OBSERVER_DIR if self._pin_dir is not None else self.run_dir) / name
 
     def nodes(self, only: str | None = None) -> list[str]:
         """Names of the nodes that have a NodeState, sorted. CliError: `only` is none of them."""

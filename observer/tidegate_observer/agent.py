@@ -16,8 +16,8 @@ import msgspec
 from google.protobuf.wrappers_pb2 import UInt32Value
 
 from tidegate_observer.api import flow_pb2, observer_pb2
-from tidegate_observer.directory import Directory, FrontendKey
-from tidegate_observer.flow import End, Policy, Service, address_text
+from tidegate_observer.directory import Directory
+from tidegate_observer.flow import End, FrontendKey, Policy, Service, address_text
 from tidegate_observer.history import History
 from tidegate_observer.meaning import theirs
 from tidegate_observer.messages import timestamp

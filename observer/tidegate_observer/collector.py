@@ -16,7 +16,7 @@ from typing import Any, cast
 import structlog
 from tidegate_bpf import BpfError, Map, ObjectFile
 
-from tidegate_observer import agent, rings, standing
+from tidegate_observer import agent, carried, rings, standing
 from tidegate_observer.flow import Entry, Flow, Lost
 from tidegate_observer.history import History
 from tidegate_observer.limits import Limits
@@ -65,6 +65,7 @@ class Reader:
         source.hurry = self.drain.pressed
         self.pressure = Pressure(spec, pins)
         self.tracked = Tracked(spec, node, pins, flows.live)
+        self._carried = carried.Carried(memory.with_name(carried.file_name(node)))
         self._watch = agent.Watch(node)
         self.changed: list[agent.AgentEvent] = []
         """What changed on the node since this was last taken."""
@@ -101,6 +102,7 @@ class Reader:
         if self._rings[1].open and not self.drain.more:
             with self._noted():
                 found += self.tracked.sweep(offset)
+        self._carried.add(found)
         return found
 
     @contextlib.contextmanager
@@ -110,6 +112,16 @@ class Reader:
             yield
         except (BpfError, ValueError) as error:
             self.failed = error
+
+    def tell_carried(self) -> None:
+        """Not before it is known what is served."""
+        directory = self.source.directory
+        if not directory.services:
+            return
+        try:
+            self._carried.write(self.tracked.under_way(), directory.service)
+        except OSError as error:
+            log.debug("cannot write what was carried", node=self.node, error=str(error))
 
     def counters(self) -> dict[tuple[int, int], tuple[int, int]]:
         """(reason, direction) → (packets, bytes) of the programs, without zeros. BpfError."""
@@ -238,6 +250,7 @@ class Collector:
                 for name, (entries, size) in reader.pressure.look().items():
                     used[name] += entries
                     room[name] += size
+                reader.tell_carried()
             except BpfError as error:
                 log.debug("cannot count", node=reader.node, error=str(error))
         self._figures.programs = {

@@ -8,9 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from msgspec import UNSET
+from tidegate_api.service import EVERY_NODE
 from tidegate_api.state import FIRST_IDENTITY, AnyPeer, Identity, Reserved, RuleSet
 
-from tidegate_observer.flow import Decision, End, Policy, Service
+from tidegate_observer.flow import (
+    MAPPED,
+    Decision,
+    End,
+    FrontendKey,
+    Policy,
+    Service,
+    address_bytes,
+)
 
 NO_RULE = (1 << 32) - 1
 """TG_RULE_NONE as a record holds it: default deny, or no policy."""
@@ -23,10 +32,10 @@ NONE, L3_ONLY, L3_L4, L4_ONLY, ALL, L3_PROTO, PROTO_ONLY = range(7)
 MAX_RETIRED = 256
 """Rule sets that are kept although they are not in force any more."""
 
-NAMESPACE_LABEL = "k8s:io.kubernetes.pod.namespace"
+EVERY_NODE_4, EVERY_NODE_6 = map(address_bytes, EVERY_NODE)
+"""What a NodePort's frontend has for an address."""
 
-FrontendKey = tuple[bytes, int, int]
-"""Address, port, protocol number."""
+NAMESPACE_LABEL = "k8s:io.kubernetes.pod.namespace"
 
 
 class Directory:
@@ -133,8 +142,12 @@ class Directory:
             del self._decisions[key]
 
     def service(self, address: bytes, port: int, protocol: int) -> Service | None:
-        """Of a frontend."""
-        return self.services.get((address, port, protocol))
+        """Of a frontend; a NodePort has whatever address of a node it was asked at."""
+        found = self.services.get((address, port, protocol))
+        if found is None:
+            every = EVERY_NODE_4 if address.startswith(MAPPED) else EVERY_NODE_6
+            found = self.services.get((every, port, protocol))
+        return found
 
 
 def match_type(item: RuleSet, rule: int) -> int:

@@ -34,6 +34,10 @@ class Kind(IntEnum):
     """A packet that somebody asked for, seen at `point`."""
 
 
+FrontendKey = tuple[bytes, int, int]
+"""Address, port, protocol number."""
+
+
 class End(msgspec.Struct, frozen=True, gc=False):
     """One side of a flow: a pod, or whoever an identity number stands for."""
 
@@ -138,6 +142,8 @@ class Flow(msgspec.Struct, gc=False):
     """Other than 0: this stands for so many denials like it that were not told one by one."""
     process: Process | None = None
     """That it began in; None: it is not known."""
+    asked: FrontendKey | None = None
+    """Of `service`: where its client asked for it."""
 
 
 class Lost(msgspec.Struct, frozen=True, gc=False):

@@ -193,11 +193,12 @@ class Flows:
             destination_rule,
         ) in self._struct.iter_unpack(data):
             if kind == FLOW_START:
-                asked = (
-                    (destination, PORTS[dport], protocol)
-                    if frontend == NOBODY
-                    else (frontend, PORTS[frontend_port], protocol)
-                )
+                if frontend == NOBODY:
+                    asked = (destination, PORTS[dport], protocol)
+                    service = services.get(asked)
+                else:
+                    asked = (frontend, PORTS[frontend_port], protocol)
+                    service = services.get(asked) or directory.service(*asked)
                 begins = end(source, source_identity, source_endpoint)
                 if cgroup and not begins.pod:
                     begins = host(begins, cgroup)
@@ -218,11 +219,12 @@ class Flows:
                     end(destination, destination_identity, destination_endpoint),
                     decision(source_set, source_rule) if source_set else None,
                     decision(destination_set, destination_rule) if destination_set else None,
-                    services.get(asked),
+                    service,
                     None,
                     cookie,
                     cgroup,
                     process=process(cookie & COOKIE_LOW) if cookie else None,
+                    asked=asked if service is not None else None,
                 )
                 if len(live) < room:
                     live[hash((start, source, destination, sport << 16 | dport, protocol))] = flow
@@ -256,6 +258,7 @@ class Flows:
                     begun.destination if begun else who(destination, destination_endpoint),
                     service=begun.service if begun else None,
                     counts=counts,
+                    asked=begun.asked if begun else None,
                     process=begun.process if begun else None,
                 )
             found.append(flow)

@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from tidegate_api.state import Reserved, RuleSet, StateSlice
 
 from tidegate_observer.cgroups import Cgroups
-from tidegate_observer.directory import Directory, FrontendKey, reserved_labels
-from tidegate_observer.flow import SCTP, TCP, UDP, End, Service, address_bytes
+from tidegate_observer.directory import Directory, reserved_labels
+from tidegate_observer.flow import SCTP, TCP, UDP, End, FrontendKey, Service, address_bytes
 from tidegate_observer.people import Files, People, Pod, PodKey, RunDirPeople, objects_in
 
 WAIT_SECONDS = {"address": 0.5, "rule set": 5.0}

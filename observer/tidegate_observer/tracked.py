@@ -12,9 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from msgspec import structs
 from tidegate_bpf import BpfError, Map, ObjectFile
 
-from tidegate_observer.flow import TCP, Counts, Flow, Kind
+from tidegate_observer.flow import TCP, Counts, Flow, FrontendKey, Kind
 from tidegate_observer.records import LATENCIES, flow_key, reader
 
 MAX_LIVE = 65536
@@ -74,6 +75,8 @@ class Tracked:
         self._entry = reader(spec.layout("tg_ct"), _ENTRY, header=0)
         self._key_size = spec.layout("tg_ct_key").size
         self._missing: set[int] = set()
+        self._counted: dict[int, Counts] = {}
+        """Of flows to Services that were under way when the table was last looked through."""
         self.entries = 0
         """In the table, when it was last looked through."""
         self.size = spec.maps["ct_v2"].max_entries
@@ -98,7 +101,9 @@ class Tracked:
                 if key not in self._missing:
                     missing.add(key)
                     continue
-                counts = Counts(0, 0, 0, 0, max(0, began + offset - flow.time), "unknown")
+                lasted = max(0, began + offset - flow.time)
+                known = self._counted.get(key, Counts(0, 0, 0, 0, 0, ""))
+                counts = structs.replace(known, nanoseconds=lasted, closed="unknown")
                 ended.append(_end(flow, began + offset, counts))
             elif state[0]:
                 ended.append(_end(flow, max(flow.time, (state[1] << 30) + offset), state[2]))
@@ -106,10 +111,22 @@ class Tracked:
                 continue
             del self._live[key]
         self._missing = missing
+        self._counted = {
+            key: states[key][2] if key in states else self._counted[key]
+            for key, flow in self._live.items()
+            if flow.asked is not None and (key in states or key in self._counted)
+        }
         self.seconds = (time.monotonic_ns() - began) / 1e9
         self.sweeps += 1
         self._due = time.monotonic() + SWEEP_SECONDS
         return ended
+
+    def under_way(self) -> Iterator[tuple[FrontendKey, Counts]]:
+        """Flows to Services that have not ended, with what they had carried at the last look."""
+        for key, counts in self._counted.items():
+            flow = self._live.get(key)
+            if flow is not None and flow.asked is not None:
+                yield flow.asked, counts
 
     def _states(self, now_ns: int) -> Iterator[tuple[int, State]]:
         now = now_ns >> 30
@@ -182,4 +199,5 @@ def _end(flow: Flow, when: int, counts: Counts) -> Flow:
         service=flow.service,
         counts=counts,
         process=flow.process,
+        asked=flow.asked,
     )

@@ -470,3 +470,34 @@ def test_lists_say_it(cluster: Cluster) -> None:
     ranges = cluster.tidegate("lb", "list", "--node", "node-1", "--source-ranges")
     assert "default/balanced" in ranges
     assert "172.18.0.200/32" in ranges
+
+
+def test_lists_say_what_was_carried(cluster: Cluster) -> None:
+    """From outside to a pod of the node that is asked, and from a pod's sockets."""
+    asked = {
+        "node-1": (f"{NODES['node-1'][4]}:30080/TCP", ("", NODES["node-1"][4], 30080), {"one"}),
+        "node-2": (f"{VIP[4]}:80/TCP", ("default/far", VIP[4], 80), {"one", "two"}),
+    }
+
+    def row(node: str) -> dict[str, int]:
+        text = cluster.tidegate("lb", "list", "--node", node, "--stats", "-o", "json")
+        (found,) = (row for row in json.loads(text) if row["address"] == asked[node][0])
+        return {
+            key: found.get(key, 0) for key in ("packets", "bytes", "replyPackets", "replyBytes")
+        }
+
+    for node, (_, question, counted) in asked.items():
+        before = row(node)
+        answers = [who for who, _ in cluster.ask(*question, 16)]
+        assert set(answers) == {"one", "two"}
+        some = sum(who in counted for who in answers)
+
+        def more(node: str = node, before: dict[str, int] = before, some: int = some) -> bool:
+            """Of each connection four packets at least go there, and three back."""
+            after = row(node)
+            least = {"packets": 4, "bytes": 250, "replyPackets": 3, "replyBytes": 250}
+            return all(after[key] - before[key] >= some * by for key, by in least.items())
+
+        until(more, f"{node} has counted {some} connections")
+    text = cluster.tidegate("lb", "list", "--node", "node-1", "--stats")
+    assert text.split("\n")[0].split()[-2:] == ["PACKETS", "BYTES"]

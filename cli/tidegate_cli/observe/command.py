@@ -16,13 +16,14 @@ from tidegate_observer.relay import merged
 
 from tidegate_cli.cluster.kubeconfig import present
 from tidegate_cli.errors import CliError
+from tidegate_cli.objects import OBSERVER_DIR
 from tidegate_cli.observe import request
 from tidegate_cli.observe.printer import Printer, json_line
 from tidegate_cli.target import as_plugin, choose
 
 RUN_DIR_SOCKET = "observer.sock"
-NODE_SOCKET = Path("/run/tidegate-observer/observer.sock")
-"""In the container `observer` of a node's loader pod."""
+NODE_SOCKET = OBSERVER_DIR / RUN_DIR_SOCKET
+"""In a node's loader pod."""
 
 Request: TypeAlias = observer_pb2.GetFlowsRequest
 Answers: TypeAlias = Iterator[observer_pb2.GetFlowsResponse]

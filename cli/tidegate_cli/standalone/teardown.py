@@ -35,7 +35,7 @@ _OWN_FILES = (
     "observer.prom",
     ".observer.prom.tmp",
 )
-_OWN_PATTERNS = ("lost-*", ".lost-*")
+_OWN_PATTERNS = ("lost-*", ".lost-*", "carried-*", ".carried-*")
 """One a node."""
 
 

@@ -18,7 +18,7 @@ from tidegate_api.state import (
     Term,
 )
 from tidegate_bpf import Codec, ObjectFile
-from tidegate_observer.directory import L4_ONLY, NO_RULE, Directory
+from tidegate_observer.directory import EVERY_NODE_4, L4_ONLY, NO_RULE, Directory
 from tidegate_observer.flow import Kind, Service, address_bytes
 from tidegate_observer.messages import flow_message
 from tidegate_observer.records import Denials, Flows
@@ -162,13 +162,26 @@ def test_a_start_and_an_end(directory: Directory) -> None:
         src_identity=NO_RULE,
         dst_identity=NO_RULE,
     )
-    first, last = Flows(SPEC, "node-1").flows(start + end, 0, directory)
+    first, last = Flows(SPEC, "node-1", 9).flows(start + end, 0, directory)
     assert (first.kind, first.cookie, first.cgroup, first.direction) == (Kind.START, 7, 8, 1)
     assert first.service == Service("data", "svc")
+    assert first.asked == last.asked == (VIP, 80, 6)
     assert (first.egress, names(first.ingress)) == (None, ["n"])
     assert (last.kind, last.source, last.destination) == (Kind.END, WEB, DB)
     counts = last.counts
     assert (counts.packets, counts.bytes, counts.nanoseconds, counts.closed) == (5, 400, 47, "fin")
+
+
+def test_a_node_port_is_asked_at_a_nodes_address(directory: Directory) -> None:
+    """Which only the kernel knows: what goes to its port anywhere else is for no Service."""
+    node = bytes(10) + b"\xff\xff\xac\x12\x00\x02"
+    directory.services[EVERY_NODE_4, 30080, 6] = Service("data", "outer")
+    plain = {"src": A, "dst": B, "sport": 1000, "dport": 30080, "protocol": 6, "start": 3}
+    asked = record("tg_flow_event", **plain, frontend=node, frontend_port=30080)
+    other = record("tg_flow_event", **plain)
+    first, last = Flows(SPEC, "node-1").flows(asked + other, 0, directory)
+    assert (first.service, first.asked) == (Service("data", "outer"), (node, 30080, 6))
+    assert (last.service, last.asked) == (None, None)
 
 
 def test_rule_sets_outlive_their_switch_for_a_while(directory: Directory) -> None:
