@@ -183,7 +183,9 @@ def summary(flow: Flow) -> str:
         if icmp.is_icmp(flow):
             text += f" {icmp.text(flow)}"
     if flow.process is not None and flow.counts is None:
-        text += f"; by {flow.process.name} ({flow.process.pid})"
+        # Not every client that prints this knows that a process may call itself anything.
+        name = flow.process.name.encode("unicode_escape").decode()
+        text += f"; by {name} ({flow.process.pid})"
     if flow.more:
         text += f"; {flow.more} more like this one"
     counts = flow.counts

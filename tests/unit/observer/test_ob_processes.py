@@ -102,6 +102,8 @@ def test_a_flow_says_its_process() -> None:
     assert made.Summary == "TCP Flags: SYN; by curl (77)"
     assert b"process" in made.extensions.value
     assert not flow_message(started(), "1").HasField("extensions")
+    hostile = flow_message(started(process=Process(1, "\x1b[2J\n\N{RIGHT-TO-LEFT OVERRIDE}x")), "1")
+    assert hostile.Summary == "TCP Flags: SYN; by \\x1b[2J\\n\\u202ex (1)"
 
 
 def test_places_are_read_before_records_can_be_taken() -> None:
