@@ -412,6 +412,17 @@ def test_the_command_line_prints_them(town: Town) -> None:
     until(shown, "the denial is shown")
 
 
+def test_the_command_line_prints_what_changed(town: Town) -> None:
+    town.save("late", policy("late-comer", "stranger"))
+    words = ["observe", "agent-events", "--all", "-o", "compact"]
+
+    def shown() -> bool:
+        lines = town.tidegate(*words).stdout.splitlines()
+        return any("POLICY_UPDATED" in line and "=late-comer" in line for line in lines)
+
+    until(shown, "the policy is told of")
+
+
 def test_packets_are_traced_for_whom_asks(town: Town, hubble: Hubble) -> None:
     port = FIRST_PORT + 8000
     words = ["--pod", "default/ally", "--protocol", "udp", "--for", "600"]

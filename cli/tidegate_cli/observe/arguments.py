@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from tidegate_cli.arguments import add_cluster, add_local, add_run_dir
 
+KINDS = ("flows", "agent-events")
 OUTPUTS = ("tab", "table", "compact", "dict", "json", "jsonpb")
 TIME_FORMATS = (
     "StampMilli",
@@ -76,6 +77,13 @@ def add_parser(subparsers: Any, run: Any) -> None:
     add_cluster(parser)
     add_local(parser)
     parser.set_defaults(run=run, filters=[], negate=False)
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=KINDS,
+        default=KINDS[0],
+        help="agent-events: what changed on the nodes (default: flows)",
+    )
     _which(parser.add_argument_group("which flows"))
     _filters(parser.add_argument_group("filters"))
     _raw(parser.add_argument_group("filters as the API has them"))

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tidegate_observer.api import observer_pb2
 from tidegate_observer.client import Client, ObserverError
@@ -17,7 +17,7 @@ from tidegate_observer.relay import merged
 from tidegate_cli.cluster.kubeconfig import present
 from tidegate_cli.errors import CliError
 from tidegate_cli.objects import OBSERVER_DIR
-from tidegate_cli.observe import request
+from tidegate_cli.observe import agent, request
 from tidegate_cli.observe.printer import Printer, json_line
 from tidegate_cli.target import as_plugin, choose
 
@@ -25,12 +25,15 @@ RUN_DIR_SOCKET = "observer.sock"
 NODE_SOCKET = OBSERVER_DIR / RUN_DIR_SOCKET
 """In a node's loader pod."""
 
-Request: TypeAlias = observer_pb2.GetFlowsRequest
-Answers: TypeAlias = Iterator[observer_pb2.GetFlowsResponse]
+Request: TypeAlias = observer_pb2.GetFlowsRequest | observer_pb2.GetAgentEventsRequest
+Answers: TypeAlias = Iterator[Any]
+"""GetFlowsResponse, or GetAgentEventsResponse."""
 
 
 def observe(args: argparse.Namespace) -> int:
     """Exit code."""
+    if args.what == "agent-events":
+        return _agent_events(args)
     wanted = request.build(args)
     if args.print_raw_filters:
         for name, items in (("allowlist", wanted.whitelist), ("denylist", wanted.blacklist)):
@@ -61,13 +64,39 @@ def observe(args: argparse.Namespace) -> int:
         raise CliError(str(error), "is the observer running? `tidegate status`") from error
     finally:
         printer.close()
+    _leave(server)
+    return 0
+
+
+def _agent_events(args: argparse.Namespace) -> int:
+    wanted, server = agent.build(args), server_of(args)
+    try:
+        with contextlib.ExitStack() as stack:
+            written = 0
+            for response in _answers(args, server, wanted, stack):
+                if not isinstance(response, observer_pb2.GetAgentEventsResponse):
+                    # Of a node that does not answer.
+                    said = Printer("compact", sys.stdout).write(response)
+                    if said is not None and not args.silent_errors:
+                        print(f"tidegate: {said}", file=sys.stderr)
+                    continue
+                agent.write(response, args.output, args.time_format, sys.stdout, written)
+                written += 1
+                if args.follow:
+                    sys.stdout.flush()
+    except ObserverError as error:
+        raise CliError(str(error), "is the observer running? `tidegate status`") from error
+    _leave(server)
+    return 0
+
+
+def _leave(server: str | None) -> None:
     if server is None:
         # A node that does not answer leaves threads inside gRPC, and an interpreter that ends
         # meanwhile may be aborted by one: all is said, and nothing is left to clean up.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-    return 0
 
 
 def _answers(
@@ -82,7 +111,14 @@ def _answers(
         place = choose(args)
         assert isinstance(place, ClusterState)
         found = stack.enter_context(Observers(place, args.node))
-        return merged(found.peers, wanted, lambda: True, found.connect)
+        agents = isinstance(wanted, observer_pb2.GetAgentEventsRequest)
+        ask = Client.agent_events if agents else None
+        return merged(found.peers, wanted, lambda: True, found.connect, ask)
+    if isinstance(wanted, observer_pb2.GetAgentEventsRequest):
+        events: Answers = stack.enter_context(Client(server)).agent_events(wanted)
+        if args.node:
+            events = (response for response in events if response.node_name == args.node)
+        return events
     if args.node:
         # The option of every command: here one more filter.
         for item in wanted.whitelist or [wanted.whitelist.add()]:
