@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from rig import asking, pods
 SPACE = "truth"
 SPACES = (SPACE, "blue")
 API_SERVICE = "10.96.0.1"
-LINK = "tge-outside"
+OUTSIDE = "tge-outside"
+"""The host's network namespace, and its link at the bridge."""
 UNSPACED = ("Namespace", "Node", "Identity", "ClusterNetworkPolicy", "CustomResourceDefinition")
 Objects = dict[tuple[str, str], pods.Manifest]
 """(kind, namespace/name) → what was applied"""
@@ -38,7 +38,7 @@ class Truth(truth.Truth):
     # then in the moment of a change. Why is not known; that a flow goes on is asserted.
     lossless = False
 
-    def __init__(self, outside: str) -> None:
+    def __init__(self) -> None:
         super().__init__(Places({}))
         control, *workers = sorted(cluster.nodes(), key=lambda name: "worker" in name)
         self.nodes = {"control": control, "node-1": workers[0], "node-2": workers[1]}
@@ -55,7 +55,7 @@ class Truth(truth.Truth):
             self.cidrs[name] = _pair(item["spec"]["podCIDRs"])
         for name, pair in truth_town.OUTSIDE.items():
             self.addresses[name] = _pair([self._here(address) for address in pair])
-            self.places.paths[name] = f"/run/netns/{outside}"
+            self.places.paths[name] = f"/run/netns/{OUTSIDE}"
         self.addresses |= {"vip": truth_town.VIP, "api": (API_SERVICE, "")}
 
     def learn(self, *wanted: str) -> bool:
@@ -158,18 +158,18 @@ def _delete(items: list[pods.Manifest]) -> None:
 def town() -> Iterator[Truth]:
     """Its pods live and answer, and no policy is there yet; everything is gone afterwards."""
     pods.remove_namespaces(*SPACES)
-    outside = f"tge-{os.getpid()}"
     crd = upstream.cluster_policy_crd()
-    ip("netns", "add", outside)
+    _leave()  # what a run left that was killed
+    ip("netns", "add", OUTSIDE)
     try:
         pods.apply(crd, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SPACE}})
         cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s",
                         f"crd/{crd['metadata']['name']}")  # fmt: skip
-        made = Truth(outside)
+        made = Truth()
         try:
             made.inhabit()
-            _join(outside)
-            truth.furnish(made, outside)
+            _join()
+            truth.furnish(made, OUTSIDE)
             pods.wait_ready(*SPACES)
             made.learn()
             with truth.answered(made):
@@ -178,18 +178,19 @@ def town() -> Iterator[Truth]:
             made.forget()
     finally:
         _delete([crd])
-        _leave(outside)
+        _leave()
 
 
-def _join(outside: str) -> None:
+def _join() -> None:
     """At the bridge that the nodes are at, too."""
     network = json.loads(run("docker", "network", "inspect", "kind"))[0]["Id"]
-    ip("link", "add", LINK, "type", "veth", "peer", "eth0", "netns", outside)
-    ip("link", "set", LINK, "master", f"br-{network[:12]}", "up")
+    ip("link", "add", OUTSIDE, "type", "veth", "peer", "eth0", "netns", OUTSIDE)
+    ip("link", "set", OUTSIDE, "master", f"br-{network[:12]}", "up")
 
 
-def _leave(outside: str) -> None:
-    """At once: whoever has a copy of this machine's mounts keeps a namespace alive."""
-    if Path("/sys/class/net", LINK).exists():
-        ip("link", "del", LINK)
-    ip("netns", "del", outside)
+def _leave() -> None:
+    """The link by itself: whoever has a copy of this machine's mounts keeps a namespace alive."""
+    if Path("/sys/class/net", OUTSIDE).exists():
+        ip("link", "del", OUTSIDE)
+    if Path("/run/netns", OUTSIDE).exists():
+        ip("netns", "del", OUTSIDE)
