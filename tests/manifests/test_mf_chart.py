@@ -312,7 +312,7 @@ def test_the_loader_sees_four_places_of_the_node() -> None:
         "/var/lib/tidegate",
     ]
     assert seen["cni"] == ["/etc/cni/net.d", "/opt/cni/bin", "/var/lib/cni", "/var/lib/tidegate"]
-    assert seen["observer"] == ["/sys/fs/bpf", "/var/lib/tidegate"]
+    assert seen["observer"] == ["/sys/fs/bpf", "/sys/fs/cgroup", "/var/lib/tidegate"]
     assert seen["server-address"] == ["/etc/kubernetes/kubelet.conf"]
 
 
@@ -322,6 +322,7 @@ def test_the_observer_changes_nothing_on_the_node() -> None:
     mounts = containers(pod)["observer"]["volumeMounts"]
     assert {m["name"]: m.get("readOnly") for m in mounts if m["name"] in host} == {
         "bpffs": True,
+        "cgroup": True,
         "state": True,
     }
 
