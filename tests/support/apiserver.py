@@ -27,7 +27,7 @@ from tidegate_kube import Access, Client, KubeError, Resource, resources
 KUBERNETES = "v1.36.3"
 _CACHE = Path(os.environ.get("TIDEGATE_CACHE") or Path.home() / ".cache" / "tidegate")
 BINARIES = _CACHE / f"k8s-{KUBERNETES}" / "bin"
-READY_SECONDS = 60.0
+READY_SECONDS = 240.0
 WITH_US = ("setpriv", "--pdeathsig", "KILL")
 """Before a command: it ends when the test run does, also when that is killed."""
 CRDS = Path(__file__).parents[2] / "crds"
@@ -166,14 +166,13 @@ class ApiServer:
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + READY_SECONDS
-        client = self.client()
-        while not _ready(client):
-            for name, process in (("etcd", self._etcd), ("kube-apiserver", self._process)):
-                assert process is not None
-                assert process.poll() is None, f"{name} ended:\n{self._tail(name)}"
-            assert time.monotonic() < deadline, f"never ready:\n{self._tail('kube-apiserver')}"
-            time.sleep(0.05)
-        client.close()
+        with contextlib.closing(self.client()) as client:
+            while not _ready(client):
+                for name, process in (("etcd", self._etcd), ("kube-apiserver", self._process)):
+                    assert process is not None
+                    assert process.poll() is None, f"{name} ended:\n{self._tail(name)}"
+                assert time.monotonic() < deadline, f"never ready:\n{self._tail('kube-apiserver')}"
+                time.sleep(0.05)
 
     def _tail(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text(errors="replace")[-3000:]
