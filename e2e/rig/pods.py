@@ -17,6 +17,7 @@ from kind.run import Failed, run
 
 IMAGE = "tidegate-probe:dev"
 READY_SECONDS = 180.0
+GONE_SECONDS = 300.0
 PORTS = ("TCP:80", "TCP:8080", "UDP:53")
 
 Manifest = dict[str, Any]
@@ -180,9 +181,10 @@ def wait_ready(*namespaces: str) -> dict[str, Pod]:
     return {key: pod for n in namespaces for key, pod in running(n).items()}
 
 
-def remove_namespaces(*names: str) -> None:
-    """Deletes namespaces and waits until they are gone."""
-    cluster.kubectl("delete", "namespace", "--ignore-not-found", "--timeout=120s", *names)
+def remove_namespaces(*names: str, wait: bool = True) -> None:
+    """Deletes namespaces, and waits until they are gone where that is asked for."""
+    how = [f"--timeout={GONE_SECONDS:.0f}s"] if wait else ["--wait=false"]
+    cluster.kubectl("delete", "namespace", "--ignore-not-found", *how, *names)
 
 
 def eventually(condition: Any, what: str, seconds: float = READY_SECONDS) -> None:

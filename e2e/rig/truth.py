@@ -91,7 +91,8 @@ class Truth(truth.Truth):
         pods.apply(*({**item, "metadata": {"name": item["metadata"]["name"]}}
                      for item in gone if item["kind"] == "Node"))  # fmt: skip
         _delete([item for item in gone if item["kind"] in ("Identity", "ClusterNetworkPolicy")])
-        pods.remove_namespaces(*SPACES)
+        # Dozens of pods take their time, and nobody else uses these names.
+        pods.remove_namespaces(*SPACES, wait=False)
 
     def _objects(self, text: str) -> Objects:
         items = [self._placed(d) for d in yaml.safe_load_all(self._here(text)) if d]
