@@ -379,6 +379,7 @@ class Publisher:
         self._unused: dict[str, float] = {}
         self._changed: list[str] = []
         self._failures: dict[str, str] = {}
+        self._owed: set[int] = set()
 
     @property
     def waiting(self) -> bool:
@@ -424,6 +425,7 @@ class Publisher:
             wanted.update((cidr, desired.ipcache[cidr]) for cidr in split)
             self._write_table("ipcache", wanted, split)
         self._write_nodes(desired.nodes, missing)
+        self._owed = self._numbers_behind(desired)
         self._write_table("ipcache", desired.ipcache, facts)
         self._write_table("services", desired.services, triggers=triggers or NO_TRIGGERS)
         self._write_table("peers", self._needed(desired))
@@ -557,7 +559,7 @@ class Publisher:
         and also members whose addresses ipcache is about to move. A set that goes knows a
         fresh number where it knows the number in whose place that comes: the policies that
         name it are in force until after the move."""
-        moving = {old for old, _ in moves.values()}
+        moving = {old for old, _ in moves.values()} | self._owed
         peers: dict[str, PeerSet] = dict(desired.peers)
         for name, before in self._tables["peers"].content.items():
             now = peers.get(name)
@@ -569,17 +571,31 @@ class Publisher:
                     peers[name] = with_stay(now, before, stay)
         return peers
 
-    def _needed(self, desired: Desired) -> Mapping[str, PeerSet]:
-        """The peer sets of `desired`, and those of node states that could not be replaced."""
+    def _behind(self, desired: Desired) -> list[NodeState]:
+        """Node states that could not be replaced."""
+        if not self._failures:
+            return []
         held = self._store.held(NodeState)
-        old = {
-            name
-            for node in desired.nodes
-            if path_to("NodeState", node) in self._failures and node in held
-            for name in held[node].spec.peer_sets
-        }
+        failed = (node for node in desired.nodes if path_to("NodeState", node) in self._failures)
+        return [held[node] for node in failed if node in held]
+
+    def _numbers_behind(self, desired: Desired) -> set[int]:
+        """Numbers that no address has any more, but pods of such node states do: to their own
+        node they are these."""
+        old = {one.identity for node in self._behind(desired) for one in node.spec.endpoints}
+        return old - {entry.identity for entry in desired.ipcache.values()} if old else old
+
+    def _needed(self, desired: Desired) -> Mapping[str, PeerSet]:
+        """The peer sets of `desired`, and those of node states that could not be replaced, with
+        the numbers that are still in force."""
+        old = {name for node in self._behind(desired) for name in node.spec.peer_sets}
         content = self._tables["peers"].content
         kept = {name: content[name] for name in sorted(old - desired.peers.keys() & content.keys())}
+        for name in sorted(desired.peers.keys() & content.keys()) if self._owed else ():
+            now, before = desired.peers[name], content[name]
+            stay = self._owed.intersection(before.identities).difference(now.identities)
+            if stay:
+                kept[name] = with_stay(now, before, stay)
         return {**desired.peers, **kept} if kept else desired.peers
 
     def _reshard(self, table: Table, wanted: Mapping[str, Any]) -> None:
