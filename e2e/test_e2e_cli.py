@@ -136,6 +136,12 @@ def test_the_lists_show_the_nodes_kernels(town: dict[str, pods.Pod]) -> None:
     assert server.key in tidegate("ct", "list")
     assert "Policy denied" in tidegate("metrics", "list")
     assert "role=friend" in tidegate("identity", "list")
+    pods.eventually(counted, "every node's observer counts what flows to Services carry")
+
+
+def counted() -> bool:
+    nodes = json.loads(tidegate("-o", "json", "lb", "list", "--stats"))
+    return all("packets" in row and "replyBytes" in row for rows in nodes.values() for row in rows)
 
 
 def test_the_same_inside_the_loaders_pod(town: dict[str, pods.Pod]) -> None:
