@@ -76,6 +76,7 @@ class WatchEvent(msgspec.Struct, frozen=True):
 
 _list_decoder = msgspec.json.Decoder(_List)
 _event_decoder = msgspec.json.Decoder(WatchEvent)
+_object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class Client:
@@ -294,7 +295,14 @@ class Client:
         what = "/".join(part for part in (resource.plural, namespace, name, subresource) if part)
         asked = f"{_VERBS[method]} {what}"
         path = resource.path(namespace, name, subresource)
-        return _whole(self._send(method, path, asked, **how), asked)
+        body = _whole(self._send(method, path, asked, **how), asked)
+        try:
+            _object_decoder.decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            # What stands between may answer with a page of its own. Whether a write was done is
+            # as open as if nothing had come.
+            raise Unreachable(asked, f"not an object of the API: {error}") from error
+        return body
 
     def _send(
         self,

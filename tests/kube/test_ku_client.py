@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
 from kube.given import config_map, namespace
 from support.apiserver import ApiServer
+from support.fault_proxy import proxied
 from tidegate_kube import (
+    Access,
     AlreadyExists,
     Client,
     Conflict,
@@ -123,6 +125,26 @@ def test_pages(client: Client, space: str) -> None:
     assert names == [f"page-{number}" for number in range(5)]
     one = list(client.pages(CONFIG_MAPS, space, field_selector="metadata.name=page-3"))
     assert [_meta(bytes(raw))["name"] for raw in one[0].items] == ["page-3"]
+
+
+def test_a_page_is_no_object(apiserver: ApiServer, client: Client, space: str) -> None:
+    """As a proxy answers that has nothing better."""
+    client.create(CONFIG_MAPS, config_map("behind"), space)
+    with proxied(apiserver, seed=1) as proxy:
+        behind = Client(Access(proxy.url))
+        proxy.kinds, proxy.rate = frozenset({"page"}), 1.0
+        calls: list[Callable[[], object]] = [
+            lambda: behind.get(CONFIG_MAPS, "behind", space),
+            lambda: behind.create(CONFIG_MAPS, config_map("never"), space),
+            lambda: behind.update(CONFIG_MAPS, "behind", config_map("behind"), space),
+            lambda: behind.delete(CONFIG_MAPS, "behind", space),
+        ]
+        for call in calls:
+            with pytest.raises(Unreachable, match="not an object of the API"):
+                call()
+        proxy.rate = 0.0
+        assert _meta(behind.get(CONFIG_MAPS, "behind", space))["name"] == "behind"
+        behind.close()
 
 
 def test_unreachable(apiserver: ApiServer) -> None:
