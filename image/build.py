@@ -116,6 +116,7 @@ def python_layer(cache: Cache, base: Path, wheel: Path, refresh: bool) -> Path:
         for path in more:
             wheels.unpack(path, tree, wheels.CLI_SITE)
         wheels.compile_all(base / "tree", tree, tree)
+        wheels.strip(tree)
         wheels.without_sources(tree / wheels.CLI_SITE / "kubernetes")
         debian.remove([work])
         found = cache.keep("python", key, made)

@@ -31,6 +31,8 @@ UNUSED = re.compile(
     r"(^|/)(tests?|benchmarks?)/|(^|/)test_\w+\.py$|\.(pyi|pyx|pxd|pxi|c|h|hpp|cpp)$"
 )
 META = ("METADATA", "entry_points.txt")
+CEL_UNUSED = re.compile(r"cel_expr_python/ext/")
+"""Extensions of the language, each with the whole runtime in it once more."""
 KUBERNETES_UNUSED = re.compile(r"kubernetes/(aio|docs|e2e_test)/")
 SCRIPT = """\
 #!/usr/bin/python3 -I
@@ -108,7 +110,7 @@ def _place(name: str, site: str) -> str | None:
     if first.endswith(".data"):
         scheme, _, inner = rest.partition("/")
         return {"data": f"usr/{inner}", "purelib": f"{site}/{inner}"}.get(scheme)
-    unused = UNUSED.search(name) or KUBERNETES_UNUSED.match(name)
+    unused = any(p.match(name) for p in (CEL_UNUSED, KUBERNETES_UNUSED)) or UNUSED.search(name)
     return None if unused else f"{site}/{name}"
 
 
@@ -146,6 +148,18 @@ def without_sources(directory: Path) -> None:
         cache.rmdir()
     for path in list(directory.rglob("*.py")):
         path.unlink()
+
+
+def strip(directory: Path) -> None:
+    """Without symbols and debug information, which some wheels bring. BaseError."""
+    libraries = sorted(path for path in directory.rglob("*.so") if path.is_file())
+    command = ["strip", "--strip-unneeded", *map(str, libraries)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise debian.BaseError("missing tool: strip (of binutils)") from None
+    if done.returncode:
+        raise debian.BaseError(f"strip: {done.stderr.strip()}")
 
 
 def key(*parts: object) -> str:
