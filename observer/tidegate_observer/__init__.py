@@ -8,6 +8,7 @@
     flow        Flow and what it points to
     history     the last flows, and who waits for the next
     filters     a FlowFilter of the API → a function of a Flow
+    expressions CEL, for filters
     messages    a Flow → the API's messages
     streams     calls under way, and clients that take nothing
     tls         certificates, read again

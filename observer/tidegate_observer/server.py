@@ -75,7 +75,7 @@ class ObserverService:
         query = self._query(request, context)
         marks = _marks(context)
         with self.streams.watched(context) as stream:
-            found = self._entries(query, end, context, stream, marks)
+            found = _affordable(self._entries(query, end, context, stream, marks), context)
             if not query.follow:
                 # It is held as it was read: what waited for a name comes after what is younger.
                 found = iter(sorted(found, key=lambda one: one[1].time))
@@ -125,8 +125,8 @@ class ObserverService:
         elif query.first or query.number == 0:
             at = history.oldest
         else:
-            at = self._rewound(query, end)
-        while at < end:
+            at = self._rewound(query, end, context, stream)
+        while at < end and context.is_active():
             stop = min(at + SLICE, end)
             for number, entry in self._wanted(query, at, stop):
                 if left is not None and isinstance(entry, Flow):
@@ -135,15 +135,18 @@ class ObserverService:
                     left -= 1
                 yield number, entry
             at = stop
+            stream.move()
             if left == 0 and not query.follow:
                 return
         if query.follow:
             yield from self._following(query, at, context, stream, marks)
 
-    def _rewound(self, query: _Query, end: int) -> int:
+    def _rewound(
+        self, query: _Query, end: int, context: grpc.ServicerContext, stream: Stream
+    ) -> int:
         """Number of the first of the last flows that are asked for."""
         wanted, at = query.number, end
-        while at > self._history.oldest:
+        while at > self._history.oldest and context.is_active():
             start = max(self._history.oldest, at - SLICE)
             for number, entry in reversed(self._wanted(query, start, at)):
                 if isinstance(entry, Flow):
@@ -151,6 +154,7 @@ class ObserverService:
                     if not wanted:
                         return number
             at = start
+            stream.move()
         return at
 
     def _wanted(self, query: _Query, start: int, stop: int) -> list[tuple[int, Flow | Lost]]:
@@ -346,6 +350,17 @@ class _Mark:
 
 
 _Told = Flow | Lost | _Mark
+
+
+def _affordable(
+    found: Iterator[tuple[int, _Told]], context: grpc.ServicerContext
+) -> Iterator[tuple[int, _Told]]:
+    """The same; ends the call where a filter takes too long."""
+    try:
+        yield from found
+    except filters.CostlyError as error:
+        log.warning("client disconnected", peer=context.peer(), reason=str(error))
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
 
 
 def _marks(context: grpc.ServicerContext) -> float:

@@ -171,6 +171,7 @@ def _filters(group: Any) -> None:
     add("--trace-id", metavar="ID", help="of a trace (none are known)")
     for name in ("http-status", "http-method", "http-path", "http-url", "http-header"):
         add(f"--{name}", metavar="VALUE", help="of HTTP (none is seen)")
+    add("--cel-expression", metavar="EXPR", help="of CEL, over _flow; see docs/observe.md")
     add("--dns-query", metavar="REGEX", help="of the DNS (none is seen)")
 
 

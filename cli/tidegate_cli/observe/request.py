@@ -244,6 +244,8 @@ def _common(side: flow_pb2.FlowFilter, name: str, text: str) -> None:
             side.uuid.append(text)
         case "trace-id":
             side.trace_id.append(text)
+        case "cel-expression":
+            side.experimental.cel_expression.append(text)
         case "dns-query":
             side.dns_query.append(text)
         case _:

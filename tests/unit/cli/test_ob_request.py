@@ -93,6 +93,14 @@ ROWS = [
         },
     ),
     ("-f --experimental-field-mask time,verdict", {"follow": True, "field_mask": "time,verdict"}),
+    (
+        "-f --cel-expression _flow.verdict==2 --cel-expression true --not --cel-expression false",
+        {
+            "follow": True,
+            "whitelist": [{"experimental": {"cel_expression": ["_flow.verdict==2", "true"]}}],
+            "blacklist": [{"experimental": {"cel_expression": ["false"]}}],
+        },
+    ),
     ("-f --type l7", {"follow": True, "whitelist": [{"event_type": [{"type": 129}]}]}),
     ("--since 1970-01-01T00:00:09.123456789Z", {"since": "1970-01-01T00:00:09.123456Z"}),
     ("--since 1970-01-01T02+01:00", {"since": "1970-01-01T01:00:00Z"}),

@@ -90,7 +90,6 @@ def test_lists() -> None:
 UNKNOWN = F.FromString(b"\xf8\x7f\x01")
 REFUSED = [
     ("an unknown field", UNKNOWN, "2047"),
-    ("CEL", F(experimental=F.Experimental(cel_expression=["true"])), "experimental"),
     ("protocol", F(protocol=["tpc"]), "'tpc'"),
     ("port", F(source_port=["http"]), "'http'"),
     ("port too high", F(source_port=["65536"]), "65536"),
@@ -110,7 +109,7 @@ def test_what_is_not_understood_is_refused(reason: str, wanted: F, said: str) ->
 
 
 def test_every_field_of_a_filter_is_answered_or_refused() -> None:
-    handled = set(filters._SPECIAL) | {"experimental", "uuid"}
+    handled = set(filters._SPECIAL) | {"uuid"}
     handled |= {f"{end}_{name}" for end in ("source", "destination") for name in filters._ENDS}
     assert {field.name for field in F.DESCRIPTOR.fields} == handled
 

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from support import waiting
 from support.hubble import Hubble
-from tidegate_observer import streams
+from tidegate_observer import expressions, streams
 from tidegate_observer.flow import Counts, Decision, Kind, Lost, Policy
 from tidegate_observer.history import History
 from tidegate_observer.server import About, ObserverService, Server
@@ -235,7 +235,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("first and follow", {"first": True, "follow": True}, "exclude"),
     ("an unknown protocol", {"whitelist": [{"protocol": ["x"]}]}, "unknown protocol"),
     ("a field that no flow has", {"field_mask": {"paths": ["nothing"]}}, "field_mask"),
-    ("CEL", {"whitelist": [{"experimental": {"cel_expression": ["a"]}}]}, "not supported"),
+    (
+        "CEL",
+        {"whitelist": [{"experimental": {"cel_expression": ["a"]}}]},
+        "undeclared reference to 'a'",
+    ),
 ]
 
 
@@ -244,6 +248,18 @@ def test_refused(reason: str, request_: dict[str, Any], said: str, serving: Serv
     with pytest.raises(grpc.RpcError, match=said) as raised:
         serving[1].flows(**request_)
     assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_an_expression_that_takes_too_long_ends_the_call(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(serving[0], 3)
+    wanted = [{"experimental": {"cel_expression": ["_flow.source.pod_name == 'web-1'"]}}]
+    assert len(serving[1].flows(whitelist=wanted)) == 3
+    monkeypatch.setattr(expressions, "MAX_SECONDS", -1.0)
+    with pytest.raises(grpc.RpcError, match="cel_expression: an evaluation took") as raised:
+        serving[1].flows(whitelist=wanted)
+    assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_field_mask_and_uuid(serving: Serving) -> None:
