@@ -8,13 +8,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 from support import town_api
 from support.apiserver import ApiServer
-from support.operator_town import SECONDS, Town, clean, populate
+from support.operator_town import SECONDS, Town, clean, policy, populate
 from support.town_api import apply, node, objects, pod
 from support.waiting import until
 from tidegate_api.state import Identity, NodeState, RuleSet, StateSlice, digest
-from tidegate_kube import Client, resources
+from tidegate_kube import Client, Resource, resources
 from tidegate_operator.cluster.world import build, unlike
 
 pytestmark = pytest.mark.apiserver
@@ -62,6 +63,32 @@ def test_a_pod_writes_its_node_and_one_shard(town: Town) -> None:
     apply(town.client, pod("c", "n1", "10.244.0.6", app="a"))
     town.settled()
     assert town.writes_since(bound) == {("NodeState", "update"): 1, ("StateSlice", "update"): 1}
+
+
+def test_a_status_that_comes_first_delays_no_state(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader reports between the operator's look at a node's state and its write of it."""
+    populate(town)
+    town.settled()
+    update, late = town.client.update, ["n1", "n1", "n2"]
+
+    def after_a_status(resource: Resource, name: str, *more: Any, **how: Any) -> bytes:
+        if resource is resources.NODE_STATES and "subresource" not in how and name in late:
+            late.remove(name)
+            town.realise(name, drift=len(late))
+        return update(resource, name, *more, **how)
+
+    monkeypatch.setattr(town.client, "update", after_a_status)
+    with capture_logs() as said:
+        apply(town.client, pod("c", "n1", "10.244.0.6", app="c"))
+        apply(town.client, pod("d", "n2", "10.244.1.6", app="c"))
+        apply(town.client, policy("c", {"podSelector": {"matchLabels": {"app": "c"}}}))
+        town.settled()
+    assert late == []
+    assert [line for line in said if line["log_level"] != "info"] == []
+    names = {e.name for item in town.nodes().values() for e in item.spec.endpoints}
+    assert names == {"a", "b", "c", "d"}
 
 
 def _edit(client: Client, kind: type, name: str, change: Callable[[Any], None]) -> None:

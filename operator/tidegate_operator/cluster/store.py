@@ -143,7 +143,7 @@ class KubeStore:
         resource, name = RESOURCES[kind], item.metadata.name
         there = self._reflectors[kind].snapshot().get(("", name))
         if there is not None:
-            self._replace(item, there.version, there.uid)
+            self._replace(item, there)
             return
         body = encode(item)
         try:
@@ -156,29 +156,39 @@ class KubeStore:
             return
         self._done("create", item, body, answer)
 
-    def _replace(self, item: StateObject, version: str, uid: str) -> None:
-        """Raises Conflict when it is no more at `version`."""
+    def _replace(self, item: StateObject, there: Held[Any] | Broken) -> None:
+        """Raises Conflict when it is no more as `there` has it. But a newer status makes no
+        other object of it: a loader reports at its own times, and a state that waits for the next
+        publish is behind all that this one writes."""
         resource, name = RESOURCES[type(item)], item.metadata.name
-        meta = msgspec.structs.replace(item.metadata, resource_version=version)
-        body = encode(msgspec.structs.replace(item, metadata=meta))
         try:
-            answer = self._send(
-                lambda left: self._client.update(resource, name, body, timeout=left)
-            )
+            for _ in range(TRIES - 1):
+                try:
+                    return self._update(resource, item, there.version)
+                except Conflict:
+                    found = self._look(item)
+                    if found is None or not _same_but_for_status(found, there):
+                        raise
+                    there = found
+            self._update(resource, item, there.version)
         except NotFound:
-            self._reflectors[type(item)].forget("", name, uid)
+            self._reflectors[type(item)].forget("", name, there.uid)
             raise Conflict(f"update {resource.plural}/{name}", "it is gone") from None
-        except Conflict:
-            self._look(item)
-            raise
         except Invalid:
             if isinstance(item, NodeState):
                 raise
             # Its content may not be changed, and is not ours: in its place comes ours.
-            self._delete(type(item), name, uid)
-            answer = self._send(
-                lambda left: self._client.create(resource, encode(item), timeout=left)
-            )
+            self._delete(type(item), name, there.uid)
+            body = encode(item)
+            answer = self._send(lambda left: self._client.create(resource, body, timeout=left))
+            self._done("update", item, body, answer)
+
+    def _update(self, resource: Resource, item: StateObject, version: str) -> None:
+        meta = msgspec.structs.replace(item.metadata, resource_version=version)
+        body = encode(msgspec.structs.replace(item, metadata=meta))
+        answer = self._send(
+            lambda left: self._client.update(resource, item.metadata.name, body, timeout=left)
+        )
         self._done("update", item, body, answer)
 
     def _take(self, item: StateObject, there: Held[Any] | Broken) -> None:
@@ -189,7 +199,7 @@ class KubeStore:
                 return
             if isinstance(item, Identity) and there.item.spec != item.spec:
                 raise _Taken(there.item)
-        self._replace(item, there.version, there.uid)
+        self._replace(item, there)
 
     def _there(self, kind: type[StateObject], name: str) -> Held[Any] | Broken | None:
         found = self._reflectors[kind].snapshot().get(("", name))
@@ -235,6 +245,12 @@ class KubeStore:
                     raise
                 time.sleep(min(error.retry_after or RETRY_SECONDS * attempt, REQUEST_SECONDS))
         raise AssertionError("unreachable")
+
+
+def _same_but_for_status(one: Held[Any] | Broken, other: Held[Any] | Broken) -> bool:
+    if not (isinstance(one, Held) and isinstance(other, Held)):
+        return False
+    return one.uid == other.uid and alike(one.item, other.item)
 
 
 class _Taken(Exception):
