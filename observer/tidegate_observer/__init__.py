@@ -10,6 +10,7 @@
     filters     a FlowFilter of the API → a function of a Flow
     expressions CEL, for filters
     messages    a Flow → the API's messages
+    told        and back, for filters
     streams     calls under way, and clients that take nothing
     tls         certificates, read again
     server      the Observer and Peer services over gRPC

@@ -29,6 +29,7 @@ from tidegate_observer.meaning import (
     verdict,
 )
 from tidegate_observer.messages import flow_message
+from tidegate_observer.told import Told
 
 Test = Callable[[Flow], bool]
 EndTest = Callable[[End], bool]
@@ -79,6 +80,26 @@ def build(white: Iterable[flow_pb2.FlowFilter], black: Iterable[flow_pb2.FlowFil
     return lambda flow: (
         (not allowed or any(t(flow) for t in allowed)) and not any(t(flow) for t in denied)
     )
+
+
+def split_uuids(
+    white: Iterable[flow_pb2.FlowFilter],
+) -> tuple[list[flow_pb2.FlowFilter], frozenset[str] | None]:
+    """The white list without its ids, and the ids: no flow knows its own, but who holds it does.
+    FilterError."""
+    kept: list[flow_pb2.FlowFilter] = []
+    wanted: set[str] = set()
+    for item in white:
+        if item.uuid:
+            wanted.update(item.uuid)
+            copy = flow_pb2.FlowFilter()
+            copy.CopyFrom(item)
+            copy.ClearField("uuid")
+            item = copy
+        kept.append(item)
+    if wanted and len(kept) > 1:
+        raise FilterError("uuid goes with no second filter")
+    return kept, frozenset(wanted) if wanted else None
 
 
 def _bounded(items: Iterable[flow_pb2.FlowFilter], what: str) -> list[flow_pb2.FlowFilter]:
@@ -418,7 +439,8 @@ def _encrypted(values: Sequence[object]) -> Test:
 
 
 def _experimental(values: Sequence[object]) -> Test:
-    """Over the flow's message, which has no `uuid` here. Several expressions: one of them."""
+    """Over the flow's message, which has no `uuid` if it is made for this.
+    Several expressions: one of them."""
     texts: list[str] = []
     for value in values:
         assert isinstance(value, flow_pb2.FlowFilter.Experimental)
@@ -440,7 +462,7 @@ def _experimental(values: Sequence[object]) -> Test:
 
     def test(flow: Flow) -> bool:
         try:
-            return matches(flow_message(flow, ""))
+            return matches(flow.message if isinstance(flow, Told) else flow_message(flow, ""))
         except expressions.CostlyError as error:
             raise CostlyError(f"cel_expression: {error}") from error
 

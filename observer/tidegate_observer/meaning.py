@@ -37,6 +37,7 @@ _REASONS = {
     227: flow_pb2.NO_CONFIGURATION_AVAILABLE_TO_PERFORM_POLICY_DECISION,
     228: flow_pb2.INVALID_SOURCE_MAC,
 }
+_OUR_IDENTITIES = {number: ours for ours, number in _IDENTITIES.items()}
 _KNOWN_REASONS = frozenset(flow_pb2.DropReason.values())
 
 
@@ -55,6 +56,11 @@ class Meaning(NamedTuple):
 def theirs(identity: int) -> int:
     """Hubble's number of an identity."""
     return _IDENTITIES.get(identity, identity)
+
+
+def our_identity(number: int) -> int:
+    """The identity that is told by Hubble's number."""
+    return _OUR_IDENTITIES.get(number, number)
 
 
 def verdict(flow: Flow) -> int:

@@ -25,7 +25,9 @@ from tidegate_observer.flow import (
 )
 from tidegate_observer.meaning import CLUSTER, drop_reason, meaning, theirs
 
-_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
+EMITTER = "Tidegate"
+FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
+"""By bit."""
 _SHOWN = (1, 4, 0, 2, 3, 5, 6, 7)
 """Bits in the order in which people are used to reading them: SYN, ACK, FIN, RST, …"""
 
@@ -59,7 +61,7 @@ def flow_message(flow: Flow, uuid: str) -> flow_pb2.Flow:
         policy_match_type=told.match,
         trace_observation_point=told.point,  # type: ignore[arg-type]
         is_reply=wrappers_pb2.BoolValue(value=False),
-        emitter=flow_pb2.Emitter(name="Tidegate"),
+        emitter=flow_pb2.Emitter(name=EMITTER),
         Summary=summary(flow),
         socket_cookie=flow.cookie,
         cgroup_id=flow.cgroup,
@@ -120,7 +122,7 @@ def _protocol(flow: Flow, made: flow_pb2.Flow) -> None:
         "destination_port": flow.destination_port,
     }
     if flow.protocol == TCP:
-        flags = {n: True for bit, n in enumerate(_FLAGS) if flow.tcp_flags >> bit & 1}
+        flags = {n: True for bit, n in enumerate(FLAGS) if flow.tcp_flags >> bit & 1}
         made.l4.TCP.CopyFrom(flow_pb2.TCP(**ports, flags=flow_pb2.TCPFlags(**flags)))
     elif flow.protocol == UDP:
         made.l4.UDP.CopyFrom(flow_pb2.UDP(**ports))
@@ -170,7 +172,7 @@ def _extensions(flow: Flow) -> any_pb2.Any:
 
 
 def flags_text(flags: int) -> str:
-    return ", ".join(_FLAGS[bit] for bit in _SHOWN if flags >> bit & 1)
+    return ", ".join(FLAGS[bit] for bit in _SHOWN if flags >> bit & 1)
 
 
 def summary(flow: Flow) -> str:

@@ -92,10 +92,8 @@ class ObserverService:
         mask: Any = request.field_mask if request.HasField("field_mask") else None
         if mask is not None and not mask.IsValidForDescriptor(flow_pb2.Flow.DESCRIPTOR):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "field_mask: no such field of a flow")
-        white, uuids = _split_uuids(request.whitelist)
         try:
-            if uuids is not None and len(white) > 1:
-                raise filters.FilterError("uuid goes with no second filter")
+            white, uuids = filters.split_uuids(request.whitelist)
             test = filters.build(white, request.blacklist)
         except filters.FilterError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
@@ -374,22 +372,6 @@ def _nanoseconds(request: observer_pb2.GetFlowsRequest, name: str) -> int | None
         return None
     value = getattr(request, name)
     return int(value.seconds * 10**9 + value.nanos)
-
-
-def _split_uuids(
-    white: Any,
-) -> tuple[list[flow_pb2.FlowFilter], frozenset[str] | None]:
-    """The white list without its ids, and the ids: only the server knows a flow's number."""
-    kept, wanted = [], set()
-    for item in white:
-        if item.uuid:
-            wanted.update(item.uuid)
-            copy = flow_pb2.FlowFilter()
-            copy.CopyFrom(item)
-            copy.ClearField("uuid")
-            item = copy
-        kept.append(item)
-    return kept, frozenset(wanted) if wanted else None
 
 
 class Server:

@@ -23,6 +23,8 @@ def build(args: argparse.Namespace, now: float | None = None) -> observer_pb2.Ge
         raise CliError(
             "agent events have no filters", "--last, --since, --node and --follow choose"
         )
+    if args.input_file:
+        raise CliError("agent events are not read from files")
     flows = request.build(args, now)
     made = observer_pb2.GetAgentEventsRequest(
         number=flows.number, follow=flows.follow, first=flows.first

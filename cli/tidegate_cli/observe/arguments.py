@@ -101,6 +101,7 @@ def _which(group: Any) -> None:
     add("-f", "--follow", action="store_true", help="and those to come")
     add("--node", default=argparse.SUPPRESS, metavar="NAME", help="of this node only")
     add("--server", metavar="ADDR", help="ask this server: unix:///PATH, HOST:PORT")
+    add("--input-file", metavar="FILE", help="of what -o jsonpb wrote, no server's; -: stdin")
 
 
 def _filters(group: Any) -> None:

@@ -17,7 +17,7 @@ from tidegate_observer.relay import merged
 from tidegate_cli.cluster.kubeconfig import present
 from tidegate_cli.errors import CliError
 from tidegate_cli.objects import OBSERVER_DIR
-from tidegate_cli.observe import agent, request
+from tidegate_cli.observe import agent, files, request
 from tidegate_cli.observe.printer import Printer, json_line
 from tidegate_cli.target import as_plugin, choose
 
@@ -34,6 +34,8 @@ def observe(args: argparse.Namespace) -> int:
     """Exit code."""
     if args.what == "agent-events":
         return _agent_events(args)
+    if args.input_file:
+        files.check(args)
     wanted = request.build(args)
     if args.print_raw_filters:
         for name, items in (("allowlist", wanted.whitelist), ("denylist", wanted.blacklist)):
@@ -51,7 +53,8 @@ def observe(args: argparse.Namespace) -> int:
         numeric=args.numeric or args.ip_translation == "false",
         live=args.follow,
     )
-    server = server_of(args)
+    # No server is "", not None, which is a cluster's nodes.
+    server = "" if args.input_file else server_of(args)
     try:
         with contextlib.ExitStack() as stack:
             for response in _answers(args, server, wanted, stack):
@@ -123,6 +126,8 @@ def _answers(
         # The option of every command: here one more filter.
         for item in wanted.whitelist or [wanted.whitelist.add()]:
             item.node_name.append(args.node)
+    if args.input_file:
+        return files.responses(args.input_file, wanted)
     return stack.enter_context(Client(server)).flows(wanted)
 
 

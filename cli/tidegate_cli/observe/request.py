@@ -106,7 +106,7 @@ def build(args: argparse.Namespace, now: float | None = None) -> observer_pb2.Ge
         request.number = EVERYTHING
     elif args.last is not None:
         request.number = args.last
-    elif not args.since and not args.follow:
+    elif not args.since and not args.follow and not args.input_file:
         request.number = DEFAULT_COUNT
     return request
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tidegate_observer import filters, labels
+from tidegate_observer import filters, labels, messages, told
 from tidegate_observer.api import flow_pb2
-from unit.observer.flows import APISERVER, SHOP_WEB, WORLD, flow, started
+from tidegate_observer.flow import End, Kind
+from unit.observer.flows import ALLOW, APISERVER, SHOP_WEB, WORLD, flow, started
 
 F = flow_pb2.FlowFilter
 
@@ -36,6 +37,7 @@ ROWS: list[tuple[str, F, dict[str, Any], bool]] = [
     ("reserved", F(source_label=["reserved:world"]), {"source": WORLD}, True),
     ("identity", F(destination_identity=[301]), {}, True),
     ("a reserved one has their number", F(source_identity=[7]), {"source": APISERVER}, True),
+    ("another reserved one", F(source_identity=[4]), {"source": End(5)}, True),
     ("and not ours", F(source_identity=[3]), {"source": APISERVER}, False),
     ("workload", F(source_workload=[flow_pb2.Workload(name="web")]), {}, True),
     ("kind of workload", F(source_workload=[flow_pb2.Workload(kind="Job")]), {}, False),
@@ -43,6 +45,7 @@ ROWS: list[tuple[str, F, dict[str, Any], bool]] = [
     ("another verdict", F(verdict=[flow_pb2.FORWARDED, flow_pb2.AUDIT]), {}, False),
     ("protocol", F(protocol=["TCP"]), {}, True),
     ("icmp is both", F(protocol=["icmp"]), {"protocol": 58}, True),
+    ("a protocol without a word", F(protocol=["vrrp"]), {"protocol": 112}, True),
     ("http is nobody's", F(protocol=["http"]), {}, False),
     ("port", F(destination_port=["5432"]), {}, True),
     ("ICMP has no port", F(destination_port=["5432"]), {"protocol": 1}, False),
@@ -57,6 +60,20 @@ ROWS: list[tuple[str, F, dict[str, Any], bool]] = [
     ("a reason translated", F(drop_reason_desc=[flow_pb2.VLAN_FILTERED]), {"reason": 220}, True),
     ("direction", F(traffic_direction=[flow_pb2.INGRESS]), {}, True),
     ("IP version", F(ip_version=[flow_pb2.IPv6]), {}, False),
+    (
+        "an allowed flow's type",
+        F(event_type=[flow_pb2.EventTypeFilter(type=5)]),
+        {"kind": Kind.START, "ingress": ALLOW},
+        True,
+    ),
+    (
+        "a trace's type",
+        F(event_type=[flow_pb2.EventTypeFilter(type=4, match_sub_type=True, sub_type=3)]),
+        {"kind": Kind.TRACED, "point": 3},
+        True,
+    ),
+    ("a traced reply", F(reply=[True]), {"kind": Kind.TRACED, "point": 3, "how": 3}, True),
+    ("an audit", F(verdict=[flow_pb2.AUDIT]), {"kind": Kind.AUDITED}, True),
     ("not a reply", F(reply=[False]), {}, True),
     ("replies", F(reply=[True]), {}, False),
     ("flags", F(tcp_flags=[flow_pb2.TCPFlags(SYN=True)]), {}, True),
@@ -77,6 +94,9 @@ ROWS: list[tuple[str, F, dict[str, Any], bool]] = [
 def test_filters(reason: str, wanted: F, fields: dict[str, Any], shown: bool) -> None:
     assert filters.build([wanted], [])(flow(**fields)) == shown
     assert filters.build([], [wanted])(flow(**fields)) != shown
+    # And of a flow of which there is only what was told of it.
+    message = messages.flow_message(flow(**fields), "")
+    assert filters.build([wanted], [])(told.told(message)) == shown
 
 
 def test_lists() -> None:
