@@ -97,7 +97,11 @@ def _of_kernels(wanted: Objects) -> Iterator[str]:
         if node not in lists:
             yield f"{node}: no loader"
             continue
-        addresses, services, endpoints = lists[node]
+        answer = lists[node]
+        if answer is None:
+            yield f"{node}: its lists came cut"
+            continue
+        addresses, services, endpoints = answer
         pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "address": (_addresses(wanted), _kernel_addresses(addresses)),
             "service": (_services(wanted), _kernel_services(services)),
@@ -109,8 +113,9 @@ def _of_kernels(wanted: Objects) -> Iterator[str]:
                     yield f"{node}: {what} {key}: {there.get(key)}, cold: {ought.get(key)}"
 
 
-def _asked(loader: pods.Pod) -> list[Any]:
-    """What `tidegate VERB list` says in the loader's container: one process for all."""
+def _asked(loader: pods.Pod) -> list[Any] | None:
+    """What `tidegate VERB list` says in the loader's container: one process for all. None: not
+    all of it came, as a busy containerd may be gone before it has passed on what was written."""
     process = f"cold-{time.monotonic_ns()}"
     text = cluster.inside(
         loader.node, "ctr", "-n", "k8s.io", "tasks", "exec", "--exec-id", process,
@@ -118,7 +123,10 @@ def _asked(loader: pods.Pod) -> list[Any]:
     )  # fmt: skip
     found, at = [], 0
     for _ in VERBS:
-        item, at = json.JSONDecoder().raw_decode(text, at)
+        try:
+            item, at = json.JSONDecoder().raw_decode(text, at)
+        except json.JSONDecodeError:
+            return None
         found.append(item[loader.node])
         at += len(text[at:]) - len(text[at:].lstrip())
     return found
