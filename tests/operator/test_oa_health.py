@@ -47,7 +47,11 @@ def test_zombies_fail_their_probe(server: ApiServer, monkeypatch: pytest.MonkeyP
         operator.stop()
 
 
-def test_what_is_wrong_with_the_arguments_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_with_the_arguments_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The logs of this process would go to this test's output, also when that is closed.
+    monkeypatch.setattr(main, "configure_logs", lambda _: None)
     assert main.main(["--kubeconfig", "/nowhere"]) == 1
     assert "/nowhere" in capsys.readouterr().err
     with pytest.raises(SystemExit):
