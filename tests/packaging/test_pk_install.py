@@ -87,7 +87,7 @@ def test_install_again_and_uninstall(cluster: Cluster, capsys: pytest.CaptureFix
     ]
 
     # Of everything that was made, nothing stays but the namespace, which no controller empties.
-    assert cluster.run("uninstall", "--yes", "--wait", "25") == 1
+    assert cluster.run("uninstall", "--yes", "--wait", "5") == 1
     said = capsys.readouterr()
     assert said.err == "tidegate: its namespace is still being deleted\n"
     gone = {line.removeprefix("deleted ") for line in said.out.splitlines() if "deleted" in line}
@@ -124,7 +124,7 @@ def test_a_node_that_does_not_let_go_stops_the_uninstall(
     assert held["spec"]["mode"] == "Detached", "it was told"
     # The loaders, which have to do it, are still wanted.
     cluster.api.get(f"/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/tidegate-loader")
-    assert cluster.run("uninstall", "--yes", "--wait", "25", "--force") == 1
+    assert cluster.run("uninstall", "--yes", "--wait", "5", "--force") == 1
     assert "node-1 was not detached by its loader" in capsys.readouterr().err
     assert cluster.api.find("/apis/tidegate.dev/v1alpha1") is None
 

@@ -56,6 +56,8 @@ OURS = (
     resources.NAMESPACES,
 )
 """Deleted where they carry the label PART_OF, in this order."""
+KINDS_SECONDS = 120.0
+"""At least: the API server empties a kind by itself, in its own time; no node has a part in it."""
 
 
 def uninstall(args: argparse.Namespace) -> int:
@@ -223,7 +225,7 @@ def _delete(api: Api, namespaces: Iterable[str], seconds: float) -> list[str]:
     for item in crds:
         _remove(api, resources.CRDS, item)
     paths = [resources.CRDS.path("", item["metadata"]["name"]) for item in crds]
-    if not _until(seconds, lambda: not any(api.find(path) for path in paths)):
+    if not _until(max(seconds, KINDS_SECONDS), lambda: not any(map(api.find, paths))):
         raise CliError("kinds of tidegate.dev do not go", "look for finalizers on their objects")
     if _until(seconds, lambda: not any(api.find(path) for path in held)):
         return []
