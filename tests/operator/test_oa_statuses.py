@@ -131,7 +131,9 @@ def test_a_policy_past_a_limit_denies_and_names_it(
     for name in ("n1", "n2"):  # what is published instead
         town.realise(name)
     say(town, STALLED, (2, 2))
-    sets = objects(town.client, RuleSet).values()
+    # Those of what was there before rest for a while.
+    named = {name for item in town.nodes().values() for name in item.spec.rule_sets}
+    sets = [item for name, item in objects(town.client, RuleSet).items() if name in named]
     assert {term.action for item in sets for term in item.spec.terms} == {"Deny"}
     until(lambda: ("p", "Warning", "NotAsWritten") in events(town), "an event", SECONDS)
     apply(town.client, policy("p", {"podSelector": {}, "ingress": [{"from": blocks[:5]}]}))

@@ -7,6 +7,7 @@ so itself; then loaders, node clean-up, permissions, and the kinds last.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ from tidegate_kube import resources
 from tidegate_kube.resources import Resource
 
 from tidegate_cli.cluster import errand
-from tidegate_cli.cluster.api import Api, connect
+from tidegate_cli.cluster.api import Api, ApiError, connect
 from tidegate_cli.cluster.progress import POLL_SECONDS
 from tidegate_cli.cluster.state import (
     DAEMON_SETS,
@@ -56,6 +57,8 @@ OURS = (
     resources.NAMESPACES,
 )
 """Deleted where they carry the label PART_OF, in this order."""
+REMINDER = "tidegate.dev/uninstalled-at"
+REMIND_SECONDS = 5.0
 KINDS_SECONDS = 120.0
 """At least: the API server empties a kind by itself, in its own time; no node has a part in it."""
 
@@ -225,11 +228,27 @@ def _delete(api: Api, namespaces: Iterable[str], seconds: float) -> list[str]:
     for item in crds:
         _remove(api, resources.CRDS, item)
     paths = [resources.CRDS.path("", item["metadata"]["name"]) for item in crds]
-    if not _until(max(seconds, KINDS_SECONDS), lambda: not any(map(api.find, paths))):
+    if not _kinds_go(api, paths, max(seconds, KINDS_SECONDS)):
         raise CliError("kinds of tidegate.dev do not go", "look for finalizers on their objects")
     if _until(seconds, lambda: not any(api.find(path) for path in held)):
         return []
     return ["its namespace is still being deleted"]
+
+
+def _kinds_go(api: Api, paths: list[str], seconds: float) -> bool:
+    """Waits for it. An API server that fails to empty a kind at first, as the kind's storage is
+    just then made anew, may look at it again only at its next resync, minutes later (1.36): a
+    change of the kind reminds it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if _until(REMIND_SECONDS, lambda: not any(map(api.find, paths))):
+            return True
+        for path in paths:
+            if api.find(path):
+                # Gone in this very moment, or changed by the server: there is nothing to remind of.
+                with contextlib.suppress(ApiError):
+                    api.merge(path, {"metadata": {"annotations": {REMINDER: f"{time.time():.0f}"}}})
+    return False
 
 
 def _remove(api: Api, resource: Resource, item: Any) -> None:
