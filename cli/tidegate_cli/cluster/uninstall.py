@@ -244,10 +244,9 @@ def _kinds_go(api: Api, paths: list[str], seconds: float) -> bool:
         if _until(REMIND_SECONDS, lambda: not any(map(api.find, paths))):
             return True
         for path in paths:
-            if api.find(path):
-                # Gone in this very moment, or changed by the server: there is nothing to remind of.
-                with contextlib.suppress(ApiError):
-                    api.merge(path, {"metadata": {"annotations": {REMINDER: f"{time.time():.0f}"}}})
+            # Gone, or changed by the server in this very moment: there is nothing to remind of.
+            with contextlib.suppress(ApiError):
+                api.merge(path, {"metadata": {"annotations": {REMINDER: f"{time.time():.0f}"}}})
     return False
 
 

@@ -161,27 +161,29 @@ class KubeStore:
         other object of it: a loader reports at its own times, and a state that waits for the next
         publish is behind all that this one writes."""
         resource, name = RESOURCES[type(item)], item.metadata.name
-        try:
-            for _ in range(TRIES - 1):
-                try:
-                    return self._update(resource, item, there.version)
-                except Conflict:
-                    found = self._look(item)
-                    if found is None or not _same_but_for_status(found, there):
-                        raise
-                    there = found
-            self._update(resource, item, there.version)
-        except NotFound:
-            self._reflectors[type(item)].forget("", name, there.uid)
-            raise Conflict(f"update {resource.plural}/{name}", "it is gone") from None
-        except Invalid:
-            if isinstance(item, NodeState):
-                raise
-            # Its content may not be changed, and is not ours: in its place comes ours.
-            self._delete(type(item), name, there.uid)
-            body = encode(item)
-            answer = self._send(lambda left: self._client.create(resource, body, timeout=left))
-            self._done("update", item, body, answer)
+        left = TRIES
+        while True:
+            try:
+                return self._update(resource, item, there.version)
+            except NotFound:
+                self._reflectors[type(item)].forget("", name, there.uid)
+                raise Conflict(f"update {resource.plural}/{name}", "it is gone") from None
+            except Conflict:
+                found, left = self._look(item), left - 1
+                if not left or found is None or not _same_but_for_status(found, there):
+                    raise
+                there = found
+            except Invalid:
+                if isinstance(item, NodeState):
+                    raise
+                return self._in_its_place(resource, item, there.uid)
+
+    def _in_its_place(self, resource: Resource, item: StateObject, uid: str) -> None:
+        """What is there may not be changed, and its content is not ours."""
+        self._delete(type(item), item.metadata.name, uid)
+        body = encode(item)
+        answer = self._send(lambda left: self._client.create(resource, body, timeout=left))
+        self._done("update", item, body, answer)
 
     def _update(self, resource: Resource, item: StateObject, version: str) -> None:
         meta = msgspec.structs.replace(item.metadata, resource_version=version)
