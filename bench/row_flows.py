@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from measure import Result, Unmeasurable, interleaved, pinned
 from tidegate_bpf import Codec, ObjectFile, RingBuffer
@@ -30,6 +31,9 @@ from tidegate_observer.history import History
 from tidegate_observer.informer import pod
 from tidegate_observer.people import Pod
 from tidegate_observer.records import Flows
+
+if TYPE_CHECKING:
+    from support.ca_town import Town
 
 ROOT = Path(__file__).resolve().parents[1]
 EVENTS = 200_000
@@ -226,8 +230,8 @@ def rss() -> Iterator[Result]:
 
 
 @contextmanager
-def town() -> Iterator[object]:
-    from support import ca_town  # noqa: PLC0415
+def town() -> Iterator[Town]:
+    from support import ca_town  # noqa: PLC0415 - pytest and all: only these rows need it
 
     with tempfile.TemporaryDirectory() as directory, ca_town.town(Path(directory)) as made:
         made.save("nodes", ca_town.node(1))
@@ -259,9 +263,9 @@ def relay(observer: Path) -> Iterator[Path]:
             process.terminate()
 
 
-def followed(made: object, *more: str) -> list[float]:
+def followed(made: Town, *more: str) -> list[float]:
     """Milliseconds from each denied packet to the line that `tidegate observe --follow` prints."""
-    run = made.run_dir.path  # type: ignore[attr-defined]
+    run = made.run_dir.path
     command = [sys.executable, "-m", "tidegate_cli", "observe", "--follow", "-o", "json", *more]
     environment = os.environ | {"TIDEGATE_RUN_DIR": str(run)}
     printed: dict[int, float] = {}
@@ -280,9 +284,9 @@ def followed(made: object, *more: str) -> list[float]:
         reader = threading.Thread(target=read)
         reader.start()
         time.sleep(2.0)
-        address = made.pod("server").addresses[0]  # type: ignore[attr-defined]
+        address = made.pod("server").addresses[0]
         for port in range(20000, 20000 + FOLLOWED):
-            with made.inside("client"):  # type: ignore[attr-defined]
+            with made.inside("client"):
                 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             with sock:
                 sock.bind(("", port))
@@ -302,7 +306,7 @@ def follow() -> Iterator[Result]:
     """Of one observer, and of two through a relay."""
     if os.geteuid():
         raise Unmeasurable("needs root")
-    with town() as made, relay(made.run_dir.observer) as merged:  # type: ignore[attr-defined]
+    with town() as made, relay(made.run_dir.observer) as merged:
         rows = (
             ("flow-follow", "from a packet to its printed line", ()),
             (
