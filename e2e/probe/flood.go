@@ -2,19 +2,26 @@
 
 package main
 
-import "net"
+import (
+	"net"
+	"time"
+)
 
 // flood sends datagrams without a pause and ignores every error: what a pod could do that must not.
+// Each second is a flow of its own, so that one which began before somebody looked is not the last.
 func flood(address, port string) error {
-	socket, err := net.ListenPacket("udp", ":0")
-	if err != nil {
-		return err
-	}
 	to, err := net.ResolveUDPAddr("udp", net.JoinHostPort(address, port))
 	if err != nil {
 		return err
 	}
 	for {
-		socket.WriteTo([]byte("flood"), to)
+		socket, err := net.ListenPacket("udp", ":0")
+		if err != nil {
+			return err
+		}
+		for began := time.Now(); time.Since(began) < time.Second; {
+			socket.WriteTo([]byte("flood"), to)
+		}
+		socket.Close()
 	}
 }

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
-WALK_SECONDS = 1.0
-"""How often it is looked for a cgroup that is not known."""
+REST = 20
+"""For how many times as long as a walk took there is no other: whatever is asked for, walks take
+less than a twentieth of a core."""
 MAX_CGROUPS = 65536
 _UID = r"[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}"
 _POD = re.compile(rf"(?:.*-)?pod({_UID}|[0-9a-f]{{32}})(?:\.slice)?|({_UID})")
@@ -31,17 +31,22 @@ class Cgroups:
 
     def __init__(self, root: Path | None) -> None:
         """`root`: cgroup2, or a directory in it; None: none is known."""
-        self._root = root
-        self.pods: Mapping[int, str] = {}
+        self.root = root
+        self.pods: dict[int, str] = {}
         """Id of a cgroup → UID of the pod that it or one above it is of; "": of none."""
-        self._due = -WALK_SECONDS
+        self._due = 0.0
 
-    def look(self, cgroup: int) -> bool:
-        """Looks for one that is not known, unless it was just looked; whether it is by now."""
-        if cgroup not in self.pods and self._root is not None and time.monotonic() >= self._due:
-            self.pods = walk(self._root)
-            self._due = time.monotonic() + WALK_SECONDS
-        return cgroup in self.pods
+    def look(self, cgroup: int) -> str | None:
+        """Of `pods`. None: it is not known, and too soon to look for it. One that is looked for
+        and is not there is of no pod: whose it was is gone."""
+        known = self.pods.get(cgroup)
+        if known is None and time.monotonic() >= self._due:
+            begin = time.monotonic()
+            self.pods = walk(self.root) if self.root is not None else {}
+            end = time.monotonic()
+            self._due = end + REST * (end - begin)
+            known = self.pods.setdefault(cgroup, "")
+        return known
 
 
 def walk(root: Path) -> dict[int, str]:

@@ -22,11 +22,11 @@ from tidegate_observer.directory import Directory, reserved_labels
 from tidegate_observer.flow import SCTP, TCP, UDP, End, FrontendKey, Service, address_bytes
 from tidegate_observer.people import Files, People, Pod, PodKey, RunDirPeople, objects_in
 
-WAIT_SECONDS = {"address": 0.5, "rule set": 5.0}
+WAIT_SECONDS = {"address": 0.5, "cgroup": 0.5, "rule set": 5.0}
 """How long a batch of records waits for the file that names what it speaks of: whoever made it
 true writes it down a moment later, and on a node that is busy later than that. An address may be
-of somebody who is never named; a rule set in force always is. Not while so many records wait behind
-it that some would be lost."""
+of somebody who is never named, and so may a cgroup; a rule set in force always is. Not while so
+many records wait behind it that some would be lost."""
 STEP_SECONDS = 0.01
 REREAD_SECONDS = 0.1
 """How often the files are read again for what is not known, once there is no more waiting:
@@ -195,7 +195,12 @@ class RunDirSource:
             for (namespace, name), pod in self._pods.items()
             if pod.host_network and pod.uid
         }
-        self.directory.hosts = {c: known.get(uid) for c, uid in self._cgroups.pods.items()}
+        # Of whom nobody has heard yet: it is asked for again.
+        self.directory.hosts = {
+            cgroup: known.get(uid)
+            for cgroup, uid in self._cgroups.pods.items()
+            if not uid or uid in known
+        }
 
     def _read_facts(self) -> tuple[dict[bytes, int], dict[FrontendKey, Service]]:
         """Of ipcache: address → identity; frontends → Service."""
@@ -230,37 +235,39 @@ class RunDirSource:
     def _missing(self, what: str, which: bytes | int) -> bool:
         """Reads again, and waits a moment if need be: for each thing once in a while, and for all
         together not longer, so that nothing unknown keeps the ring from being read."""
-        if what == "cgroup":
-            return self._missing_cgroup(which)
         now = time.monotonic()
         if now - self._unknown.get((what, which), -UNKNOWN_SECONDS) < UNKNOWN_SECONDS:
             return False
-        held: Mapping[Any, object]
+        if what == "cgroup" and self._cgroups.root is None:
+            return False
         while True:
             patient = time.monotonic() < self._patient_until(what, now) and not self.hurry()
             if not patient and time.monotonic() - self._reread < REREAD_SECONDS:
                 break
             self.refresh()
             self._reread = time.monotonic()
-            held = self.directory.rule_sets if what == "rule set" else self.directory.addresses
-            if which in held:
+            if self._holds(what, which):
                 return True
             if not patient:
                 break
             time.sleep(STEP_SECONDS)
+        if what == "cgroup" and which not in self._cgroups.pods:
+            return False  # nobody has looked
         if len(self._unknown) >= MAX_UNKNOWN:
             self._unknown.clear()
         self._unknown[what, which] = time.monotonic()
         return False
 
-    def _missing_cgroup(self, which: bytes | int) -> bool:
-        """A socket's is there, or was a moment ago: there is nothing to wait for."""
-        assert isinstance(which, int)
-        before = self._cgroups.pods
-        found = self._cgroups.look(which)
-        if self._cgroups.pods is not before:
+    def _holds(self, what: str, which: bytes | int) -> bool:
+        directory = self.directory
+        if what == "cgroup":
+            assert isinstance(which, int)
+            self._cgroups.look(which)
             self._fill_hosts()
-        return found
+            return which in directory.hosts
+        held: Mapping[Any, object]
+        held = directory.rule_sets if what == "rule set" else directory.addresses
+        return which in held
 
     def _patient_until(self, what: str, now: float) -> float:
         if now - self._waited[what] >= UNKNOWN_SECONDS:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 from tidegate_bpf import ObjectFile
-from tidegate_observer import cgroups, processes
+from tidegate_observer import cgroups, processes, rundir
 from tidegate_observer.cgroups import Cgroups, uid_of
 from tidegate_observer.directory import Directory
 from tidegate_observer.flow import End, Process, address_bytes
 from tidegate_observer.limits import Limits
 from tidegate_observer.messages import flow_message
+from tidegate_observer.people import Pod
 from tidegate_observer.processes import BUSY, Processes
 from tidegate_observer.records import Denials, Flows
 from tidegate_observer.rings import Drain
+from tidegate_observer.rundir import RunDirSource
 from unit.observer.flows import WEB, flow, started
 from unit.observer.test_ob_records import record
 
@@ -165,13 +169,70 @@ def test_a_container_is_of_the_pod_above_it(tmp_path: Path) -> None:
 
 def test_a_cgroup_that_is_nowhere_is_not_looked_for_all_the_time(tmp_path: Path) -> None:
     held = Cgroups(tmp_path)
-    assert held.look(tmp_path.stat().st_ino)
+    assert held.look(tmp_path.stat().st_ino) == ""
     late = tmp_path / UID
     late.mkdir()
-    assert not held.look(late.stat().st_ino)
+    held._due = math.inf
+    assert held.look(late.stat().st_ino) is None
     held._due = 0.0
-    assert held.look(late.stat().st_ino)
-    assert not Cgroups(None).look(1)
+    assert held.look(late.stat().st_ino) == UID
+    held._due = 0.0
+    assert held.look(1) == "", "whose it was is gone"
+    assert Cgroups(None).look(1) == ""
+
+
+class Late:
+    """Implements `people.People`: the pod is known once it was asked for `rounds` times."""
+
+    def __init__(self, rounds: int) -> None:
+        self.left = rounds
+        self.identities: dict[int, End] = {}
+
+    def fresh(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+    @property
+    def pods(self) -> dict[tuple[str, str], Pod]:
+        return {("town", "agent"): Pod((), True, uid=UID)} if self.left <= 0 else {}
+
+
+def host_source(source: RunDirSource, cgroup: int) -> End:
+    ends = {"src": address_bytes("192.0.2.1"), "dst": address_bytes("192.0.2.2")}
+    plain = ends | {"protocol": 6, "src_identity": 1, "cgroup": cgroup}
+    (found,) = Flows(SPEC, "n").flows(record("tg_flow_event", **plain), 0, source.directory)
+    return found.source
+
+
+def test_the_first_flow_of_a_new_pod_in_the_nodes_network_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its only flow, maybe: neither that somebody else's cgroup was looked for a moment ago, nor
+    that the API server tells of the pod a moment later, leaves it without a name."""
+    monkeypatch.setitem(rundir.WAIT_SECONDS, "cgroup", 60.0)
+    tree = tmp_path / "cgroup"
+    tree.mkdir()
+    source = RunDirSource(tmp_path, "n", people=Late(40), cgroup=tree)
+    assert host_source(source, 1).pod == ""
+    container = tree / f"pod{UID}" / "container"
+    container.mkdir(parents=True)
+    source._cgroups._due = time.monotonic() + 0.1
+    assert host_source(source, container.stat().st_ino).pod == "agent"
+
+
+def test_a_cgroup_whose_pod_nobody_tells_is_not_waited_for_again(tmp_path: Path) -> None:
+    tree = tmp_path / "cgroup"
+    container = tree / f"pod{UID}"
+    container.mkdir(parents=True)
+    source = RunDirSource(tmp_path, "n", people=Late(1 << 30), cgroup=tree)
+    cgroup = container.stat().st_ino
+    assert host_source(source, cgroup).pod == ""
+    reads: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "refresh", lambda: reads.append(1))
+        for _ in range(100):
+            assert host_source(source, cgroup).pod == ""
+    assert not reads
 
 
 def test_who_is_on_the_node_is_known_by_the_cgroup() -> None:
