@@ -44,6 +44,11 @@ class RingBuffer:
         """The map's descriptor, readable (poll, epoll) when a record was committed."""
         return self._fd
 
+    @property
+    def consumed(self) -> int:
+        """Bytes that have been read of all there ever were, by whichever consumer."""
+        return self._consumer[0]
+
     def read(self, limit: int = 65536) -> list[bytes]:
         """At most `limit` committed records, oldest first; their room is given back."""
         records: list[bytes] = []

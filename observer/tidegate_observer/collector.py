@@ -24,6 +24,7 @@ from tidegate_observer.metrics import Metrics
 from tidegate_observer.policylog import PolicyLog
 from tidegate_observer.pressure import Pressure
 from tidegate_observer.processes import Processes
+from tidegate_observer.progress import Progress
 from tidegate_observer.records import Denials, Flows, Traces
 from tidegate_observer.rundir import RunDirSource
 from tidegate_observer.tracked import MAX_LIVE, Tracked
@@ -65,6 +66,7 @@ class Reader:
         source.hurry = self.drain.pressed
         self.pressure = Pressure(spec, pins)
         self.tracked = Tracked(spec, node, pins, flows.live)
+        self._progress = Progress(memory.with_name(f"told-{node}"), len(RINGS))
         self._carried = carried.Carried(memory.with_name(carried.file_name(node)))
         self._watch = agent.Watch(node)
         self.changed: list[agent.AgentEvent] = []
@@ -83,6 +85,7 @@ class Reader:
         self.failed = None
         if time.monotonic() >= self._due:
             self.drain.reopen()
+            found += self._untold()
             self.source.refresh()
             self.changed += self._watch.look(self.source.directory, time.time_ns())
             lost = self._losses()
@@ -104,6 +107,24 @@ class Reader:
                 found += self.tracked.sweep(offset)
         self._carried.add(found)
         return found
+
+    def _untold(self) -> list[Lost]:
+        """What an observer before this one had read when it was killed, and told nobody."""
+        count = 0
+        for number, ring in enumerate(self._rings):
+            begun, ring.begun = ring.begun, None
+            if begun is not None:
+                step = rings.step(self._records[number].size)
+                count += self._progress.untold(number, begun) // step
+                self.drain.taken[number] = self.drain.taken[number] or begun
+        if not count:
+            return []
+        log.warning("events were read and not told", node=self.node, count=count)
+        return [Lost(self.node, time.time_ns(), count, self._looked, queued=True)]
+
+    def told(self) -> None:
+        """What `read` returned is where it belongs."""
+        self._progress.keep(self.drain.taken)
 
     @contextlib.contextmanager
     def _noted(self) -> Iterator[None]:
@@ -175,6 +196,7 @@ class Reader:
 
     def close(self) -> None:
         self.drain.close()
+        self._progress.close()
 
 
 class Collector:
@@ -220,6 +242,8 @@ class Collector:
             self._figures.add(found)
             if self._policy_log is not None:
                 self._logged(found)
+        for reader in self._readers:
+            reader.told()
         if any(reader.drain.more for reader in self._readers):
             pause = 0.0
         if time.monotonic() >= self._due:

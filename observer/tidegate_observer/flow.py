@@ -144,6 +144,8 @@ class Flow(msgspec.Struct, gc=False):
     """That it began in; None: it is not known."""
     asked: FrontendKey | None = None
     """Of `service`: where its client asked for it."""
+    interface_name: str = ""
+    """"": it is not known."""
 
 
 class Lost(msgspec.Struct, frozen=True, gc=False):
@@ -154,6 +156,8 @@ class Lost(msgspec.Struct, frozen=True, gc=False):
     count: int
     first: int
     """When losses were last looked for before; nanoseconds since 1970, as `time`."""
+    queued: bool = False
+    """An observer that was killed had read them, and told nobody; else they found a ring full."""
 
 
 Entry = Flow | Lost

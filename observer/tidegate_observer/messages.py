@@ -68,6 +68,7 @@ def flow_message(flow: Flow, uuid: str) -> flow_pb2.Flow:
     )
     if flow.interface:
         made.interface.index = flow.interface
+        made.interface.name = flow.interface_name
     _protocol(flow, made)
     if flow.service is not None:
         made.destination_service.name = flow.service.name
@@ -202,7 +203,7 @@ def summary(flow: Flow) -> str:
 
 def lost_message(lost: Lost) -> flow_pb2.LostEvent:
     return flow_pb2.LostEvent(
-        source=flow_pb2.PERF_EVENT_RING_BUFFER,
+        source=flow_pb2.OBSERVER_EVENTS_QUEUE if lost.queued else flow_pb2.PERF_EVENT_RING_BUFFER,
         num_events_lost=lost.count,
         first=timestamp(lost.first),
         last=timestamp(lost.time),

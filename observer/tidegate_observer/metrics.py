@@ -43,6 +43,8 @@ MAX_SERVICES = 500
 MAX_PORTS = 200
 OTHER = "other"
 WORLD = 2
+LOST_SOURCES = ("PERF_EVENT_RING_BUFFER", "OBSERVER_EVENTS_QUEUE")
+"""By `Lost.queued`."""
 LIMITED = 252
 """TG_REASON_EVENT_LIMITED."""
 PROTOCOLS = {TCP: "TCP", UDP: "UDP", SCTP: "SCTP", ICMP: "ICMPv4", ICMPV6: "ICMPv6"}
@@ -83,7 +85,7 @@ class Metrics:
         self._icmp: Counter[tuple[str, str]] = Counter()
         self._ports: Counter[tuple[int, int]] = Counter()
         self._flags: Counter[tuple[int, bool]] = Counter()
-        self._lost = 0
+        self._lost: Counter[str] = Counter(dict.fromkeys(LOST_SOURCES, 0))
         self._denied: Counter[Labels] = Counter()
         self._services: dict[Labels, _Service] = {}
         self._ends: Counter[str] = Counter()
@@ -109,7 +111,7 @@ class Metrics:
         ports: dict[tuple[int, int], int] = {}
         for entry in entries:
             if entry.__class__ is Lost:
-                self._lost += entry.count
+                self._lost[LOST_SOURCES[entry.queued]] += entry.count
                 continue
             flow = cast("Flow", entry)
             kind, protocol, to = flow.kind, flow.protocol, flow.destination
@@ -226,7 +228,7 @@ class Metrics:
         names = dict(FLAGS)
         flags = {(names[b], "IPv4" if v4 else "IPv6"): n for (b, v4), n in self._flags.items()}
         yield counter("hubble_tcp_flags", "TCP flags seen", ("flag", "family"), flags)
-        lost = {("PERF_EVENT_RING_BUFFER",): self._lost}
+        lost = {(source,): count for source, count in self._lost.items()}
         yield counter("hubble_lost_events", "events that were not seen", ("source",), lost)
 
     def _programs(self) -> Iterator[Metric]:

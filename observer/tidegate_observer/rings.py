@@ -15,15 +15,31 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tidegate_bpf import BpfError, Map, RingBuffer
 
+HEADER = 8
+"""Bytes of the kernel's before each record."""
 DRAIN_SECONDS = 0.025
 MAX_BUFFERED = 32 << 20
 """Bytes held in memory for one ring, four seconds of 50,000 flows a second; beyond, the ring fills
 and the programs count what they lose."""
 BATCH = 4 << 20
 """Bytes taken at once, or a little more: what is made of them is held at once, too."""
+
+
+def step(size: int) -> int:
+    """Bytes that a record of `size` bytes takes in a ring."""
+    return (HEADER + size + 7) & ~7
+
+
+class Place(NamedTuple):
+    """Somewhere in all that one ring ever held."""
+
+    map: int
+    """The kernel's number of it, which no other gets while the machine runs."""
+    bytes: int
 
 
 class Ring:
@@ -36,6 +52,14 @@ class Ring:
         self._inode = 0
         self._map: Map | None = None
         self._ring: RingBuffer | None = None
+        self.begun: Place | None = None
+        """Where reading of what is open began."""
+
+    @property
+    def place(self) -> Place:
+        """How far what is open has been read."""
+        assert self._map is not None and self._ring is not None  # noqa: PT018
+        return Place(self._map.info.id, self._ring.consumed)
 
     @property
     def open(self) -> bool:
@@ -54,6 +78,7 @@ class Ring:
         self._map = Map.open_pinned(str(self._pin))
         self._ring = RingBuffer(self._map)
         self._inode = inode
+        self.begun = self.place
 
     def read(self) -> bytes:
         """Whole records one after the other, oldest first; b"": there is none."""
@@ -77,7 +102,9 @@ class Drain:
         """`beside`: called once records have been read, before they can be taken."""
         self._rings = list(rings)
         self._beside = beside
-        self._queues: list[deque[bytes]] = [deque() for _ in rings]
+        self._queues: list[deque[tuple[bytes, Place]]] = [deque() for _ in rings]
+        self.taken: list[Place | None] = [None for _ in rings]
+        """How far what was read has been taken, of each ring."""
         self._held = [0 for _ in rings]
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -104,8 +131,9 @@ class Drain:
                 raise error
             queue, taken, size = self._queues[number], [], 0
             while queue and size < BATCH:
-                taken.append(queue.popleft())
-                size += len(taken[-1])
+                piece, self.taken[number] = queue.popleft()
+                taken.append(piece)
+                size += len(piece)
             self._held[number] -= size
         return b"".join(taken)
 
@@ -134,7 +162,7 @@ class Drain:
                     continue
                 if data:
                     came = True
-                    self._queues[number].append(data)
+                    self._queues[number].append((data, ring.place))
                     self._held[number] += len(data)
             if came and self._beside is not None:
                 self._beside()

@@ -35,7 +35,7 @@ _OWN_FILES = (
     "observer.prom",
     ".observer.prom.tmp",
 )
-_OWN_PATTERNS = ("lost-*", ".lost-*", "carried-*", ".carried-*")
+_OWN_PATTERNS = ("lost-*", ".lost-*", "told-*", "carried-*", ".carried-*")
 """One a node."""
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 from tidegate_bpf import BpfError, ObjectFile
-from tidegate_observer.collector import RETRY_SECONDS, Collector, Reader
-from tidegate_observer.flow import Flow, Kind, address_bytes
+from tidegate_observer.collector import RETRY_SECONDS, RINGS, Collector, Reader
+from tidegate_observer.flow import Flow, Kind, Lost, address_bytes
 from tidegate_observer.history import History
 from tidegate_observer.metrics import Metrics
+from tidegate_observer.rings import Place
 from tidegate_observer.rundir import RunDirSource
 from unit.observer.test_ob_records import record
 
@@ -26,6 +27,7 @@ class Drained:
         self.given = list(given)
         self.more = False
         self.through = 7
+        self.taken: list[Place | None] = [None] * len(RINGS)
 
     def reopen(self) -> None:
         pass
@@ -80,3 +82,55 @@ def test_what_was_taken_is_kept(
     fails = bool(broken) or TORN in given
     assert [line["event"] for line in logs].count("cannot read") == fails
     assert (pause == RETRY_SECONDS) == fails
+
+
+class Ring:
+    """Of flows: holds what nobody has read, and says how far it was read."""
+
+    open = True
+    begun: Place | None = None
+
+    def __init__(self, held: bytes = b"") -> None:
+        self.place = Place(4, 0)
+        self.held = held
+
+    def reopen(self) -> None:
+        self.begun = self.place
+
+    def read(self) -> bytes:
+        found, self.held = self.held, b""
+        self.place = Place(4, self.place.bytes + len(found))
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("told", "expected"), [(False, 3), (True, 0)])
+def test_what_was_read_and_not_told_is_said_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool, expected: int
+) -> None:
+    """An observer is killed with records in its memory, which are in no ring any more."""
+    monkeypatch.setattr("tidegate_observer.rings.Drain._run", lambda _self: None)
+    ring = Ring()
+
+    def observer() -> tuple[Reader, History]:
+        made = Reader(SPEC, "n", tmp_path, RunDirSource(tmp_path, "n"), tmp_path / "lost")
+        made._rings[1] = made.drain._rings[1] = ring  # type: ignore[assignment, call-overload]
+        monkeypatch.setattr(made.tracked, "sweep", lambda _offset: [])
+        history = History(10)
+        Collector([made], history, Metrics()).step()
+        return made, history
+
+    killed, history = observer()
+    assert history.added == 0
+    ring.held = START * 3
+    killed.drain.read()
+    if told:
+        Collector([killed], history, Metrics()).step()
+        assert history.seen == 3
+    ring.held = START
+    _, history = observer()
+    lost = [entry for entry in history.slice(0, 9)[1] if isinstance(entry, Lost)]
+    assert [(entry.count, entry.queued) for entry in lost] == [(3, True)] * (not told)
+    assert sum(entry.count for entry in lost) == expected

@@ -43,6 +43,7 @@ def test_what_is_counted() -> None:
             started(service=SHOP_WEB, destination_port=8080),
             started(kind=Kind.END, service=SHOP_WEB, counts=ended),
             Lost("node-1", 2 * SECOND, 9, SECOND),
+            Lost("node-1", 2 * SECOND, 4, SECOND, queued=True),
         ]
     )
     made.programs = {(133, 1): (5, 500), (133, 0): (2, 200), (0, 1): (9, 900), (254, 0): (7, 0)}
@@ -55,6 +56,7 @@ def test_what_is_counted() -> None:
     assert value(found, "hubble_port_distribution_total", protocol="TCP", port="8080") == 1
     assert value(found, "hubble_tcp_flags_total", flag="SYN", family="IPv4") == 4
     assert value(found, "hubble_lost_events_total", source="PERF_EVENT_RING_BUFFER") == 9
+    assert value(found, "hubble_lost_events_total", source="OBSERVER_EVENTS_QUEUE") == 4
     one = {"reason": "POLICY_DENIED", "direction": "EGRESS"}
     assert value(found, "cilium_drop_count_total", **one) == 5
     assert value(found, "cilium_drop_bytes_total", **one) == 500

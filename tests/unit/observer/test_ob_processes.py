@@ -20,7 +20,7 @@ from tidegate_observer.messages import flow_message
 from tidegate_observer.people import Pod
 from tidegate_observer.processes import BUSY, Processes
 from tidegate_observer.records import Denials, Flows
-from tidegate_observer.rings import Drain
+from tidegate_observer.rings import Drain, Place
 from tidegate_observer.rundir import RunDirSource
 from unit.observer.flows import WEB, flow, started
 from unit.observer.test_ob_records import record
@@ -114,7 +114,7 @@ def test_places_are_read_before_records_can_be_taken() -> None:
     seen: list[int] = []
 
     class One:
-        data = b"record"
+        data, place = b"record", Place(1, 6)
 
         def read(self) -> bytes:
             found, self.data = self.data, b""

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 from tidegate_observer import rings
-from tidegate_observer.rings import BATCH, MAX_BUFFERED, Drain
+from tidegate_observer.rings import BATCH, MAX_BUFFERED, Drain, Place
 
 
 class Source:
@@ -15,6 +15,7 @@ class Source:
     def __init__(self, *pieces: bytes | Exception) -> None:
         self.pieces = list(pieces)
         self.closed = False
+        self.place = Place(7, 0)
 
     def reopen(self) -> None:
         pass
@@ -23,6 +24,7 @@ class Source:
         piece = self.pieces.pop(0) if self.pieces else b""
         if isinstance(piece, Exception):
             raise piece
+        self.place = Place(7, self.place.bytes + len(piece))
         return piece
 
     def close(self) -> None:
@@ -47,9 +49,12 @@ def test_a_batch_is_bounded_and_the_rest_stays() -> None:
     made = drain(Source(bytes(BATCH), b"rest"))
     made.read()
     made.read()
+    assert made.taken == [None]
     assert len(made.take(0)) == BATCH
     assert made.more
+    assert made.taken == [Place(7, BATCH)]
     assert made.take(0) == b"rest"
+    assert made.taken == [Place(7, BATCH + 4)]
 
 
 def test_a_ring_that_nobody_takes_from_is_left_to_fill() -> None:
