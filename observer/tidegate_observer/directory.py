@@ -39,8 +39,8 @@ NAMESPACE_LABEL = "k8s:io.kubernetes.pod.namespace"
 
 
 class Directory:
-    """What is known now. `missing` is told what is not ("address", "rule set" or "cgroup", and
-    which); it may fill the directory, and returns whether it did."""
+    """What is known now. `missing` is told what is not ("address", "rule set", "cgroup" or
+    "interface", and which); it may fill the directory, and returns whether it did."""
 
     def __init__(self, missing: Callable[[str, bytes | int], bool] | None = None) -> None:
         self.addresses: dict[bytes, End] = {}
@@ -50,6 +50,8 @@ class Directory:
         self.services: dict[FrontendKey, Service] = {}
         self.hosts: Mapping[int, End | None] = {}
         """Cgroup → the pod in the node's network that it is of; None: it is of none."""
+        self.interfaces: Mapping[int, str] = {}
+        """Names by index, in the node's network namespace."""
         self.current: frozenset[int] = frozenset()
         """Of `rule_sets`, those in force."""
         self._decisions: dict[tuple[int, int, bool], Decision | None] = {}
@@ -69,6 +71,14 @@ class Directory:
         """Who has the address, where the kernel does not say by which identity it knew it."""
         found = self.endpoints.get(endpoint) if endpoint else None
         return found or self.addresses.get(address) or self.stranger(Reserved.WORLD)
+
+    def link(self, index: int) -> str:
+        """The interface's name; "": it is not known."""
+        found = self.interfaces.get(index)
+        if found is None and index and self._missing is not None:
+            self._missing("interface", index)
+            found = self.interfaces.get(index)
+        return found or ""
 
     def host(self, end: End, cgroup: int) -> End:
         """Who on the node itself is at that end, whose address is no pod's, by the cgroup of its

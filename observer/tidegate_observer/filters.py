@@ -421,8 +421,13 @@ def _node_labels(values: Sequence[object]) -> Test:
 
 
 def _interfaces(values: Sequence[object]) -> Test:
-    wanted = {v.index for v in values if isinstance(v, flow_pb2.NetworkInterface) and v.index}
-    return lambda flow: flow.interface in wanted
+    """By index, by name, or both."""
+    wanted = [(v.index, v.name) for v in values if isinstance(v, flow_pb2.NetworkInterface)]
+    return lambda flow: any(
+        index in (0, flow.interface) and name in ("", flow.interface_name)
+        for index, name in wanted
+        if index or name
+    )
 
 
 def _never(_values: Sequence[object]) -> Test:

@@ -7,12 +7,16 @@ that what it wanted is gone, and is told how much.
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Iterable
 from typing import cast
 
 from tidegate_observer.flow import Entry, Flow
 
 DEFAULT_SIZE = 65536
+RATE_SECONDS = 60.0
+"""What is said to come in a second is the average of so many."""
 
 
 class History:
@@ -28,6 +32,9 @@ class History:
         """Everything until then that will come has come; nanoseconds since 1970."""
         # One more than is said to be held: the slot being written belongs to no reader.
         self._slots: list[Entry | None] = [None] * (size + 1)
+        self._rates: deque[tuple[float, int]] = deque(maxlen=int(RATE_SECONDS) + 1)
+        """Once a second at most: when, and how many flows there had been before."""
+        self._began = time.monotonic()
         self._grown = threading.Condition()
         self._closed = False
 
@@ -44,6 +51,13 @@ class History:
     def closed(self) -> bool:
         return self._closed
 
+    def rate(self) -> float:
+        """Flows a second, of the last minute."""
+        now = time.monotonic()
+        before = [seen for when, seen in tuple(self._rates) if now - when <= RATE_SECONDS]
+        came = self.seen - before[0] if before else 0
+        return came / min(max(now - self._began, 1.0), RATE_SECONDS)
+
     def extend(self, entries: Iterable[Entry], through: int = 0) -> None:
         """Adds in order, then wakes who waits. `through` as it is of `self`; 0: no word of it."""
         before = at = self.added
@@ -54,6 +68,9 @@ class History:
             at += 1
             flows += isinstance(entry, Flow)
             self.added = at
+        now = time.monotonic()
+        if flows and (not self._rates or now - self._rates[-1][0] >= 1.0):
+            self._rates.append((now, self.seen))
         self.seen += flows
         self.through = max(self.through, through)
         if at != before:

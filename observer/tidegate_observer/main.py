@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
             spec,
             node,
             pins,
-            RunDirSource(args.run_dir, node, args.state, people, cgroup),
+            RunDirSource(args.run_dir, node, args.state, people, cgroup, in_node=args.kube),
             beside / f"lost-{node}",
         )
         for node, pins in args.node

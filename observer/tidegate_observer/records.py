@@ -161,6 +161,7 @@ class Flows:
         started, ended = Kind.START.value, Kind.END.value
         live, room = self.live, self._max_live
         host, process = directory.host, self._process
+        link, names = directory.link, directory.interfaces
         for (
             time,
             start,
@@ -225,6 +226,7 @@ class Flows:
                     cgroup,
                     process=process(cookie & COOKIE_LOW) if cookie else None,
                     asked=asked if service is not None else None,
+                    interface_name=names.get(interface) or link(interface),
                 )
                 if len(live) < room:
                     live[hash((start, source, destination, sport << 16 | dport, protocol))] = flow
@@ -256,10 +258,13 @@ class Flows:
                     interface,
                     begun.source if begun else who(source, source_endpoint),
                     begun.destination if begun else who(destination, destination_endpoint),
+                    egress=begun.egress if begun else None,
+                    ingress=begun.ingress if begun else None,
                     service=begun.service if begun else None,
                     counts=counts,
                     asked=begun.asked if begun else None,
                     process=begun.process if begun else None,
+                    interface_name=names.get(interface) or link(interface),
                 )
             found.append(flow)
         return found
@@ -292,7 +297,7 @@ class Denials:
         end, decision = directory.end, directory.decision
         egress_of, denied = 1, Kind.DENIED.value
         audited = Kind.AUDITED.value
-        seen, process = self.seen, self._process
+        seen, process, link = self.seen, self._process, directory.link
         if len(seen) > MAX_KINDS:
             seen.clear()
         for (
@@ -336,6 +341,7 @@ class Denials:
                 verdict if leaves else None,
                 None if leaves else verdict,
                 process=process(socket) if socket else None,
+                interface_name=link(interface),
             )
             if reason == NO_BACKEND:
                 flow.service = directory.service(destination, PORTS[dport], protocol)
@@ -405,6 +411,7 @@ class Traces:
                     directory.who(destination),
                     point=point,
                     how=how,
+                    interface_name=directory.link(interface),
                 )
             )
         return found

@@ -1,12 +1,15 @@
 """A Directory from a node's files: a run directory of `tidegate up`, or of a loader on a cluster.
 
-`objects/` (addresses, rule sets, Services) and the node's `realised.json` (ids), and People for
-who has the addresses. Files are read again only where they changed. Reads only.
+`objects/` (addresses, rule sets, Services) and the node's `realised.json` (ids) and `interfaces/`,
+and People for who has the addresses. Files are read again only where they changed. Reads only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +37,7 @@ strangers by the thousand must not make the observer read files by the thousand.
 UNKNOWN_SECONDS = 10.0
 """For how long a number that nobody explained is not asked for again."""
 MAX_UNKNOWN = 4096
+SETTLED_NS = 10**9
 
 PROTOCOLS = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
 
@@ -53,6 +57,13 @@ class _Endpoint(msgspec.Struct, frozen=True):
 
 class _RuleSet(msgspec.Struct, frozen=True):
     name: str
+
+
+class _Interface(msgspec.Struct, frozen=True):
+    """A file of nodes/NODE/interfaces: the node's end of a pod's pair."""
+
+    ifname: str
+    ifindex: int
 
 
 class Programming(msgspec.Struct, frozen=True):
@@ -78,9 +89,12 @@ class RunDirSource:
         objects: Path | None = None,
         people: People | None = None,
         cgroup: Path | None = None,
+        *,
+        in_node: bool = False,
     ) -> None:
         """`objects`: where rulesets/ and stateslices/ are; default: the run directory's, as is
-        `people`. `cgroup`: cgroup2, to know pods in the node's network by."""
+        `people`. `cgroup`: cgroup2, to know pods in the node's network by. `in_node`: this
+        process is in the node's network, and knows its interfaces itself."""
         self.node = node
         self.directory = Directory(self._missing)
         self.pods_known = 0
@@ -95,6 +109,12 @@ class RunDirSource:
         self._facts: tuple[dict[bytes, int], dict[FrontendKey, Service]] = {}, {}
         self._rule_sets: dict[str, RuleSet] = {}
         self._cgroups = Cgroups(cgroup)
+        self._interfaces = run_dir / "nodes" / node / "interfaces"
+        self._interfaces_seen = 0
+        self._in_node = in_node
+        self._links: dict[int, str] = {}
+        """The node's own, by index."""
+        self._interface_of: dict[Path, _Interface] = {}
         self.hurry: Callable[[], bool] = lambda: False
         """Whether there is no time to wait for a name; set from outside."""
         self._unknown: dict[tuple[str, bytes | int], float] = {}
@@ -117,6 +137,7 @@ class RunDirSource:
     def refresh(self) -> bool:
         """Reads what changed; whether anything did."""
         people = self._people.fresh()
+        self._read_interfaces()
         realised = self._files.fresh(self._realised, _Realised)
         slices = self._read_slices()
         if slices:
@@ -144,6 +165,35 @@ class RunDirSource:
             del self._slices[gone]
             self._files.forget(self._objects / "stateslices" / f"{gone}.json")
         return before != self._slices
+
+    def _read_interfaces(self) -> None:
+        """Each file is written once and renamed into place: the directory tells when to look."""
+        try:
+            stamp = os.stat(self._interfaces).st_mtime_ns
+        except FileNotFoundError:
+            stamp = 0
+        if stamp == self._interfaces_seen:
+            return
+        # What changed just now may change again within one tick of the file system's clock.
+        self._interfaces_seen = stamp if time.time_ns() - stamp > SETTLED_NS else 0
+        held, self._interface_of = self._interface_of, {}
+        for path in objects_in(self._interfaces):
+            item = self._files.fresh(path, _Interface) or held.get(path)
+            if item is not None:
+                self._interface_of[path] = item
+        for gone in held.keys() - self._interface_of.keys():
+            self._files.forget(gone)
+        found = {item.ifindex: item.ifname for item in self._interface_of.values()}
+        self.directory.interfaces = self._links | found
+
+    def _interface(self, index: int) -> bool:
+        """A pod's is written down before it carries anything: that is not waited for."""
+        self._read_interfaces()
+        if index not in self.directory.interfaces and self._in_node:
+            with contextlib.suppress(OSError):
+                self._links[index] = socket.if_indextoname(index)
+                self.directory.interfaces = {**self.directory.interfaces, **self._links}
+        return index in self.directory.interfaces
 
     def _read_rule_sets(self) -> None:
         wanted = {int(number): item.name for number, item in self._ids.rule_sets.items()}
@@ -240,6 +290,10 @@ class RunDirSource:
             return False
         if what == "cgroup" and self._cgroups.root is None:
             return False
+        if isinstance(which, int) and what == "interface":
+            if not self._interface(which):
+                self._forgotten(what, which)
+            return which in self.directory.interfaces
         while True:
             patient = time.monotonic() < self._patient_until(what, now) and not self.hurry()
             if not patient and time.monotonic() - self._reread < REREAD_SECONDS:
@@ -253,10 +307,14 @@ class RunDirSource:
             time.sleep(STEP_SECONDS)
         if what == "cgroup" and which not in self._cgroups.pods:
             return False  # nobody has looked
+        self._forgotten(what, which)
+        return False
+
+    def _forgotten(self, what: str, which: bytes | int) -> None:
+        """It is not asked for again soon."""
         if len(self._unknown) >= MAX_UNKNOWN:
             self._unknown.clear()
         self._unknown[what, which] = time.monotonic()
-        return False
 
     def _holds(self, what: str, which: bytes | int) -> bool:
         directory = self.directory

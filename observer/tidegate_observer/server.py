@@ -284,14 +284,14 @@ class ObserverService:
     def server_status(
         self, _request: observer_pb2.ServerStatusRequest, _context: grpc.ServicerContext
     ) -> observer_pb2.ServerStatusResponse:
-        history, uptime = self._history, self._uptime()
+        history = self._history
         return observer_pb2.ServerStatusResponse(
             num_flows=history.held,
             max_flows=history.size,
             seen_flows=history.seen,
-            uptime_ns=uptime,
+            uptime_ns=self._uptime(),
             version=self._about.version,
-            flows_rate=history.seen / max(uptime / 10**9, 1.0),
+            flows_rate=history.rate(),
         )
 
     def _uptime(self) -> int:

@@ -62,6 +62,7 @@ def told(message: flow_pb2.Flow) -> Told:
         protocol=_PROTOCOLS[which] if which in _PROTOCOLS else _unnamed(message.Summary),
         tcp_flags=sum(1 << bit for bit, name in enumerate(FLAGS) if getattr(flags, name, False)),
         interface=message.interface.index,
+        interface_name=message.interface.name,
         source=_end(message.source),
         destination=_end(message.destination),
         ingress=decision,

@@ -196,8 +196,11 @@ def _end(flow: Flow, when: int, counts: Counts) -> Flow:
         flow.interface,
         flow.source,
         flow.destination,
+        flow.egress,
+        flow.ingress,
         service=flow.service,
         counts=counts,
         process=flow.process,
         asked=flow.asked,
+        interface_name=flow.interface_name,
     )

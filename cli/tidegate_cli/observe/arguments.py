@@ -166,7 +166,7 @@ def _filters(group: Any) -> None:
     add("--reply", metavar="BOOL", help="true: replies (each event is told as its flow began)")
     add("--node-name", metavar="PATTERN", help="[CLUSTER/]NODE, with *")
     add("--node-label", metavar="SELECTOR", help="labels of the node (none are known)")
-    add("--interface", metavar="NAME", help="of the node (their names are not known)")
+    add("--interface", metavar="NAME", help="name of the interface, on the node")
     add("--snat-ip", metavar="IP[/N]", help="an address that the source was given (none is known)")
     add("--uuid", metavar="ID", help="the one flow of this id")
     add("--trace-id", metavar="ID", help="of a trace (none are known)")

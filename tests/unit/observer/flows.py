@@ -37,6 +37,7 @@ def flow(**fields: Any) -> Flow:
         "protocol": 6,
         "tcp_flags": 2,
         "interface": 3,
+        "interface_name": "eth0",
         "source": WEB,
         "destination": DB,
         "ingress": DENY,

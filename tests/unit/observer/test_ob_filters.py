@@ -85,6 +85,10 @@ ROWS: list[tuple[str, F, dict[str, Any], bool]] = [
     ("node with cluster", F(node_name=["default/node-1"]), {}, True),
     ("node of another cluster", F(node_name=["other/"]), {}, False),
     ("interface", F(interface=[flow_pb2.NetworkInterface(index=3)]), {}, True),
+    ("interface by name", F(interface=[flow_pb2.NetworkInterface(name="eth0")]), {}, True),
+    ("another's name", F(interface=[flow_pb2.NetworkInterface(name="eth1")]), {}, False),
+    ("one of both", F(interface=[flow_pb2.NetworkInterface(name="eth0", index=4)]), {}, False),
+    ("no interface", F(interface=[flow_pb2.NetworkInterface()]), {}, False),
     ("DNS", F(dns_query=["."]), {}, False),
     ("cluster", F(source_cluster_name=["default"]), {}, True),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,24 @@ def test_pods_in_the_nodes_network_are_known_by_their_cgroups(tmp_path: Path) ->
     people.pods, people.changed = {}, True
     assert source.refresh()
     assert source.directory.host(nobody, group.stat().st_ino) is nobody
+
+
+def test_interfaces_have_names(tmp_path: Path) -> None:
+    directory = tmp_path / "nodes" / "n1" / "interfaces"
+    source = RunDirSource(tmp_path, "n1", people=Somebody())
+    link = source.directory.link
+    assert (link(0), link(7)) == ("", "")
+    directory.mkdir(parents=True)
+    for index, name in ((8, "veth8"), (9, "veth9")):
+        # At once: the first look may have been within the same tick of the clock.
+        text = f'{{"uid":"u{index}","ifname":"{name}","ifindex":{index}}}'
+        (directory / f"u{index}.json").write_text(text)
+        assert link(index) == name
+    (directory / "u8.json").unlink()
+    source._interfaces_seen = 0
+    source.refresh()
+    assert (link(8), link(9)) == ("", "veth9")
+    (loopback,) = (index for index, name in socket.if_nameindex() if name == "lo")
+    assert link(loopback) == ""
+    beside = RunDirSource(tmp_path, "n1", people=Somebody(), in_node=True)
+    assert (beside.directory.link(loopback), beside.directory.link(9)) == ("lo", "veth9")

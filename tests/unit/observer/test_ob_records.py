@@ -53,6 +53,7 @@ def directory() -> Directory:
     made.addresses = {A: WEB, B: DB}
     made.rule_sets = {9: RULES}
     made.services = {(VIP, 80, 6): Service("data", "svc")}
+    made.interfaces = {5: "veth5"}
     return made
 
 
@@ -138,6 +139,7 @@ def test_a_start_and_an_end(directory: Directory) -> None:
         "tg_flow_event",
         **plain,
         time=3,
+        ifindex=5,
         cookie=7,
         cgroup=8,
         frontend=VIP,
@@ -168,6 +170,8 @@ def test_a_start_and_an_end(directory: Directory) -> None:
     assert first.asked == last.asked == (VIP, 80, 6)
     assert (first.egress, names(first.ingress)) == (None, ["n"])
     assert (last.kind, last.source, last.destination) == (Kind.END, WEB, DB)
+    assert (last.egress, names(last.ingress)) == (None, ["n"])
+    assert (first.interface_name, last.interface_name) == ("veth5", "")
     counts = last.counts
     assert (counts.packets, counts.bytes, counts.nanoseconds, counts.closed) == (5, 400, 47, "fin")
 

@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -119,7 +120,7 @@ def test_a_denial_says_all_that_is_known(serving: Serving) -> None:
         "event_type": {"type": 1, "sub_type": 133},
         "traffic_direction": "INGRESS",
         "is_reply": {},
-        "interface": {"index": 3},
+        "interface": {"index": 3, "name": "eth0"},
         "socket_cookie": 5,
         "cgroup_id": 6,
         "uuid": "00000000-0000-0007-0000-000000000000",
@@ -271,11 +272,30 @@ def test_field_mask_and_uuid(serving: Serving) -> None:
     assert found == [{"uuid": wanted, "source": {"pod_name": "web-1"}}]
 
 
+def test_flows_a_second_are_those_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: 1000.0)
+    monkeypatch.setattr("tidegate_observer.history.time", clock)
+    history = History(8)
+
+    def at_second(second: int) -> float:
+        clock.monotonic = lambda: 1000.0 + second
+        return history.rate()
+
+    assert at_second(0) == 0
+    fill(history, 8)
+    assert at_second(4) == 2
+    assert at_second(50) == 8 / 50
+    fill(history, 3)
+    assert at_second(100) == 3 / 60
+    assert at_second(1000) == 0
+
+
 def test_the_other_calls(serving: Serving) -> None:
     history, client, _ = serving
     fill(history, 10)
     status = client.ask("/observer.Observer/ServerStatus")
     assert (status["num_flows"], status["max_flows"], status["seen_flows"]) == (8, 8, 10)
+    assert status["flows_rate"] > 0
     nodes = client.ask("/observer.Observer/GetNodes")["nodes"]
     assert [(n["name"], n["state"]) for n in nodes] == [
         ("node-1", "NODE_CONNECTED"),
