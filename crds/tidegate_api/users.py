@@ -52,7 +52,8 @@ def invalid(message: str, remedy: str) -> PydanticCustomError:
     )
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """What people wrote, for a message: they may have written anything."""
     return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"
 
 
@@ -62,7 +63,7 @@ def _short(text: str) -> str:
 def _dns_label(value: str) -> str:
     if len(value) > MAX_NAME or not _LABEL.fullmatch(value):
         raise invalid(
-            f"{_short(value)!r} is not an RFC 1123 label",
+            f"{short(value)!r} is not an RFC 1123 label",
             f"use at most {MAX_NAME} lower-case letters, digits and '-', "
             "beginning and ending with a letter or digit",
         )
@@ -72,7 +73,7 @@ def _dns_label(value: str) -> str:
 def _subdomain(value: str) -> str:
     if len(value) > MAX_SUBDOMAIN or not _SUBDOMAIN.fullmatch(value):
         raise invalid(
-            f"{_short(value)!r} is not an RFC 1123 name",
+            f"{short(value)!r} is not an RFC 1123 name",
             f"use at most {MAX_SUBDOMAIN} lower-case letters, digits, '-' and '.', "
             "beginning and ending with a letter or digit",
         )
@@ -84,12 +85,12 @@ def check_label_key(key: str) -> None:
     prefix, slash, name = key.rpartition("/")
     if slash and (len(prefix) > MAX_SUBDOMAIN or not _SUBDOMAIN.fullmatch(prefix)):
         raise invalid(
-            f"the prefix of label key {_short(key)!r} is not an RFC 1123 name",
+            f"the prefix of label key {short(key)!r} is not an RFC 1123 name",
             f"use a DNS name of at most {MAX_SUBDOMAIN} characters before the '/'",
         )
     if len(name) > MAX_NAME or not _QUALIFIED.fullmatch(name):
         raise invalid(
-            f"{_short(key)!r} is not a label key",
+            f"{short(key)!r} is not a label key",
             f"use at most {MAX_NAME} letters, digits, '-', '_' and '.', "
             "beginning and ending with a letter or digit",
         )
@@ -103,7 +104,7 @@ def _matching(pattern: re.Pattern[str], most: int) -> WithJsonSchema:
 def check_label_value(key: str, value: str) -> None:
     if value and (len(value) > MAX_NAME or not _QUALIFIED.fullmatch(value)):
         raise invalid(
-            f"{_short(value)!r} is not a value for label {_short(key)!r}",
+            f"{short(value)!r} is not a value for label {short(key)!r}",
             f"use at most {MAX_NAME} letters, digits, '-', '_' and '.', "
             "beginning and ending with a letter or digit",
         )
@@ -132,7 +133,7 @@ def _port(value: int) -> int:
 def port_name(value: str) -> str:
     if len(value) > 15 or not _PORT_NAME.fullmatch(value):
         raise invalid(
-            f"{_short(value)!r} is not a port name",
+            f"{short(value)!r} is not a port name",
             "use at most 15 lower-case letters, digits and '-', with at least one letter",
         )
     return value
@@ -152,12 +153,12 @@ def network(text: str) -> IPNetwork:
     """Parse a CIDR. Raises `invalid` for host bits, naming the masked CIDR."""
     address, slash, bits = text.partition("/")
     if not slash or not bits.isascii() or not bits.isdigit() or "%" in address:
-        raise invalid(f"{_short(text)!r} is not a CIDR", "write address/bits, as in 10.0.0.0/8")
+        raise invalid(f"{short(text)!r} is not a CIDR", "write address/bits, as in 10.0.0.0/8")
     try:
         whole = ipaddress.ip_network(text, strict=False)
     except ValueError:
         raise invalid(
-            f"{_short(text)!r} is not a CIDR",
+            f"{short(text)!r} is not a CIDR",
             "write address/bits, as in 10.0.0.0/8 or fd00::/8, without leading zeros",
         ) from None
     if ipaddress.ip_address(address) != whole.network_address:
@@ -188,7 +189,7 @@ def _ip(value: str) -> str:
     try:
         ipaddress.ip_address(value)
     except ValueError:
-        raise invalid(f"{_short(value)!r} is not an IP address", "write one address") from None
+        raise invalid(f"{short(value)!r} is not an IP address", "write one address") from None
     return value
 
 

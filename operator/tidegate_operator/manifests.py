@@ -11,8 +11,6 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -21,16 +19,16 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 from tidegate_api.kinds import KINDS, AnyObject
+from tidegate_api.users import short
 
-from tidegate_operator import meanings, unread, yamldoc
+from tidegate_operator import disk, meanings, unread, yamldoc
 from tidegate_operator.policies import RulePlace
 from tidegate_operator.problems import Problem, Source, at
 
-SUFFIXES = (".yaml", ".yml", ".json")
-MAX_FILE_BYTES = 16 << 20
-MAX_FILES = 10_000
 MAX_DOCUMENTS = 10_000
 """Documents in one file, items of lists included."""
+MAX_NAME = 253
+"""Characters of a name; longer ones no object has."""
 MAX_ERRORS = 10
 """Errors reported for one object."""
 
@@ -94,16 +92,16 @@ def digest(data: bytes) -> str:
 
 def digests(path: Path) -> dict[str, str] | None:
     """`Input.files` as a read of the folder would find them now; None: it is not there."""
-    listing = _list(path)
+    listing = disk.listed(path)
     if listing.names is None:
         return None
     found = {}
     for name in listing.names:
         try:
-            found[name] = digest(_contents(path / name))
-        except FileNotFoundError:  # between listing and reading
+            found[name] = digest(disk.contents(path / name))
+        except disk.Gone:  # between listing and reading
             continue
-        except (OSError, _TooBig):
+        except (OSError, disk.Unusable):
             found[name] = ""
     return found
 
@@ -141,14 +139,21 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._files: dict[str, _File] = {}
+        self._links: tuple[str, ...] = ()
         self._complete = False
+
+    def linked(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """What changes with any file elsewhere that a link here pointed to at the last read: no
+        watch of the folder tells of it."""
+        return tuple(disk.stamp(self._path / name) for name in self._links)
 
     def read(self) -> Input:
         """Read what is there now. Never raises for what the folder holds."""
-        listing = _list(self._path)
+        listing = disk.listed(self._path)
         problems = list(listing.problems)
         if listing.names is not None:
             self._complete = True
+            self._links = tuple(n for n in listing.names if (self._path / n).is_symlink())
             for gone in set(self._files) - set(listing.names):
                 if not any(gone.startswith(f"{held}/") for held in listing.unreadable):
                     del self._files[gone]
@@ -159,7 +164,7 @@ class Folder:
             problems += self._files[name].problems
         problems += late + self._skipped()
         if listing.names is not None and not documents and not self._files:
-            text = f"no {', '.join(SUFFIXES)} file here"
+            text = f"no {', '.join(disk.SUFFIXES)} file here"
             problems.append(
                 Problem(severity="warning", message=text, remedy="put manifests into the folder")
             )
@@ -169,11 +174,11 @@ class Folder:
     def _read_file(self, name: str) -> None:
         known = self._files.setdefault(name, _File())
         try:
-            data = _contents(self._path / name)
-        except FileNotFoundError:  # between listing and reading
+            data = disk.contents(self._path / name)
+        except disk.Gone:  # between listing and reading
             del self._files[name]
             return
-        except (OSError, _TooBig) as error:
+        except (OSError, disk.Unusable) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             stays = f"; {STAYS}" if known.held else ""
             problem = Problem(
@@ -230,67 +235,7 @@ class Folder:
         ]
 
 
-# ---- Files -------------------------------------------------------------------------
-
-
-class _TooBig(Exception):
-    pass
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """`names` is None if the folder itself could not be listed; `unreadable` are
-    directories below it that could not."""
-
-    names: tuple[str, ...] | None
-    unreadable: tuple[str, ...] = ()
-    problems: tuple[Problem, ...] = ()
-
-
-def _list(root: Path) -> _Listing:
-    names: list[str] = []
-    failed: list[tuple[str, str]] = []
-
-    def note(error: OSError) -> None:
-        failed.append((os.path.relpath(error.filename, root), error.strerror or "unreadable"))
-
-    for where, directories, files in os.walk(root, onerror=note, followlinks=False):
-        directories[:] = sorted(name for name in directories if not name.startswith("."))
-        below = os.path.relpath(where, root)
-        for name in files:
-            if not name.startswith(".") and name.endswith(SUFFIXES):
-                names.append(name if below == "." else f"{below}/{name}")
-    problems = [
-        Problem(
-            severity="error",
-            file="" if name == "." else name,
-            message=f"the folder cannot be read: {reason}; what it held stays in force",
-            remedy="bring it back, or make it readable",
-        )
-        for name, reason in failed
-    ]
-    if any(name == "." for name, _ in failed):
-        return _Listing(None, (), tuple(problems))
-    if not root.is_dir():
-        text = "the folder is not there; what it held stays in force"
-        problem = Problem(severity="error", message=text, remedy="bring it back")
-        return _Listing(None, (), (problem,))
-    if len(names) > MAX_FILES:
-        text = f"{len(names)} files; what was in force stays"
-        remedy = f"keep at most {MAX_FILES} manifests in one folder"
-        return _Listing(None, (), (Problem(severity="error", message=text, remedy=remedy),))
-    return _Listing(tuple(sorted(names)), tuple(name for name, _ in failed), tuple(problems))
-
-
-def _contents(path: Path) -> bytes:
-    # O_NONBLOCK: a FIFO named x.yaml must not stop us.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise _TooBig("it is not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise _TooBig(f"it has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
-        return file.read(MAX_FILE_BYTES + 1)
+# ---- One file -------------------------------------------------------------------------
 
 
 def _parse_file(name: str, data: bytes, known: _File) -> _File:
@@ -417,10 +362,24 @@ def _parse_object(
         )
         yield _Item(line, problems=(problem,))
         return
-    if kind.endswith("List") and isinstance(data.get("items"), list | None) and "items" in data:
-        of = ("", "") if kind == "List" else (version, kind.removesuffix("List"))
-        for index, item in enumerate(data["items"] or []):
-            yield from _parse_object(loaded, item, (*path, "items", index), of)
+    of = (version, kind.removesuffix("List"))
+    # A kind of somebody else's may end in List, too, and mean something else by items.
+    ours = kind == "List" or (kind.endswith("List") and of in KINDS)
+    if ours or (kind.endswith("List") and isinstance(data.get("items"), list)):
+        listed = [] if data.get("items") is None else data["items"]
+        if not isinstance(listed, list):
+            problem = _error(
+                f"is {_kind_of(listed)}, not a list",
+                "write a list",
+                line=loaded.line((*path, "items")) - line,
+                what=kind,
+                at=_field((*path, "items")),
+            )
+            yield _Item(line, problems=(problem,))
+            return
+        for index, item in enumerate(listed):
+            below = (*path, "items", index)
+            yield from _parse_object(loaded, item, below, ("", "") if kind == "List" else of)
         return
     model = KINDS.get((version, kind))
     if model is not None:
@@ -429,7 +388,7 @@ def _parse_object(
         return
     versions = [known for known, name in KINDS if name == kind]
     if not versions:
-        yield _Item(line, skipped=(version, kind))
+        yield _Item(line, skipped=(short(version), short(kind)))
         return
     problem = _error(
         f"{kind} of {version} is not read",
@@ -450,6 +409,10 @@ def _key(data: dict[str, Any], kind: str) -> Key | None:
     return Key(kind, str(namespace) if namespaced else "", name)
 
 
+def _called(key: Key) -> str:
+    return str(key) if len(key.name) <= MAX_NAME else f"{key.kind} {short(key.name)}"
+
+
 def _validate(
     loaded: yamldoc.Loaded,
     data: dict[str, Any],
@@ -461,7 +424,7 @@ def _validate(
     try:
         return _Item(line, key, model.model_validate(data))
     except ValidationError as error:
-        what = str(key) if key else str(data["kind"])
+        what = _called(key) if key else str(data["kind"])
         details = error.errors(include_url=False)
         problems = [
             _explain(detail, loaded, path, (model, what)) for detail in details[:MAX_ERRORS]
@@ -531,12 +494,12 @@ def _words(detail: Any, written: str, model: type[BaseModel]) -> tuple[str, str]
     if kind == "missing":
         return "is missing", f"give {detail['loc'][-1]}"
     if kind == "string_type" and isinstance(value, bool | int | float | date):
-        shown = written or str(value)
+        shown = short(written or str(value))
         return f"{shown} is {_kind_of(value)} in YAML, not text", f'quote it: "{shown}"'
     if kind in ("literal_error", "enum"):
         return f"{str(value)[:60]!r} is not a value of this field", f"use {context['expected']}"
     if kind in ("int_type", "int_parsing") and isinstance(value, str) and value.isdigit():
-        return f"{value!r} is text, not a number", f"write it without quotes: {value}"
+        return f"{short(value)!r} is text, not a number", f"write it without quotes: {short(value)}"
     expected = {
         "int_type": "a number",
         "bool_type": "true or false",

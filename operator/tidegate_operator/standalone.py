@@ -76,6 +76,7 @@ class Runner:
         self._on_world = on_world
         self._hold = Hold()
         self._read: Input | None = None
+        self._linked: tuple[object, ...] = ()
         self.world = EMPTY_WORLD
         self.ledger = publish.read_ledger(run_dir)
 
@@ -148,12 +149,15 @@ class Runner:
             if _root(self._path) != root:
                 return
             # The first time-out also: something may have changed before the watch began.
-            if changed or first or self._hold.due(time.monotonic()):
+            due = first or self._hold.due(time.monotonic())
+            if changed or due or self._folder.linked() != self._linked:
                 report(self._settled(stop))
             first = False
 
     def _settled(self, stop: threading.Event) -> StepResult:
         """One step; but what seems to be removed must still be gone a moment later."""
+        # Taken before the read, or a change in between would go unseen.
+        self._linked = self._folder.linked()
         read = self._folder.read()
         if self._read is not None:
             now = {document.key for document in read.documents}

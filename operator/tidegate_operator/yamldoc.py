@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from tidegate_api.users import short
 
 MAX_DEPTH = 64
 MAX_VALUES = 200_000
@@ -171,8 +172,11 @@ class _Builder:
             return [self.build(item, depth + 1) for item in node.value]
         try:
             return self._loader.construct_object(node)
-        except ValueError as error:  # a date or number that there is not
-            raise DocumentError(line, f"{node.value!r}: {error}", "quote the value") from None
+        except (ValueError, LookupError, AttributeError):
+            # A date or number that there is not, or !!bool, !!int and !!timestamp of something
+            # else: PyYAML's own accidents.
+            text = f"{short(node.value)!r} is no {node.tag.rpartition(':')[2]}"
+            raise DocumentError(line, text, "quote the value") from None
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Any]:
         own: dict[str, Any] = {}
@@ -186,9 +190,10 @@ class _Builder:
                     merged = {**self._mapping(source, depth + 1), **merged}
                 continue
             if not isinstance(key, yaml.ScalarNode) or key.tag != _STRING:
-                text = f"key {str(key.value)[:40]!r} is not text"
+                text = f"key {short(str(key.value))!r} is not text"
                 raise DocumentError(line, text, "write text, in quotes if need be")
             if key.value in own:
-                raise DocumentError(line, f"key {key.value!r} appears twice", "remove one of them")
+                text = f"key {short(key.value)!r} appears twice"
+                raise DocumentError(line, text, "remove one of them")
             own[key.value] = self.build(value, depth + 1)
         return {**merged, **own}

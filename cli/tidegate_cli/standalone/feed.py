@@ -94,6 +94,9 @@ class OperatorFeed:
             except (PublishError, OSError) as error:
                 log.error("cannot publish, trying again", error=str(error))
                 self._stop.wait(RETRY_SECONDS)
+            except Exception:  # or nobody would follow the folder any more, and nobody would say so
+                log.exception("cannot follow the folder, trying again")
+                self._stop.wait(RETRY_SECONDS)
 
     def _on_world(self, _before: MadeWorld, after: MadeWorld) -> None:
         if self._changed is not None:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tidegate_operator import manifests, yamldoc
+from tidegate_operator import disk, manifests, yamldoc
 from tidegate_operator.manifests import STAYS, Folder, Input
 from unit.operator.given import pod, policy, put, read
 
@@ -40,6 +40,7 @@ STYLES = [
     ("typed list", "apiVersion: v1\nkind: NamespaceList\nitems:\n- {metadata: {name: n}}\n",
      ["Namespace n"]),
     ("null items", "apiVersion: v1\nkind: List\nitems:\n", []),
+    ("no items", "apiVersion: v1\nkind: PodList\n", []),
     ("exported: status and null timestamp", "apiVersion: v1\nkind: Namespace\nmetadata: "
      "{name: n, creationTimestamp: null, uid: x}\nspec: {finalizers: [k]}\nstatus: {phase: A}\n",
      ["Namespace n"]),
@@ -73,6 +74,12 @@ BROKEN = [
     ("unknown tag", "a: !python/name:os.system 1\n", 1, "remove the tag"),
     ("unknown alias", "a: *b\n", 1, ""),
     ("impossible date", "a: 2024-13-45\n", 1, "quote"),
+    ("no boolean", "a: !!bool maybe\n", 1, "quote"),
+    ("no number", "a: !!int _\n", 1, "quote"),
+    ("no date", "a: !!timestamp x\n", 1, "quote"),
+    ("too many digits", f"a: {'9' * 5000}\n", 1, "quote"),
+    ("items that are no list", "apiVersion: v1\nkind: List\nitems: {}\n", 3, "write a list"),
+    ("items of a typed list", "apiVersion: v1\nkind: PodList\nitems: x\n", 3, "write a list"),
     ("control character", "a: \x00\n", 1, ""),
     ("scalar", "hello\n", 1, "write apiVersion"),
     ("no kind", "apiVersion: v1\n", 1, "give it kind"),
@@ -89,6 +96,7 @@ def test_broken_document_spares_its_neighbours(
     (problem,) = found.problems
     assert remedy in problem.remedy
     assert problem.document_index == 2
+    assert len(str(problem)) < 300
     if line:  # where an alias bomb goes off is nobody's business
         assert problem.line == len(pod("x").splitlines()) + 1 + line
 
@@ -119,6 +127,14 @@ def test_other_kinds_are_named_once() -> None:
     assert [(p.severity, p.object, p.message) for p in found.problems] == [
         ("info", "ConfigMap (v1)", "4 skipped: Tidegate does not read this kind")
     ]
+
+
+def test_names_of_any_length_are_shown_short() -> None:
+    named = "apiVersion: v1\nkind: Pod\nmetadata: {name: %s}\nspec: {containers: [{name: c}]}\n"
+    found = read(a__yaml=named % ("a" * 5000)).problems
+    assert ["metadata.name" in p.field and len(str(p)) < 400 for p in found] == [True]
+    (problem,) = read(a__yaml=named % ("a" * 253) + "x: 1\n").problems
+    assert problem.object == f"Pod default/{'a' * 253}"
 
 
 def test_duplicate_name_first_stays() -> None:
@@ -210,7 +226,7 @@ class TestLastValid:
         folder, path = Folder(tmp_path), tmp_path / "a.yaml"
         put(path, POD)
         folder.read()
-        monkeypatch.setattr(manifests, "MAX_FILE_BYTES", 3)
+        monkeypatch.setattr(disk, "MAX_FILE_BYTES", 3)
         found = folder.read()
         assert _names(found) == ["Pod default/a"]
         assert (found.problems[0].severity, found.problems[0].file) == ("error", "a.yaml")
@@ -225,6 +241,28 @@ class TestLastValid:
         found = folder.read()
         assert _names(found) == ["Pod default/a"]
         assert found.problems[0].line == 2
+
+    def test_link_to_a_file_that_goes_keeps_its_objects(self, tmp_path: Path) -> None:
+        put(tmp_path / "there.yaml", POD)
+        (tmp_path / "f").mkdir()
+        (tmp_path / "f/a.yaml").symlink_to("../there.yaml")
+        folder = Folder(tmp_path / "f")
+        assert _names(folder.read()) == ["Pod default/a"]
+        (tmp_path / "there.yaml").unlink()
+        found = folder.read()
+        assert _names(found) == ["Pod default/a"]
+        assert "a link to a file that is not there" in found.problems[0].message
+        assert manifests.digests(tmp_path / "f") == {"a.yaml": ""} == found.files
+        (tmp_path / "f/a.yaml").unlink()
+        assert _names(folder.read()) == []
+
+    def test_link_to_a_folder_is_named(self, tmp_path: Path) -> None:
+        put(tmp_path / "there/a.yaml", POD)
+        put(tmp_path / "f/b.yaml", pod("b"))
+        (tmp_path / "f/more").symlink_to("../there")
+        found = Folder(tmp_path / "f").read()
+        assert _names(found) == ["Pod default/b"]
+        assert [(p.severity, p.file) for p in found.problems] == [("warning", "more")]
 
     def test_fifo_does_not_stop_the_reader(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "a.yaml")

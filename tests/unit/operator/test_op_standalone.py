@@ -143,6 +143,17 @@ def test_follows_saves_in_every_style(tmp_path: Path, follow: Wait) -> None:
     follow(_pods("d"))
 
 
+def test_follows_what_a_link_points_to(tmp_path: Path, follow: Wait) -> None:
+    put(tmp_path / "there.yaml", pod("a"))
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f/a.yaml").symlink_to("../there.yaml")
+    follow(_pods("a"))
+    put(tmp_path / "there.yaml", pod("b"))
+    follow(_pods("b"))  # the step after the watch began may see this one
+    put(tmp_path / "there.yaml", pod("c"))
+    follow(_pods("c"))
+
+
 def test_invalid_save_keeps_and_says(tmp_path: Path, follow: Wait) -> None:
     put(tmp_path / "f/a.yaml", pod("a") + policy("p", "{}"))
     first = follow(_pods("a"))
