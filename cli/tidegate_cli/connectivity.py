@@ -77,17 +77,25 @@ class Cell:
         return self.expected is not None and self.expected != self.reached
 
 
-def of_cluster(run_dir: Path, families: Sequence[int], seconds: float) -> list[Cell]:
-    """Measures the cluster that is up. Raises StandaloneError, CliError."""
-    state = RunDir.at(run_dir).require()
-    desired = model.Model.from_objects(objects.RunObjects(run_dir).all())
+def of_cluster(
+    run_dir: Path, families: Sequence[int], seconds: float, node: str | None = None
+) -> list[Cell]:
+    """Measures the cluster that is up; with `node`, from its pods. Raises StandaloneError,
+    CliError."""
+    state, run = RunDir.at(run_dir).require(), objects.RunObjects(run_dir)
+    sources = state.pods if node is None else on(state.pods, run.nodes(node))
+    desired = model.Model.from_objects(run.all())
     columns = [
         column
         for family in families
         for column in destinations(state.pods, desired.services, family)
     ]
     nodes = {address: node.name for node in state.nodes for address in node.addresses}
-    return measure(state.pods, columns, judge_by(desired, state.pods, nodes), seconds)
+    return measure(sources, columns, judge_by(desired, state.pods, nodes), seconds)
+
+
+def on(pods: Sequence[Pod], nodes: Sequence[str]) -> list[Pod]:
+    return [pod for pod in pods if pod.node in nodes]
 
 
 def judge_by(desired: model.Model, pods: Sequence[Pod], nodes: Mapping[str, str]) -> Judge:

@@ -99,6 +99,7 @@ def identity_list(args: argparse.Namespace) -> int:
     objects, sets = place.all(), place.label_sets()
     states = [item for item in objects if isinstance(item, NodeState)]
     if args.node is not None:
+        place.nodes(args.node)  # or it would be a list of identities that nobody has
         states = [item for item in states if item.metadata.name == args.node]
     used = Counter(endpoint.identity for state in states for endpoint in state.spec.endpoints)
     rows: list[dict[str, Any]] = []

@@ -22,6 +22,8 @@ class MatrixOptions:
     output: str = "table"
     """One of `arguments.FORMS`."""
     seconds: float = DEFAULT_SECONDS
+    node: str | None = None
+    """From this node's pods only."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,8 +33,8 @@ def add_parser(subparsers: Any) -> None:
         "open real connections between all pods and services, and compare with the model",
         description="Connects from inside every pod to every declared TCP and UDP port of every "
         "pod and service. `.` = the right pod answered, `X` = it did not, `!` = differs from the "
-        "model. Exits 1 if a cell differs. In a cluster: TCP only, by a privileged pod on each "
-        "node that is gone again afterwards.",
+        "model. Exits 1 if a cell differs. With --node: from inside that node's pods. In a "
+        "cluster: TCP only, by a privileged pod on each node that is gone again afterwards.",
     )
     add_cluster(parser)
     only = "only this namespace's pods and services; more than one may be given (cluster)"
@@ -66,7 +68,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
         families = (4, 6) if arguments.ipv6 else (4,)
         chosen = arguments.namespace or []
-        cells = cluster.of_cluster(place, chosen, families, arguments.timeout)
+        cells = cluster.of_cluster(place, chosen, families, arguments.timeout, arguments.node)
         print(connectivity.render(cells, arguments.output))
         return 1 if any(cell.differs for cell in cells) else 0
     if arguments.namespace:
@@ -77,6 +79,7 @@ def _main(arguments: argparse.Namespace) -> int:
             ipv6=arguments.ipv6,
             output=arguments.output,
             seconds=arguments.timeout,
+            node=arguments.node,
         )
     )
 
@@ -87,7 +90,7 @@ def run(options: MatrixOptions) -> int:
     from tidegate_cli import connectivity  # noqa: PLC0415
 
     cells = connectivity.of_cluster(
-        options.run_dir, (4, 6) if options.ipv6 else (4,), options.seconds
+        options.run_dir, (4, 6) if options.ipv6 else (4,), options.seconds, options.node
     )
     print(connectivity.render(cells, options.output))
     return 1 if any(cell.differs for cell in cells) else 0

@@ -44,6 +44,9 @@ PORT_PROTOCOLS = frozenset(("TCP", "UDP", "SCTP"))
 ECHO = {"ICMP": 8, "ICMPv6": 128}
 """Types of the echo request."""
 
+MAX_NAMED = 8
+"""Names shown where none is like the one given."""
+
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 Why = Literal["rule", "default-allow", "default-deny", "self", "host", "no-endpoint"]
@@ -476,12 +479,15 @@ def _find(kind: str, text: str, known: Mapping[str, object]) -> str:
         return found[0]
     if found:
         raise ModelError(f"{kind} {text!r} is not one: {', '.join(sorted(found))}")
-    raise ModelError(f"no {kind} {text!r}" + _hint(text, known))
+    raise ModelError(f"no {kind} {text!r}{_hint(text, known)}")
 
 
-def _hint(text: str, known: Iterable[str]) -> str:
+def _hint(text: str, known: Mapping[str, object]) -> str:
     close = difflib.get_close_matches(text, list(known), n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
+    if close:
+        return f"; did you mean {close[0]}?"
+    more = f", and {len(known) - MAX_NAMED} more" if len(known) > MAX_NAMED else ""
+    return f"; there are {', '.join(sorted(known)[:MAX_NAMED])}{more}" if known else ""
 
 
 def _is_address(text: str) -> bool:

@@ -168,7 +168,8 @@ def _text(report: dict[str, Any], problems: list[str], verbose: bool) -> str:
         shown = [f"  {problem}\n" for problem in problems[:MAX_PROBLEMS]]
         if len(problems) > MAX_PROBLEMS:
             shown.append(f"  and {len(problems) - MAX_PROBLEMS} more (-o json has all)\n")
-        parts.append(f"\n{len(problems)} problems with the input:\n{''.join(shown)}")
+        problem = "problem" if len(problems) == 1 else "problems"
+        parts.append(f"\n{len(problems)} {problem} with the input:\n{''.join(shown)}")
     return "".join(parts)
 
 

@@ -251,6 +251,16 @@ def test_the_lists_show_the_kernel(cluster: Path, capsys: pytest.CaptureFixture[
     answer(capsys, cluster, "metrics", "list")
 
 
+def test_one_node_alone(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, cluster, "matrix", "--node", "node-1")
+    assert isinstance(found, dict)
+    asking = {cell["source"] for cell in found["cells"]}
+    assert asking == {f"{space}/{name}" for space, name, _, node in PODS if node == "node-1"}
+    for words in (["matrix"], ["identity", "list"], ["endpoint", "list"], ["status"]):
+        assert main(["--run-dir", str(cluster), *words, "--node", "nope"]) == 2
+        assert "--node takes one of: node-1, node-2" in capsys.readouterr().err
+
+
 def test_what_was_just_saved_is_waited_for(
     cluster: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -191,7 +191,7 @@ def test_a_cluster_says_what_its_nodes_say(
     assert out
     if argv[0] == "status":  # the cluster's has its operator too
         far_out = far_out.removeprefix("operator: 0 of 0 ready, no leader\n")
-        out = out.partition("\n\n1 problems with the input")[0]
+        out = out.partition("\n\n1 problem with the input")[0]
         if form == "json":
             far, near = json.loads(far_out), json.loads(out)
             assert far.pop("operator") == {"replicas": 0, "ready": 0, "leader": ""}

@@ -32,10 +32,15 @@ MAX_CELLS = 20_000
 
 
 def of_cluster(
-    place: ClusterState, namespaces: Sequence[str], families: Sequence[int], seconds: float
+    place: ClusterState,
+    namespaces: Sequence[str],
+    families: Sequence[int],
+    seconds: float,
+    node: str | None = None,
 ) -> list[Cell]:
     """CliError: nothing to ask, or a node cannot be asked from."""
     pods = [pod for pod in running(place) if not namespaces or pod.namespace in namespaces]
+    sources = pods if node is None else connectivity.on(pods, place.nodes(node))
     model = Model.from_objects(place.all())
     services = {
         name: ports
@@ -48,13 +53,16 @@ def of_cluster(
         for column in connectivity.destinations(pods, services, family)
         if column.protocol == "TCP"
     ]
-    if not pods or not columns:
-        raise CliError("there is no pod, or no TCP port, to ask", "leave --namespace away")
-    if len(pods) * len(columns) > MAX_CELLS:
-        what = f"{len(pods)} pods by {len(columns)} ports are more than {MAX_CELLS:,} connections"
-        raise CliError(what, "give --namespace")
+    if not sources or not columns:
+        remedy = "leave --namespace and --node away"
+        raise CliError("there is no pod, or no TCP port, to ask", remedy)
+    if len(sources) * len(columns) > MAX_CELLS:
+        what = (
+            f"{len(sources)} pods by {len(columns)} ports are more than {MAX_CELLS:,} connections"
+        )
+        raise CliError(what, "give --namespace, or --node")
     judge, ask = connectivity.judge_by(model, pods, {}), _Errands(place)
-    return connectivity.measure(pods, columns, judge, seconds, ask)
+    return connectivity.measure(sources, columns, judge, seconds, ask)
 
 
 def running(place: ClusterState) -> list[Pod]:

@@ -217,7 +217,7 @@ def test_a_service_is_judged_at_each_backend() -> None:
 @pytest.mark.parametrize(
     ("source", "target", "port", "said"),
     [
-        ("nobody", "pod", 80, "no pod 'nobody'"),
+        ("zzz", "pod", 80, "no pod 'zzz'; there are n/peer, n/pod"),
         ("pods", "pod", 80, "did you mean n/pod"),
         ("p", "pod", 80, "is not one: n/peer, n/pod"),
         ("pod", "svc", 81, "has no port 81/TCP; it has 80/TCP"),
