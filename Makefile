@@ -164,7 +164,7 @@ e2e: install .cache/e2e-packages kube-binaries ## Tidegate on a cluster of kind;
 
 soak: install .cache/test-packages .cache/e2e-packages kube-binaries ## the long campaigns in full; writes soak/results.json
 	$(say) "campaigns in full; this takes long"
-	@TIDEGATE_SOAK=1 $(PYTEST) -q tests/campaign tests/cluster/test_net_clients.py tests/kernel/test_dp_fuzz.py tests/kernel/test_dp_fuzz_uplink.py tests/kernel/test_dp_tiers.py tests/kube/test_ku_faults.py tests/manifests/test_mf_models.py tests/operator/test_oa_faults.py tests/unit/operator/test_op_choice.py
+	@TIDEGATE_SOAK=1 $(PYTEST) -q tests/campaign tests/cluster/test_net_clients.py tests/kernel/test_dp_fuzz.py tests/kernel/test_dp_fuzz_uplink.py tests/kernel/test_dp_tiers.py tests/kube/test_ku_faults.py tests/manifests/test_mf_models.py tests/operator/test_oa_faults.py tests/unit/operator/test_op_choice.py tests/unit/operator/test_op_split.py
 	@TIDEGATE_SOAK=1 $(PYTEST) -q e2e/test_e2e_clients.py e2e/test_e2e_faults.py e2e/test_e2e_stream.py e2e/test_e2e_versions.py
 
 .PHONY: stock-hubble

@@ -64,7 +64,7 @@ from tidegate_loader.plan import (
     WriteNode,
     WriteSlots,
 )
-from tidegate_loader.rules import DENY, LANES, MAX_SHAPES, content_of, copy_of, identities_of
+from tidegate_loader.rules import LANES, MAX_SHAPES, content_of, copy_of, identities_of
 from tidegate_loader.services import RING, FrontendKey, RangeKey, Special, places
 
 POLL_SECONDS = 0.0002
@@ -267,19 +267,14 @@ class Writer:
         )
 
     def _copy_rule_set(
-        self, source: int, number: int, numbers: Mapping[int, Sequence[int]], has_cidr: bool
+        self, source: int, number: int, numbers: Mapping[int, int], has_cidr: bool
     ) -> None:
         """Of a copy nobody knows whose it is: it goes with this apply, or with the next."""
         pins = self._kernel.pin_dir
         with Map.open_pinned(str(pins / "rule_sets" / str(source))) as there:
             keys, values = there.dump()
-        rule = self._layouts.rule
-        rows = copy_of(
-            self._layouts.rule_key.unpack_all(keys),
-            _cut(values, rule.size),
-            numbers,
-            lambda value: rule.unpack(value).action == DENY,
-        )
+        cut = _cut(values, self._layouts.rule.size)
+        rows = copy_of(self._layouts.rule_key.unpack_all(keys), cut, numbers)
         with self._rules_map(len(rows)) as inner:
             inner.update_batch(self._layouts.rule_key.pack_all(rows), b"".join(rows.values()))
             _pin(inner, pins / "rule_sets" / str(number))

@@ -7,22 +7,15 @@ are allocated here. The order of the steps is the order of safety, and lives in
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import msgspec
-from tidegate_api.state import FIRST_IDENTITY, IDENTITY_BITS
 
 from tidegate_loader import addresses
 from tidegate_loader.addresses import ZERO, Prefix
-from tidegate_loader.maps import (
-    FRONTEND,
-    DesiredEndpoint,
-    DesiredMaps,
-    Part,
-    same_parts,
-)
+from tidegate_loader.maps import FRONTEND, DesiredEndpoint, DesiredMaps, Part, same_parts
+from tidegate_loader.plan_moves import NUMBER, Moves, Stage, plan_moves
 from tidegate_loader.plan_services import (
     ACTIVE,
     FREE,
@@ -30,324 +23,109 @@ from tidegate_loader.plan_services import (
     REST_SECONDS,
     BackendInForce,
     FrontendInForce,
-    Held,
     Index,
     Resting,
     ServicesPlan,
     changes,
     plan_services,
 )
-from tidegate_loader.rules import HAS_CIDR, Expanded
-from tidegate_loader.services import (
-    FrontendKey,
-    RangeKey,
-    ServicePart,
+from tidegate_loader.plan_steps import (
+    NODE_ADDR,
+    NODE_IFINDEX,
+    Actual,
+    AnyStep,
+    BuildNodeTable,
+    BumpEpoch,
+    CopyRuleSets,
+    CreateHalfOpen,
+    CreateRuleSet,
+    DeleteFrontends,
+    DeleteIpcache,
+    DeleteMasquerade,
+    DeleteNetworks,
+    DeleteRanges,
+    FreeBackends,
+    Limits,
+    NodeEntry,
+    NodeKey,
+    NodeSource,
+    Policy,
+    PutRuleSets,
+    RemoveHalfOpen,
+    RemoveRuleSets,
+    ReserveIds,
+    RuleSetInForce,
+    Step,
+    SwitchNodeTable,
+    TurnRings,
+    UpsertFrontends,
+    UpsertIpcache,
+    UpsertMasquerade,
+    UpsertNetworks,
+    UpsertRanges,
+    WriteBackends,
+    WriteNode,
+    WriteSlots,
 )
+from tidegate_loader.rules import Expanded
+from tidegate_loader.services import RangeKey
 
-# Of services: what is in force of them, as `Actual` holds it.
+# A plan, from `Actual` to its steps, as those know it who make one or carry it out.
 __all__ = [
     "ACTIVE",
     "FREE",
+    "NODE_ADDR",
+    "NODE_IFINDEX",
+    "NUMBER",
     "RANGE_REST_SECONDS",
     "REST_SECONDS",
+    "Actual",
+    "AnyStep",
     "BackendInForce",
+    "BuildNodeTable",
+    "BumpEpoch",
+    "CopyRuleSets",
+    "CreateHalfOpen",
+    "CreateRuleSet",
+    "DeleteFrontends",
+    "DeleteIpcache",
+    "DeleteMasquerade",
+    "DeleteNetworks",
+    "DeleteRanges",
+    "FreeBackends",
     "FrontendInForce",
+    "Limits",
+    "NodeEntry",
+    "NodeKey",
+    "NodeSource",
+    "Policy",
+    "PutRuleSets",
+    "RemoveHalfOpen",
+    "RemoveRuleSets",
+    "ReserveIds",
     "Resting",
+    "RuleSetInForce",
+    "Step",
+    "SwitchNodeTable",
+    "TurnRings",
+    "UpsertFrontends",
+    "UpsertIpcache",
+    "UpsertMasquerade",
+    "UpsertNetworks",
+    "UpsertRanges",
+    "WriteBackends",
+    "WriteNode",
+    "WriteSlots",
 ]
 
 MAX_PROBLEMS = 10
 """Problems reported one by one; the rest are counted."""
-
-NODE_IFINDEX, NODE_ADDR = 1, 2
-NUMBER = (1 << IDENTITY_BITS) - 1
-"""Of an ipcache word: the identity."""
 
 WORLD_FRONTEND = 2 | FRONTEND
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 _Sortable = TypeVar("_Sortable", bytes, tuple[int, bytes], tuple[int, int, bytes])
-
-NodeKey = tuple[int, int | bytes]
-"""(NODE_IFINDEX, ifindex) or (NODE_ADDR, 16 address bytes)."""
-NodeSource = tuple[bytes, bytes]
-"""As whom the node sends on: IPv4, IPv6; ZERO: not at all."""
-
-# ---- what the kernel holds ---------------------------------------------------------
-
-
-class Policy(msgspec.Struct, frozen=True):
-    """One direction of an endpoint's policy: struct tg_policy."""
-
-    slot: int
-    rule_set: int
-    flags: int
-    shapes: tuple[tuple[int, ...], ...]
-    """Of each lane."""
-
-
-class NodeEntry(msgspec.Struct, frozen=True):
-    """struct tg_endpoint. A policy of None allows."""
-
-    id: int
-    identity: int
-    ifindex: int
-    half_open: int
-    pod_mac: bytes
-    host_mac: bytes
-    ip4: bytes
-    ip6: bytes
-    ingress: Policy | None
-    egress: Policy | None
-
-
-class RuleSetInForce(msgspec.Struct, frozen=True):
-    """A pinned rule set."""
-
-    name: str
-    """"" when nobody remembers whose it is: it is then replaced."""
-    content: str
-    slot: int | None
-    """None: not linked into rule_sets_v2 (and cidrs_v1) as it should be."""
-    identities: frozenset[int] = frozenset()
-    """The peers that it knows by their number."""
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """Entries that each map holds."""
-
-    ipcache: int
-    networks: int
-    frontends: int
-    slots: int
-    backends: int
-    rule_sets: int
-    half_open: int
-    ranges: int = 65536
-    masquerade: int = 4096
-
-
-class Actual(msgspec.Struct):
-    """What the kernel holds, read back. The loader keeps it between cycles."""
-
-    limits: Limits
-    now: int = 0
-    """CLOCK_MONOTONIC seconds."""
-    epoch: int = 0
-    next_id: int = 0
-    interrupted: bool = False
-    """An apply may have ended before it bumped the epoch."""
-    node_table: dict[NodeKey, NodeEntry] | None = None
-    """None: no table is in force."""
-    uids: dict[str, int] = {}
-    """Pod UID -> endpoint id, for every id that may be in force."""
-    rule_sets: dict[int, RuleSetInForce] = {}
-    half_open: set[int] = set()
-    ipcache: dict[bytes, int] = {}
-    ipcache_parts: tuple[Part, ...] | None = None
-    """The parts that `ipcache` is known to equal; None: compare everything."""
-    networks: dict[Prefix, int] = {}
-    frontends: dict[FrontendKey, FrontendInForce] = {}
-    service_parts: tuple[ServicePart, ...] | None = None
-    backends: dict[int, BackendInForce] = {}
-    resting: tuple[Resting, ...] = ()
-    index: Index | None = None
-    """Of frontends, backends and resting; None: nobody keeps it."""
-    ranges: frozenset[RangeKey] = frozenset()
-    node_addresses: frozenset[bytes] = frozenset()
-    node_source: NodeSource = (ZERO, ZERO)
-    masquerade: dict[Prefix, int] = {}
-
-    def wake(self, now: int) -> None:
-        """Time has passed: some slots have rested."""
-        self.now = now
-        due = [r for r in self.resting if r.until <= now]
-        if due:
-            self.resting = tuple(r for r in self.resting if r.until > now)
-            if self.index is not None:
-                self.index.rested(due)
-
-    def reindex(self) -> None:
-        """Of what was read back at `now`. Slots that have rested until then are free in it; were
-        the next `wake` to give them back once more, two frontends would get them."""
-        self.resting = tuple(r for r in self.resting if r.until > self.now)
-        self.index = Index(self.services())
-
-    def services(self) -> Held:
-        limits = self.limits
-        return Held(
-            frontends=self.frontends,
-            backends=self.backends,
-            resting=self.resting,
-            now=self.now,
-            max_frontends=limits.frontends,
-            max_slots=limits.slots,
-            max_backends=limits.backends,
-        )
-
-
-# ---- steps -----------------------------------------------------------------------------
-
-
-class Step(msgspec.Struct, frozen=True):
-    """One change. Idempotent; deleting the absent succeeds."""
-
-
-class ReserveIds(Step, frozen=True):
-    next_id: int
-
-
-class CreateHalfOpen(Step, frozen=True):
-    slots: tuple[int, ...]
-
-
-class CreateRuleSet(Step, frozen=True):
-    """Create, fill and pin; nothing refers to it yet."""
-
-    id: int
-    slot: int
-    expanded: Expanded
-
-
-class CopyRuleSets(Step, frozen=True):
-    """Copies of rule sets in force, filled and pinned, in which `numbers` (new number -> those
-    that it takes the place of) are judged as those are: (id copied, id, slot, has CIDRs)."""
-
-    items: tuple[tuple[int, int, int, bool], ...]
-    numbers: dict[int, tuple[int, ...]]
-
-
-class PutRuleSets(Step, frozen=True):
-    """Link created rule sets into their slots, in one batch: (id, slot, has CIDRs)."""
-
-    items: tuple[tuple[int, int, bool], ...]
-
-
-class BuildNodeTable(Step, frozen=True):
-    entries: dict[NodeKey, NodeEntry]
-    uids: dict[str, int]
-
-
-class SwitchNodeTable(Step, frozen=True):
-    """Put the built table in force; returns when no program reads the old one."""
-
-
-class BumpEpoch(Step, frozen=True):
-    epoch: int
-
-
-class RemoveRuleSets(Step, frozen=True):
-    """(id, slot or None)."""
-
-    items: tuple[tuple[int, int | None], ...]
-
-
-class RemoveHalfOpen(Step, frozen=True):
-    slots: tuple[int, ...]
-
-
-class DeleteIpcache(Step, frozen=True):
-    keys: tuple[bytes, ...]
-
-
-class UpsertIpcache(Step, frozen=True):
-    entries: dict[bytes, int]
-
-
-class DeleteNetworks(Step, frozen=True):
-    keys: tuple[Prefix, ...]
-
-
-class UpsertNetworks(Step, frozen=True):
-    entries: dict[Prefix, int]
-
-
-class WriteNode(Step, frozen=True):
-    """The node's own addresses, and as whom it sends on."""
-
-    addresses: frozenset[bytes]
-    source: NodeSource
-
-
-class UpsertMasquerade(Step, frozen=True):
-    """In this order: what is left out first."""
-
-    entries: dict[Prefix, int]
-
-
-class DeleteMasquerade(Step, frozen=True):
-    """In this order: what is left out last."""
-
-    keys: tuple[Prefix, ...]
-
-
-class UpsertRanges(Step, frozen=True):
-    keys: tuple[RangeKey, ...]
-
-
-class DeleteRanges(Step, frozen=True):
-    keys: tuple[RangeKey, ...]
-
-
-class DeleteFrontends(Step, frozen=True):
-    keys: tuple[FrontendKey, ...]
-
-
-class WriteBackends(Step, frozen=True):
-    """Nothing refers to these ids."""
-
-    entries: dict[int, BackendInForce]
-
-
-class WriteSlots(Step, frozen=True):
-    """Base -> backend ids; nothing refers to these slots."""
-
-    ranges: dict[int, tuple[int, ...]]
-
-
-class TurnRings(Step, frozen=True):
-    """Positions of rings that programs read meanwhile -> backend ids, and what that makes of the
-    frontends that have them."""
-
-    slots: dict[int, int]
-    entries: dict[FrontendKey, FrontendInForce]
-
-
-class UpsertFrontends(Step, frozen=True):
-    entries: dict[FrontendKey, FrontendInForce]
-
-
-class FreeBackends(Step, frozen=True):
-    entries: dict[int, BackendInForce]
-
-
-AnyStep = (
-    ReserveIds
-    | CreateHalfOpen
-    | CreateRuleSet
-    | CopyRuleSets
-    | PutRuleSets
-    | BuildNodeTable
-    | SwitchNodeTable
-    | BumpEpoch
-    | RemoveRuleSets
-    | RemoveHalfOpen
-    | DeleteIpcache
-    | UpsertIpcache
-    | DeleteNetworks
-    | UpsertNetworks
-    | WriteNode
-    | UpsertMasquerade
-    | DeleteMasquerade
-    | UpsertRanges
-    | DeleteRanges
-    | DeleteFrontends
-    | WriteBackends
-    | WriteSlots
-    | TurnRings
-    | UpsertFrontends
-    | FreeBackends
-)
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -364,7 +142,7 @@ def plan(desired: DesiredMaps, actual: Actual) -> Plan:
     policy = _plan_policy(desired, actual, problems)
     facts = _plan_facts(desired, actual, problems)
     if policy.build is not None:
-        _move_first(policy, facts, actual)
+        _move(policy, facts, actual)
     services = _plan_services(desired, actual, problems)
     outside = _plan_outside(desired, actual, problems)
     left_out = len(problems)
@@ -381,9 +159,7 @@ class _PolicyPlan(msgspec.Struct):
     build: BuildNodeTable | None
     remove_rule_sets: tuple[tuple[int, int | None], ...]
     remove_half_open: tuple[int, ...]
-    copies: CopyRuleSets | None = None
-    bridge: BuildNodeTable | None = None
-    """What is in force now, with the copies."""
+    moves: Moves = msgspec.field(default_factory=lambda: Moves(0))
 
 
 class _FactsPlan(msgspec.Struct):
@@ -392,8 +168,6 @@ class _FactsPlan(msgspec.Struct):
     delete_networks: tuple[Prefix, ...]
     upsert_networks: dict[Prefix, int]
     bump: bool
-    move_hosts: dict[bytes, int] = {}
-    """Of the hosts to write, those that move before the node table is switched."""
 
 
 class _OutsidePlan(msgspec.Struct):
@@ -417,8 +191,8 @@ def _in_order(
 
     1. Ids are reserved before anything carries them: a killed loader wastes some.
     2. Addresses that lose their identity go first: a revocation must not wait for a build.
-    3. Addresses move from one identity to another under the rule sets in force: copies of these
-       that know old and new number alike are in force before; nobody else has the new one yet.
+    3. Addresses move from one identity to another under rule sets that judge both alike: those in
+       force, or copies of them, or copies of those to come (`plan_moves`).
     4. Whatever the new node table names exists and is linked before it is.
     5. One pointer swap puts the new policy in force; it returns when nobody reads the old one.
     6. Then addresses come: the rule sets in force know them.
@@ -434,18 +208,17 @@ def _in_order(
         yield DeleteIpcache(facts.delete_hosts)
     if facts.delete_networks:
         yield DeleteNetworks(facts.delete_networks)
-    if policy.copies is not None and policy.bridge is not None:
-        yield policy.copies
-        yield PutRuleSets(tuple((new, slot, cidr) for _, new, slot, cidr in policy.copies.items))
-        yield policy.bridge
-        yield SwitchNodeTable()
-    if facts.move_hosts:
-        yield UpsertIpcache(facts.move_hosts)
+    yield from _staged(policy.moves.before)
+    if policy.moves.first:
+        yield UpsertIpcache(policy.moves.first)
     if policy.half_open:
         yield CreateHalfOpen(policy.half_open)
     yield from policy.create
     if policy.create:
         yield PutRuleSets(tuple((c.id, c.slot, bool(c.expanded.cidr)) for c in policy.create))
+    yield from _staged(policy.moves.after)
+    if policy.moves.then:
+        yield UpsertIpcache(policy.moves.then)
     if policy.build is not None:
         yield policy.build
         yield SwitchNodeTable()
@@ -481,6 +254,14 @@ def _in_order(
         yield RemoveRuleSets(policy.remove_rule_sets)
     if policy.remove_half_open:
         yield RemoveHalfOpen(policy.remove_half_open)
+
+
+def _staged(stage: Stage | None) -> Iterator[AnyStep]:
+    if stage is not None:
+        yield stage.copies
+        yield PutRuleSets(tuple((new, slot, cidr) for _, new, slot, cidr in stage.copies.items))
+        yield stage.table
+        yield SwitchNodeTable()
 
 
 # ---- policy: the node table and what it names ---------------------------------------------
@@ -586,60 +367,14 @@ def _node_entry(
     )
 
 
-def _move_first(policy: _PolicyPlan, facts: _FactsPlan, actual: Actual) -> None:
-    """Addresses that change their identity do so before the policy changes, where it can be
-    told what the policy in force says of the new number: what it says already, or, of one that
-    no address has yet, what it says of the old (DESIGN invariant 8). So each verdict is one of
-    the old state or one of the new, also when one read brings both."""
-    held = actual.ipcache
-    moves = {
-        key: (held[key] & NUMBER, word & NUMBER)
-        for key, word in facts.upsert_hosts.items()
-        if key in held and (held[key] ^ word) & NUMBER and held[key] & NUMBER >= FIRST_IDENTITY
-    }
-    if not moves or actual.node_table is None:
-        return
-    carried = {word & NUMBER for word in held.values()}
-    carried.update(entry.identity for entry in actual.node_table.values())
-    sources: dict[int, set[int]] = {}
-    for old, new in moves.values():
-        if new not in carried and new >= FIRST_IDENTITY:
-            sources.setdefault(new, set()).add(old)
-    concerned = set[int]().union(sources.keys(), *sources.values())
-    known = {n for n, held in actual.rule_sets.items() if not concerned.isdisjoint(held.identities)}
-    in_force = {
-        p.rule_set: p for e in actual.node_table.values() for p in (e.ingress, e.egress) if p
-    }
-    copied = sorted(known & in_force.keys())
-    if copied:
-        taken = {p.slot for p in in_force.values()} | {c.slot for c in policy.create}
-        taken |= {r.slot for r in actual.rule_sets.values() if r.slot is not None}
-        slots = list(itertools.islice(_smallest_free(taken, actual.limits.rule_sets), len(copied)))
-        if len(slots) < len(copied):
-            return  # no room to do better than the order of the rest
-        first = max(1, policy.next_id)
-        policy.next_id = first + len(copied)
-        places = dict(zip(copied, zip(itertools.count(first), slots, strict=False), strict=True))
-        policy.copies = CopyRuleSets(
-            tuple((n, *places[n], bool(in_force[n].flags & HAS_CIDR)) for n in copied),
-            {new: tuple(sorted(olds)) for new, olds in sorted(sources.items())},
-        )
-        policy.bridge = BuildNodeTable(
-            {key: _with_copies(entry, places) for key, entry in actual.node_table.items()},
-            actual.uids,
-        )
-        policy.remove_rule_sets += tuple(places.values())
-    facts.move_hosts = {key: facts.upsert_hosts.pop(key) for key in moves}
-
-
-def _with_copies(entry: NodeEntry, places: Mapping[int, tuple[int, int]]) -> NodeEntry:
-    def copy(policy: Policy | None) -> Policy | None:
-        if policy is None or policy.rule_set not in places:
-            return policy
-        number, slot = places[policy.rule_set]
-        return msgspec.structs.replace(policy, rule_set=number, slot=slot)
-
-    return msgspec.structs.replace(entry, ingress=copy(entry.ingress), egress=copy(entry.egress))
+def _move(policy: _PolicyPlan, facts: _FactsPlan, actual: Actual) -> None:
+    """Addresses that change their identity with the policy: see `plan_moves`."""
+    assert policy.build is not None
+    moves = plan_moves(facts.upsert_hosts, actual, policy.build, policy.create, policy.next_id)
+    policy.moves, policy.next_id = moves, moves.next_id
+    policy.remove_rule_sets += tuple(
+        (number, slot) for stage in moves.stages for _, number, slot, _ in stage.copies.items
+    )
 
 
 def node_keys(entry: NodeEntry) -> list[NodeKey]:

@@ -7,7 +7,7 @@ kernel, clock or I/O.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -119,32 +119,20 @@ def identities_of(entries: Iterable[RuleKey]) -> frozenset[int]:
 
 
 def copy_of(
-    keys: Iterable[RuleKeyRow],
-    values: Iterable[V],
-    numbers: Mapping[int, Sequence[int]],
-    denies: Callable[[V], bool],
+    keys: Iterable[RuleKeyRow], values: Iterable[V], numbers: Mapping[int, int]
 ) -> dict[RuleKeyRow, V]:
-    """Entries of a rule set with those of `numbers` made anew: new number -> the numbers that it
-    is to be judged as. Where these differ, an entry is kept that one of them denies by, of all
-    others only what they have in common: what is not known to be allowed is not. A key begins
-    with its peer."""
-    known = {old for olds in numbers.values() for old in olds}
-    of_old: dict[int, dict[tuple[int, ...], V]] = {old: {} for old in known}
+    """Entries of a rule set with those of `numbers` made anew: new number -> the number that it is
+    to be judged as. A key begins with its peer."""
+    news: dict[int, list[int]] = {}
+    for new, old in numbers.items():
+        news.setdefault(old, []).append(new)
     found: dict[RuleKeyRow, V] = {}
     for key, value in zip(keys, values, strict=True):
-        if key[0] in known:
-            of_old[key[0]][tuple(key[1:])] = value
-        if key[0] not in numbers:
+        peer, *rest = key
+        if peer not in numbers:
             found[tuple(key)] = value
-    for new, olds in numbers.items():
-        entries = [of_old[old] for old in olds]
-        for rest in {rest: None for part in entries for rest in part}:
-            held = [part[rest] for part in entries if rest in part]
-            alike = len(held) == len(entries) and all(value == held[0] for value in held)
-            for value in held:
-                if alike or denies(value):
-                    found[new, *rest] = value
-                    break
+        for new in news.get(peer, ()):
+            found[new, *rest] = value
     return found
 
 

@@ -23,6 +23,7 @@ from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.manifests import Folder, Input
 from tidegate_operator.objects import IdentityKey, World
 from tidegate_operator.problems import Problem
+from tidegate_operator.relabels import relabelled
 from tidegate_operator.relevance import Hold, label_sets
 from tidegate_operator.store import FileStore
 from tidegate_operator.world import EMPTY_WORLD, MadeWorld
@@ -89,20 +90,34 @@ class Runner:
         if not read.complete:
             return StepResult(self.world, self.ledger, None, read.problems, ())
         before, began = self.world, time.monotonic()
-        hold = not self._hold.due(began) or not self._same_policies(read)
+        same = self._same_policies(read)
+        hold = not same or not self._hold.due(began)
         now, problems = world.build(read.documents, self._options, before, hold)
         self._hold.built(before, now, began)
-        if self._on_world is not None and now != before:
-            self._on_world(before, now)
-        self.world = now
-        self.ledger = self._allocator.allocate(now, self.ledger)
-        desired = self._compiler.compile(now, self.ledger)
-        found = (*read.problems, *problems, *desired.problems)
-        written = self._publisher.publish(desired, self.ledger, found)
+        reason = not same or now.relevance != before.relevance
+        waiting = relabelled(before.pods, now.pods) if reason else {}
+        said = (*read.problems, *problems)
+        written: tuple[str, ...] = ()
+        if waiting:
+            written = self._publish(world.with_labels(now, waiting), said)[1]
+        desired, more = self._publish(now, said)
+        written, found = (*written, *more), (*said, *desired.problems)
         keys = [item.key for item in read.documents if item.key.kind in meanings.POLICY_KINDS]
         self._store.follow(read.files, [str(key) for key in keys])
         self._read = read
         return StepResult(now, self.ledger, desired, found, written)
+
+    def _publish(
+        self, now: MadeWorld, said: tuple[Problem, ...]
+    ) -> tuple[Desired, tuple[str, ...]]:
+        """(what `now` comes to, what was written for it)."""
+        if self._on_world is not None and now != self.world:
+            self._on_world(self.world, now)
+        self.world = now
+        self.ledger = self._allocator.allocate(now, self.ledger)
+        desired = self._compiler.compile(now, self.ledger)
+        found = (*said, *desired.problems)
+        return desired, self._publisher.publish(desired, self.ledger, found)
 
     def _same_policies(self, read: Input) -> bool:
         """Are they those of the last step?"""

@@ -11,7 +11,7 @@ import hashlib
 import ipaddress
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from tidegate_api import users
@@ -400,6 +400,18 @@ def _pods_of(document: Document, nodes: Sequence[str]) -> Iterator[_Wanted]:
             own = {"job-name": name, "batch.kubernetes.io/job-name": name}
             for index in range(count):
                 yield one(spec.template, f"{name}-{code}-{index}", own)
+
+
+def with_labels(world: MadeWorld, pods: Mapping[ObjectName, MadePod]) -> MadeWorld:
+    """But for the labels of `pods`, which are as they say; the next build has them as written."""
+    if not pods:
+        return world
+    held = {}
+    for name, was in pods.items():
+        pod = world.pods[name]
+        identity = world.relevance.key(pod.namespace, was.labels, pod.ports)
+        held[name] = replace(pod, labels=was.labels, identity=identity, origin=was.origin)
+    return replace(world, pods={**world.pods, **held})
 
 
 class _Placement:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,9 @@ from support.operator_town import SECONDS, Town, clean, policy, populate
 from support.town_api import apply, node, objects, pod
 from support.waiting import until
 from tidegate_api.state import Identity, NodeState, RuleSet, StateSlice, digest
-from tidegate_kube import Client, Resource, resources
+from tidegate_kube import Client, Conflict, Resource, resources
+from tidegate_operator import relabels
+from tidegate_operator.cluster.store import TRIES
 from tidegate_operator.cluster.world import build, unlike
 
 pytestmark = pytest.mark.apiserver
@@ -89,6 +93,45 @@ def test_a_status_that_comes_first_delays_no_state(
     assert [line for line in said if line["log_level"] != "info"] == []
     names = {e.name for item in town.nodes().values() for e in item.spec.endpoints}
     assert names == {"a", "b", "c", "d"}
+
+
+def test_labels_wait_for_a_policy_that_could_not_be_written_everywhere(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the node that has the old policy would judge the pod by it and by its new number."""
+    monkeypatch.setattr(relabels, "WAIT_SECONDS", math.inf)
+    populate(town)
+    town.settled()
+    address = "10.244.1.5/32"
+    update, before = town.client.update, town.ipcache()[address]
+    refused: list[int] = []
+    refuses = threading.Event()
+    refuses.set()
+
+    def of_n1_only(resource: Resource, name: str, *more: Any, **how: Any) -> bytes:
+        mine = resource is resources.NODE_STATES and name == "n2" and "subresource" not in how
+        if mine and refuses.is_set():
+            refused.append(town.ipcache()[address])
+            raise Conflict("update", "by the test")
+        return update(resource, name, *more, **how)
+
+    monkeypatch.setattr(town.client, "update", of_n1_only)
+    apply(town.client, policy("all-of-b", {"podSelector": {"matchLabels": {"app": "b"}}}))
+    until(lambda: refused, "the policy's state of n2 is refused", SECONDS)
+    split = town.ipcache()[address]
+    assert split != before, "the policy tells it apart"
+    apply(town.client, pod("b", "n2", "10.244.1.5", app="a"))
+    until(lambda: _labels(town, "b") == {"app": "a"}, "the operator knows the label", SECONDS)
+    count = len(refused)
+    until(lambda: len(refused) > count + 2 * TRIES, "it has tried again with it", SECONDS)
+    assert set(refused[1:]) == {split}
+    refuses.clear()
+    a = town.ipcache()["10.244.0.5/32"]
+    until(lambda: town.ipcache()[address] == a, "the label counts", SECONDS)
+
+
+def _labels(town: Town, name: str) -> dict[str, str]:
+    return town.watches.snapshot().pods["default", name].labels
 
 
 def _edit(client: Client, kind: type, name: str, change: Callable[[Any], None]) -> None:

@@ -31,6 +31,7 @@ from tidegate_operator.compile import Compiler, Desired
 from tidegate_operator.identities import EMPTY_LEDGER, Ledger
 from tidegate_operator.leader import NotLeader
 from tidegate_operator.problems import Problem
+from tidegate_operator.relabels import Relabels
 from tidegate_operator.relevance import DEFAULTS, Hold, Settings
 from tidegate_operator.store import PublishError
 
@@ -106,6 +107,7 @@ class Runner:
         self._allocator = identities.Allocator()
         self._settings = settings
         self._hold = Hold()
+        self._relabels = Relabels()
         self._world = EMPTY_CLUSTER
         self._ledger = EMPTY_LEDGER
         self._done: Snapshot | None = None
@@ -294,8 +296,13 @@ class Runner:
         assert self._publisher is not None
         began = time.monotonic()
         before = self._world
-        due = self._hold.due(began, self._lagging)
-        hold = not due or not world.same_policies(snapshot, before.snapshot)
+        same = world.same_policies(snapshot, before.snapshot)
+        hold = not same or not self._hold.due(began, self._lagging)
+        reason = not (same and hold) or snapshot.identities is not before.snapshot.identities
+        waiting = self._relabels.waiting(
+            before.snapshot.pods, snapshot.pods, reason or self._retry is not None, began
+        )
+        snapshot = world.with_labels(snapshot, waiting)
         now, problems = world.build(snapshot, before, self._settings, self._of_services, hold)
         self._hold.built(before, now, began)
         self._world = now
@@ -332,6 +339,8 @@ class Runner:
             gc.freeze()
         self._done, self._retry, self.error = snapshot, None, ""
         self._backoff.succeeded()
+        if waiting:
+            self.poke()
 
     def _finished(self, published: Published, written: int) -> None:
         first, self.published = self.published is None, published

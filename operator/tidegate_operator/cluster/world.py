@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from operator import eq, itemgetter
 from typing import Any, TypeVar
 
+import msgspec
 from tidegate_api import users
 
 from tidegate_operator import endpoints, meanings, services
@@ -190,6 +191,17 @@ def every_policy(snapshot: Snapshot) -> Iterator[tuple[PolicyName, PolicyFacts]]
     ):
         for key, facts in held.items():
             yield PolicyName(kind, *key), facts
+
+
+def with_labels(snapshot: Snapshot, pods: Mapping[Key, PodFacts]) -> Snapshot:
+    """But for the labels of `pods`, which are as they say."""
+    if not pods:
+        return snapshot
+    held = {
+        key: msgspec.structs.replace(snapshot.pods[key], labels=was.labels)
+        for key, was in pods.items()
+    }
+    return replace(snapshot, pods={**snapshot.pods, **held})
 
 
 def same_policies(one: Snapshot, other: Snapshot) -> bool:

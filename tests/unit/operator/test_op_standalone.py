@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tidegate_api.state import Endpoint
 from tidegate_operator.objects import World
 from tidegate_operator.standalone import Runner, StepResult, compile_folder
 from unit.operator.given import pod, policy, put
@@ -187,3 +188,33 @@ def test_compile_folder(tmp_path: Path) -> None:
     assert desired is not None
     assert (len(desired.nodes), len(ledger.live), problems) == (2, 1, ())
     assert compile_folder(tmp_path / "absent")[0] is None
+
+
+def test_labels_that_change_with_a_policy_wait_for_it(tmp_path: Path) -> None:
+    """Published at once, neither would open no gap: a node could meet the new label's number
+    under the old policy, or the old one under the new."""
+    seen: list[tuple[str, int]] = []
+
+    def hook(_: World, after: World) -> None:
+        seen.extend((item.labels["app"], len(after.policies)) for item in after.pods.values())
+
+    put(tmp_path / "f/a.yaml", pod("a", "{app: old}"))
+    runner = Runner(tmp_path / "f", tmp_path / "run", on_world=hook)
+    first = runner.step()
+    put(tmp_path / "f/a.yaml", pod("a", "{app: new}"))
+    put(tmp_path / "f/b.yaml", policy("p", "{podSelector: {matchLabels: {app: new}}}"))
+    result = runner.step()
+    assert seen == [("old", 0), ("old", 1), ("new", 1)]
+    (before,) = (endpoint.identity for endpoint in _endpoints(first))
+    (after,) = (endpoint.identity for endpoint in _endpoints(result))
+    assert before != after
+    assert runner.step().written == ()
+    # Alone they wait for nothing.
+    put(tmp_path / "f/a.yaml", pod("a", "{app: other}"))
+    runner.step()
+    assert seen[3:] == [("other", 1)]
+
+
+def _endpoints(result: StepResult) -> list[Endpoint]:
+    assert result.desired is not None
+    return [one for node in result.desired.nodes.values() for one in node.endpoints]
