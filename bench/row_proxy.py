@@ -1,4 +1,4 @@
-"""svc-connect, svc-rate-*, svc-nodeport, svc-change-cpu: Services against kube-proxy's.
+"""svc-connect, svc-rate-*, svc-nodeport: Services against kube-proxy's.
 
 Each proxy has nodes, pods and veths of its own, all alike, and the same Services: kube-proxy from
 a real kube-apiserver, ours from what the operator's code makes of the same objects. Rounds are
@@ -8,10 +8,8 @@ The Services that are measured lie anywhere among the others, as kube-proxy's ch
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,9 +17,6 @@ from dataclasses import dataclass, field
 import proxies
 from measure import Result, interleaved, paired, pinned, progress
 from support import sites
-from tidegate_bpf.netns import inside
-from tidegate_loader import log
-from tidegate_loader.loader import Loader
 
 SIZES = (1, 1_000, 10_000)
 RATES_AT = 1_000
@@ -30,7 +25,6 @@ MEASURED = 15
 """Services with a server behind them; one each round."""
 ROUNDS = 15
 COUNT = 1500
-CHANGES = 7
 NEAR, FAR = (sites.PODS[name][1] for name in ("near", "far"))
 NODE = sites.NODES["node-1"]
 NEAR_PORT, FAR_PORT = 30080, 30081
@@ -78,8 +72,8 @@ class Arena:
     held: set[str] = field(default_factory=set)
     """Names of what the API server has."""
 
-    def fill(self, size: int) -> None:
-        """Everybody serves `size` Services."""
+    def fill(self, size: int, modes: Mapping[str, str] = MODES) -> None:
+        """Everybody serves `size` Services; `modes`: of kube-proxy, by its place."""
         wanted = services(size)
         fresh = [tree for tree in wanted if tree["metadata"]["name"] not in self.held]
         with progress(f"{size:,} Services in the API server"):
@@ -89,7 +83,7 @@ class Arena:
         with progress(f"{size:,} Services in our maps"):
             self.tidegate.publish(wanted)
             self.tidegate.realise()
-        for name, mode in MODES.items():
+        for name, mode in modes.items():
             for node in sites.NODES if (name, size) == ("nft", RATES_AT) else ("node-1",):
                 with progress(f"{size:,} Services in kube-proxy's {mode} of {node}"):
                     self.kube_proxy(name, mode, node).__exit__()
@@ -168,49 +162,6 @@ def rates(arena: Arena) -> Iterator[Result]:
         yield Result(id, what, value, "ratio", against, bar, extra, at_least=True)
 
 
-def change_cpu(arena: Arena) -> Result:
-    """What one changed endpoint costs either: seconds of CPU, of all its threads and children."""
-    options = argparse.Namespace(
-        node="node-1", pin_dir=arena.tidegate.pin_dir("node-1"), objects=sites.OBJECTS,
-        force_clsact=False, cgroup=arena.tidegate.group, flow_events=True,
-        load_balancer_mode="snat", load_balancer_acceleration="disabled",
-    )  # fmt: skip
-    wanted = services(SIZES[-1])
-    ours, theirs = [], []
-    with ExitStack() as stack:
-        other = stack.enter_context(arena.kube_proxy("iptables", "iptables", "node-1"))
-        here, paths = arena.places["ours"].space("node-1"), arena.tidegate.paths("node-1")
-        with inside(here):
-            loader = Loader(paths, options, log.logger("node-1", "warning"))
-            stack.callback(loader.close)
-            loader.cycle()
-        for number in range(1, CHANGES + 1):
-            changed = filler(number * 7, 1)
-            names = {tree["metadata"]["name"] for tree in changed}
-            wanted = [t for t in wanted if t["metadata"]["name"] not in names] + changed
-            arena.tidegate.publish(wanted)
-            with inside(here):
-                began = time.process_time()
-                loader.cycle()
-                ours.append(time.process_time() - began)
-            if not loader.realised_now:
-                raise AssertionError("the state is not in force")
-            syncs, spent = other.syncs(), other.cpu()
-            arena.api.apply(changed[1:])
-            other.wait(syncs + 1)
-            theirs.append(other.cpu() - spent)
-    extra = {
-        "ms": {
-            "ours": [round(v * 1000, 2) for v in ours],
-            "kube-proxy": [round(v * 1000) for v in theirs],
-        }
-    }
-    value = statistics.median(theirs) / statistics.median(ours)
-    what = f"one endpoint of {SIZES[-1]:,} Services with {ENDPOINTS} changed: CPU"
-    against = "kube-proxy iptables, which takes so much more"
-    return Result("svc-change-cpu", what, value, "ratio", against, 50.0, extra, at_least=True)
-
-
 def everything() -> Iterator[Result]:
     with ExitStack() as stack:
         api = stack.enter_context(proxies.api())
@@ -228,9 +179,6 @@ def everything() -> Iterator[Result]:
                 if size == RATES_AT:
                     yield from rates(arena)
         yield from connect_results(found)
-        with progress(f"{CHANGES} changed endpoints"):
-            changed = change_cpu(arena)
-        yield changed
 
 
 ROWS: dict[str, Callable[[], Iterator[Result]]] = {"svc-connect": everything}

@@ -34,6 +34,7 @@ MODULES = (
     "row_maglev",
     "row_services",
     "row_proxy",
+    "row_change",
     "row_compile",
     "row_cluster",
     "row_image",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import UNSET, structs
-from tidegate_api.state import Condition, NodeStateStatus, PeerDigests, encode
+from tidegate_api.state import Condition, NodeStateStatus, PeerDigests
 from tidegate_bpf import BpfError, mounts
 
 from tidegate_loader import (
@@ -38,9 +38,9 @@ from tidegate_loader.local import (
     NodePaths,
     Realised,
     RealisedEndpoint,
+    RealisedFile,
     RealisedRuleSet,
     read_realised,
-    write_realised,
 )
 from tidegate_loader.maps import Builder, DesiredMaps, MapsError, State, Uplinks
 from tidegate_loader.plan import Actual, NodeEntry
@@ -83,7 +83,7 @@ class Loader:
         self._builder = Builder()
         self._realised = read_realised(paths.realised) or Realised(node=options.node, epoch=0)
         self._peer_digests = PeerDigests()
-        self._written = b""
+        self._file = RealisedFile(paths.realised)
         self._state: State | None = None
         self._kept: State | None = None
         self._desired: DesiredMaps | None = None
@@ -287,10 +287,11 @@ class Loader:
 
     def cycle(self, look_again: bool = False) -> None:
         """Bring the kernel up to the newest complete state. Never raises for bad input.
-        `look_again`: at the interfaces too, though no file says that they changed."""
+        `look_again`: at the interfaces and at every file too, though nothing says that they
+        changed."""
         stalled: Stalled | None = None
         try:
-            self._read()
+            self._read(look_again)
         except Stalled as error:
             stalled = error
         if self._state is not None and self._state.node.spec.mode == "Detached":
@@ -323,21 +324,24 @@ class Loader:
             )
             self._peer_digests.keep_only(state.peers)
         self.realised_now = in_force and stalled is None
-        self._report(stalled, problems)
         if self.realised_now:
             self._measure()
+        self._report(stalled, problems)
+        if self.realised_now:
             self._keep()
             if self._api is not None and self._state is not None:
                 self._api.realised(self._source.names(self._state))
             if self._arrivals is not None and not self._paths.enforcing.exists():
                 self._paths.enforcing.touch()
 
-    def _read(self) -> None:
+    def _read(self, look_again: bool) -> None:
         """Take over the newest complete state; at the start of all, the last good one.
-        Stalled: it is not the newest."""
+        Stalled: it is not the newest. Who writes the files knows which they were; now and then
+        all are looked at, as on one machine always: what somebody did to one by hand is found."""
         try:
             with self._whole():
-                self._state = self._source.state()
+                written = self._api.changes() if self._api is not None else None
+                self._state = self._source.state(None if look_again else written)
         except Stalled:
             if self._state is None:
                 with contextlib.suppress(Stalled):
@@ -425,7 +429,6 @@ class Loader:
         figures = self._latency.figures
         if figures is not None and figures != self._realised.programming:
             self._realised = structs.replace(self._realised, programming=figures)
-            self._write()
 
     def _let_go(self, made: plan.Plan) -> None:
         """Of backends that are gone, the node's own sockets for datagrams. Where the kernel cannot
@@ -565,10 +568,7 @@ class Loader:
         self._arrivals.tell(in_force)
 
     def _write(self) -> None:
-        data = encode(self._realised)
-        if data != self._written:
-            write_realised(self._paths.realised, self._realised)
-            self._written = data
+        self._file.write(self._realised)
         if not self.dirty:
             self._paths.applying.unlink(missing_ok=True)
 

@@ -142,9 +142,27 @@ def write_atomic(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def write_realised(path: Path, realised: Realised) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, encode(realised))
+class RealisedFile:
+    """Written when it changes. The Services' names are most of it and seldom do: they are
+    encoded when they are others."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._written: Realised | None = None
+        self._names: tuple[dict[str, str], msgspec.Raw] = ({}, msgspec.Raw(b"{}"))
+
+    def write(self, realised: Realised) -> None:
+        """OSError."""
+        if realised == self._written:
+            return
+        if realised.services is not self._names[0]:
+            self._names = (realised.services, msgspec.Raw(encode(realised.services)))
+        names = zip(realised.__struct_fields__, realised.__struct_encode_fields__, strict=True)
+        fields = {name: getattr(realised, field) for field, name in names}
+        said = {name: value for name, value in fields.items() if value is not UNSET}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._path, encode(said | {"services": self._names[1]}))
+        self._written = realised
 
 
 def read_realised(path: Path) -> Realised | None:

@@ -8,7 +8,9 @@ remembers parts only to return the same object for the same input.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
+from itertools import compress
 
 import msgspec
 from msgspec import UNSET
@@ -116,11 +118,11 @@ def build(state: State, interfaces: Mapping[str, LocalInterface]) -> DesiredMaps
 
 def same_parts(parts: tuple[object, ...], known: tuple[object, ...] | None) -> bool:
     """The very same objects, in order."""
-    return (
-        known is not None
-        and len(parts) == len(known)
-        and all(a is b for a, b in zip(parts, known, strict=True))
-    )
+    return known is not None and len(parts) == len(known) and all(map(operator.is_, parts, known))
+
+
+_Served = tuple[tuple[StateSlice | None, ...], dict[int, SharedPart], Place | None]
+"""The shards of services that were read last, what was made of each, and for which node."""
 
 
 class _HostPart(msgspec.Struct, frozen=True):
@@ -154,13 +156,15 @@ class Builder:
     def __init__(self) -> None:
         self._expanded: dict[str, tuple[RuleSet, tuple[PeerSet, ...], Expanded]] = {}
         self._hosts: dict[int, tuple[StateSlice, _HostPart]] = {}
-        self._services: dict[int, tuple[StateSlice, Place, SharedPart]] = {}
+        self._services: _Served = ((), {}, None)
         self._host_ports: SharedPart | None = None
         self._merged: tuple[tuple[SharedPart, ...], Services] | None = None
         self._own = ""
         self._parts: dict[int, _FlaggedPart] = {}
         self._known: tuple[frozenset[bytes], ...] = ()
         self._extra_networks: dict[Prefix, int] | None = None
+        self._flagged: tuple[object, dict[bytes, int]] = (None, {})
+        """What flags were made of, and they."""
         self._flags: dict[bytes, int] = {}
         self._extra: Part = {}
         self._networks: tuple[tuple[_HostPart, ...], dict[Prefix, int]] = ((), {})
@@ -176,11 +180,7 @@ class Builder:
         served = self._service_parts(state, place)
         hosts = self._host_parts(state.ipcache, state.node.metadata.name)
         networks = self._merge_networks(hosts)
-        flags = dict.fromkeys(served.addresses, FRONTEND)
-        for endpoint in endpoints:
-            for address in (endpoint.ip4, endpoint.ip6):
-                if address != ZERO:
-                    flags[address] = flags.get(address, 0) | LOCAL
+        flags = self._flags_of(served.addresses, endpoints)
         source = _source(place, uplinks)
         masquerade = _masquerade(state.node, source)
         return DesiredMaps(
@@ -200,6 +200,20 @@ class Builder:
             pending=pending,
             problems=(*problems, *served.problems),
         )
+
+    def _flags_of(
+        self, frontends: frozenset[bytes], endpoints: tuple[DesiredEndpoint, ...]
+    ) -> dict[bytes, int]:
+        """Of addresses that are a frontend's or a pod's of this node."""
+        made_of = (frontends, endpoints)
+        if made_of != self._flagged[0]:
+            flags = dict.fromkeys(frontends, FRONTEND)
+            for endpoint in endpoints:
+                for address in (endpoint.ip4, endpoint.ip6):
+                    if address != ZERO:
+                        flags[address] = flags.get(address, 0) | LOCAL
+            self._flagged = (made_of, flags)
+        return self._flagged[1]
 
     def _rule_sets(self, state: State, endpoints: Iterable[DesiredEndpoint]) -> dict[str, Expanded]:
         names = {n for e in endpoints for n in (e.ingress, e.egress) if n is not None}
@@ -240,7 +254,7 @@ class Builder:
         networks: dict[Prefix, int],
     ) -> tuple[Part, ...]:
         """Each shard with the flags of its addresses, and frontends nobody else has."""
-        same = flags == self._flags
+        same = flags is self._flags or flags == self._flags
         moved = set() if same else {address for address, _ in flags.items() ^ self._flags.items()}
         kept: dict[int, _FlaggedPart] = {}
         for shard, part in enumerate(hosts):
@@ -263,27 +277,27 @@ class Builder:
         return (*(held.part for held in kept.values()), self._extra)
 
     def _service_parts(self, state: State, place: Place) -> Services:
-        kept = {}
-        for shard, item in enumerate(state.services):
-            held = self._services.get(shard)
-            if held is None or held[0] is not item or held[1] != place:
-                before = held[2] if held is not None and held[1] == place else None
-                try:
-                    held = (item, place, services.shard(item, place, before))
-                except ValueError as error:
-                    raise MapsError(f"{item.metadata.name}: {error}") from error
-            kept[shard] = held
-        self._services = kept
+        slices, known, where = self._services
+        if where != place or len(slices) != len(state.services):
+            slices, known = (None,) * len(state.services), {}
+        parts = known.copy()
+        fresh = map(operator.is_not, state.services, slices)
+        for shard, item in compress(enumerate(state.services), fresh):
+            try:
+                parts[shard] = services.shard(item, place, parts.get(shard))
+            except ValueError as error:
+                raise MapsError(f"{item.metadata.name}: {error}") from error
+        self._services = (state.services, parts, place)
         try:
             ports = services.host_ports(state.node.spec.endpoints, place)
         except ValueError as error:
             raise MapsError(f"host ports: {error}") from error
         if self._host_ports is None or ports != self._host_ports:
             self._host_ports = ports
-        shards = (*(held[2] for held in kept.values()), self._host_ports)
+        shards = (*parts.values(), self._host_ports)
         merged = self._merged
         if merged is None or not same_parts(shards, merged[0]):
-            merged = (shards, services.merge(shards))
+            merged = (shards, services.merge(shards, merged))
             self._merged = merged
         return merged[1]
 

@@ -113,6 +113,10 @@ class Mirror:
         self._verified: set[str] = set()
         """Names of rule sets whose files are known to be good."""
         self._written: dict[str, bytes] = {}
+        self._put_last: Mapping[tuple[str, str], bytes] = {}
+        """The shards that are all in their files."""
+        self._changed: set[str] | None = None
+        """Files written or removed since `changes` was asked; None: any may have been."""
         self._in_force: frozenset[str] | None = None
         self._collected: object = None
         self._awaited: dict[str, int] = {}
@@ -157,6 +161,17 @@ class Mirror:
                 if silent > UNREACHED_SECONDS:
                     return silent, health.error
         return None
+
+    def changes(self) -> frozenset[str] | None:
+        """Files, relative to `objects/`, written or removed since this was asked before; None:
+        it was not, so all may be. To be asked under `guard`, and by one reader."""
+        found, self._changed = self._changed, set()
+        return None if found is None else frozenset(found)
+
+    def _note(self, file: str) -> None:
+        """Before it is written: what fails half-way may have changed it, too."""
+        if self._changed is not None:
+            self._changed.add(file)
 
     def realised(self, names: frozenset[str]) -> None:
         """The newest state is in force and consists of these files, relative to `objects/`."""
@@ -228,11 +243,14 @@ class Mirror:
         """As publish does: what is named before what names it. KubeError: a rule set that is
         not here could not be read; everything else was written, for `source` to judge."""
         state = self._nodes.snapshot().get(("", self._node))
-        slices = {name: data for (_, name), data in self._slices.snapshot().items()}
+        snapshot = self._slices.snapshot()
+        # What is the very object that it was needs no second look: of thousands one is new.
+        slices = {key[1]: d for key, d in snapshot.items() if self._put_last.get(key) is not d}
         fetched, error = self._fetch(_rule_sets_of(state)) if state is not None else ({}, None)
         peers = {n: d for n, d in slices.items() if n.startswith("peers-")}
         with self.guard:
             for name, data in fetched.items():
+                self._note(f"rulesets/{name}.json")
                 write_atomic(self._objects / "rulesets" / f"{name}.json", data)
             for name, data in peers.items():
                 self._put(f"stateslices/{name}", data)
@@ -240,6 +258,7 @@ class Mirror:
                 self._put(f"nodestates/{self._node}", state)
             for name, data in slices.items():
                 self._put(f"stateslices/{name}", data)
+            self._put_last = snapshot
         # Who was not there, or not reached, may be now.
         self._reporter.try_again()
         if error is not None:
@@ -274,6 +293,7 @@ class Mirror:
             return
         path = self._objects / f"{relative}.json"
         if relative in self._written or _read(path) != data:
+            self._note(f"{relative}.json")
             write_atomic(path, data)
         self._written[relative] = data
 
@@ -282,7 +302,7 @@ class Mirror:
         in_force = self._in_force
         state = self._nodes.snapshot().get(("", self._node))
         slices = self._slices.snapshot()
-        seen = (in_force, state, slices)
+        seen = (in_force, state, slices.keys())
         if in_force is None or state is None or self._collected == seen:
             return
         kept = {f"rulesets/{name}.json" for name in _rule_sets_of(state)}
@@ -291,6 +311,7 @@ class Mirror:
             for directory in ("rulesets", "stateslices"):
                 for file in os.listdir(self._objects / directory):
                     if file.endswith(".json") and f"{directory}/{file}" not in kept:
+                        self._note(f"{directory}/{file}")
                         (self._objects / directory / file).unlink(missing_ok=True)
                         self._written.pop(f"{directory}/{file.removesuffix('.json')}", None)
         self._verified &= {Path(path).stem for path in kept if path.startswith("rulesets/")}

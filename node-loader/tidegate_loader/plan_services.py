@@ -6,9 +6,11 @@ number of services. `Index` is derived from what is in force and only saves look
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import compress
 
 import msgspec
 
@@ -250,17 +252,15 @@ def changes(
         return gone, {k: w for k, w in wanted.items() if _differs(held.get(k), w)}
     upserts: dict[FrontendKey, Wanted] = {}
     left: list[FrontendKey] = []
-    for part, old in zip(parts, known, strict=True):
-        if part is old:
-            continue
+    pairs = list(compress(zip(parts, known, strict=True), map(operator.is_not, parts, known)))
+    for part, old in pairs:
         for key, new in part.items():
             if (old.get(key) is not new or key not in held) and _differs(held.get(key), new):
                 upserts[key] = new
         left += [key for key in old if key not in part]
     if not left:
         return [], upserts
-    moved = set().union(*(part.keys() for part, old in zip(parts, known, strict=True)
-                          if part is not old))  # fmt: skip
+    moved = set().union(*(part.keys() for part, _ in pairs))
     return [key for key in left if key in held and key not in moved], upserts
 
 
@@ -314,7 +314,7 @@ def plan_services(
         if (
             backend.state == ACTIVE
             and number not in ids.written
-            and not any(backend.key in listed for listed in draining)
+            and not any(backend.key in listed for listed in filter(None, draining))
         ):
             found.free[number] = BackendInForce(backend.key, FREE, held.now)
     return found

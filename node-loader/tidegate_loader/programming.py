@@ -7,8 +7,10 @@ A clock that is not the control plane's is wrong by what they differ.
 from __future__ import annotations
 
 import datetime
+import operator
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import compress
 
 from msgspec import UNSET
 from tidegate_api.state import TRIGGER_ANNOTATION, StateSlice
@@ -31,13 +33,17 @@ class Latency:
     def __init__(self, started: float) -> None:
         """`started`: seconds of the wall clock. What changed before is not measured."""
         self._started = started
+        self._last: Sequence[StateSlice | None] = ()
         self._seen: dict[str, int] = {}
         self._counts = [0] * (len(BUCKETS) + 1)
         self._seconds = 0.0
 
-    def realised(self, slices: Iterable[StateSlice], now: float) -> None:
+    def realised(self, slices: Sequence[StateSlice], now: float) -> None:
         """These are in force. Each write of one is measured once."""
-        for item in slices:
+        last, self._last = self._last, slices
+        if len(last) != len(slices):
+            last = (None,) * len(slices)
+        for item in compress(slices, map(operator.is_not, slices, last)):
             name, revision = item.metadata.name, item.spec.revision
             if self._seen.get(name) == revision:
                 continue

@@ -7,8 +7,10 @@ ten thousand; what asks for more is a `Special`. May not live here: ids, slots a
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import compress
 
 import msgspec
 from msgspec import UNSET
@@ -322,8 +324,37 @@ def _apart(shards: tuple[SharedPart, ...], problems: list[str]) -> list[ServiceP
     return parts
 
 
-def merge(shards: tuple[SharedPart, ...]) -> Services:
-    """Of two services that claim one frontend, the one in the lower shard has it."""
+def merge(
+    shards: tuple[SharedPart, ...],
+    last: tuple[tuple[SharedPart, ...], Services] | None = None,
+) -> Services:
+    """Of two services that claim one frontend, the one in the lower shard has it. `last`: other
+    shards and what was made of them; the result never depends on it."""
+    return (_moved(shards, *last) if last is not None else None) or _merged(shards)
+
+
+def _moved(
+    shards: tuple[SharedPart, ...], known: tuple[SharedPart, ...], made: Services
+) -> Services | None:
+    """While endpoints come and go, frontends stay, and all that is told of them. None: some did
+    not, or somebody claims what another has."""
+    if len(shards) != len(known):
+        return None
+    parts, draining = list(made.parts), list(made.draining)
+    for at in compress(range(len(shards)), map(operator.is_not, shards, known)):
+        new, old = shards[at], known[at]
+        if made.parts[at] is not old.part or _told(new) != _told(old):
+            return None
+        parts[at], draining[at] = new.part, new.draining
+    return msgspec.structs.replace(made, parts=tuple(parts), draining=tuple(draining))
+
+
+def _told(found: SharedPart) -> SharedPart:
+    """What of it is merged with what others say: of its frontends all but where they lead."""
+    return msgspec.structs.replace(found, part={}, draining=frozenset(), made={})
+
+
+def _merged(shards: tuple[SharedPart, ...]) -> Services:
     names: dict[str, str] = {}
     parts = [found.part for found in shards]
     problems = [p for found in shards for p in found.problems]

@@ -8,7 +8,9 @@ state means for maps, and anything of the kernel.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -132,8 +134,13 @@ class _Listed:
         self.epoch, self.shards = ref.epoch, ref.shards
         names = [slice_name(table, ref.epoch, n, ref.shards) for n in range(ref.shards)]
         self.places = [(name, f"{root}/stateslices/{name}.json") for name in names]
+        self.number = {name: shard for shard, name in enumerate(names)}
+        self.held: dict[int, StateSlice] = {}
+        """Shard -> what it holds, each of them checked: none, or all in order."""
         self.items: tuple[StateSlice, ...] = ()
-        """Each of them checked."""
+        """The same."""
+        self.unread: set[int] = set()
+        """Shards whose files were written since: all others hold what they held."""
         self.newest = 0
 
 
@@ -154,6 +161,8 @@ class Source:
         """Of the state that `keep` has copied last."""
         self._listed: dict[tuple[str, str], _Listed] = {}
         """Root and table → its shards as they were read last."""
+        self._told = False
+        """Who writes the files being read has said which it has written."""
         self._verified: dict[str, RuleSet] = {}
         self._peers: tuple[tuple[StateSlice, ...], dict[str, PeerSet]] | None = None
         self._last: State | None = None
@@ -161,17 +170,30 @@ class Source:
         self.generation: int | UnsetType = UNSET
         """Of the newest NodeState looked at, taken over or not."""
 
-    def state(self) -> State:
+    def state(self, written: Collection[str] | None = None) -> State:
         """The complete desired state; the same object while nothing it names changed.
+        `written`: of all shards only these (relative to objects/) may be others than when this
+        was called before; None: any. It is remembered for as long as they cannot be read.
         Stalled: it is incomplete, of an unknown format or unreadable."""
         root = str(self._paths.objects)
+        self._note(root, written)
         try:
             found = self._read(root)
         except Stalled:
             self.generation = _peek(f"{root}/nodestates/{self._name}.json").metadata.generation
             raise
+        finally:
+            self._told = False
         self.generation = found.node.metadata.generation
         return found
+
+    def _note(self, root: str, written: Collection[str] | None) -> None:
+        self._told = written is not None
+        names = {Path(file).stem for file in written or ()}
+        for (where, _), listed in self._listed.items():
+            if where == root:
+                fresh = listed.number.keys() & names if self._told else listed.number
+                listed.unread.update(listed.number[name] for name in fresh)
 
     def is_detached(self) -> bool:
         """Whether the newest NodeState that can be read says so."""
@@ -241,21 +263,33 @@ class Source:
         last = self._listed.get((root, table))
         if last is None or (last.epoch, last.shards) != (ref.epoch, ref.shards):
             last = _Listed(root, table, ref)
-        items = tuple([self._slices.get(path) for _, path in last.places])
-        if not _identical(items, last.items):
-            known = last.items or (None,) * ref.shards
-            for shard, (item, before) in enumerate(zip(items, known, strict=True)):
-                if item is not before:
-                    _check_shard(last.places[shard][0], item, table, ref, shard)
-            last.items = items
-            last.newest = max((item.spec.revision for item in items), default=0)
-            self._listed[root, table] = last
-        if not items or last.newest < ref.min_revision:
+        self._reread(last, table, ref)
+        self._listed[root, table] = last
+        if not last.items or last.newest < ref.min_revision:
             raise Stalled(
                 "Incomplete",
                 f"table {table} is at revision {last.newest}, not yet {ref.min_revision}",
             )
-        return items
+        return last.items
+
+    def _reread(self, last: _Listed, table: str, ref: TableRef) -> None:
+        """Stalled: one of them is not there, or not what its name says; none is taken over."""
+        shards = sorted(last.unread) if self._told and last.items else range(ref.shards)
+        fresh: dict[int, StateSlice] = {}
+        for shard in shards:
+            name, path = last.places[shard]
+            item = self._slices.get(path)
+            if item is not last.held.get(shard):
+                _check_shard(name, item, table, ref, shard)
+                fresh[shard] = item
+        if fresh:
+            last.held.update(fresh)
+            last.items = tuple(last.held.values())
+            newest = max(item.spec.revision for item in fresh.values())
+            older = newest < last.newest  # one was put back: what was the newest may be gone
+            among = last.items if older else ()
+            last.newest = max((item.spec.revision for item in among), default=newest)
+        last.unread.clear()
 
     def _peer_sets(self, slices: tuple[StateSlice, ...]) -> dict[str, PeerSet]:
         if self._peers is None or not _identical(self._peers[0], slices):
@@ -378,7 +412,7 @@ def _check_references(
 
 
 def _identical(one: tuple[object, ...], two: tuple[object, ...]) -> bool:
-    return len(one) == len(two) and all(a is b for a, b in zip(one, two, strict=True))
+    return one is two or (len(one) == len(two) and all(map(operator.is_, one, two)))
 
 
 def is_object(name: str) -> bool:

@@ -123,6 +123,25 @@ def test_a_change_is_followed_and_what_nobody_names_goes(client: Client, node: N
     poll("the new address", lambda: _holds(node, "10.0.7.7"))
 
 
+def test_a_file_that_somebody_takes_away_is_missed(client: Client, node: Node) -> None:
+    """It reads again what it has written itself, and now and then everything; what it could
+    not read it remembers."""
+    wanted = world.example()
+    publish(client, wanted)
+    _start(node)
+    node.wait_for(wanted, 0)
+    poll("the status", lambda: condition(client, "Ready").get("status") == "True")
+    path = node.paths.objects / "stateslices" / f"{api.slice_name('peers', 1, 0, 2)}.json"
+    data = path.read_bytes()
+    path.unlink()
+    assert node.process is not None
+    node.process.send_signal(signal.SIGUSR1)
+    poll("it to be missed", lambda: condition(client, "Stalled").get("reason") == "Missing")
+    path.write_bytes(data)
+    poll("it to be back", lambda: not condition(client, "Stalled"))
+    node.wait_for(wanted, 0)
+
+
 DELETED = ["nodestates", "stateslices", "rulesets"]
 
 

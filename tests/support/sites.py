@@ -32,11 +32,11 @@ from tidegate_cli.standalone.rundir import Node, Pod
 from tidegate_loader.local import LocalInterface, NodePaths, encode
 from tidegate_operator import identities, publish
 from tidegate_operator.cluster import kinds
-from tidegate_operator.cluster.world import ClusterWorld, Snapshot, build
+from tidegate_operator.cluster.world import ClusterWorld, Snapshot, build, triggers
 from tidegate_operator.compile import Compiler
 from tidegate_operator.identities import EMPTY_LEDGER
-from tidegate_operator.publish import Publisher
-from tidegate_operator.store import FileStore
+from tidegate_operator.publish import Publisher, Sizes
+from tidegate_operator.store import FileStore, ObjectStore
 
 OBJECTS = Path(__file__).parents[2] / "datapath" / "build"
 TCP = 6
@@ -224,6 +224,11 @@ class Tidegate:
     def pin_dir(self, node: str) -> Path:
         return self._bpf / node
 
+    def publish_to(self, store: ObjectStore, sizes: Sizes) -> None:
+        """What is published from now on, and what is by now, goes there."""
+        self._publisher = Publisher(store, sizes)
+        self.change([])
+
     def publish(self, trees: Sequence[Tree]) -> None:
         """These Services and no others."""
         self._snapshot = replace(self._snapshot, services={}, slices={})
@@ -239,12 +244,12 @@ class Tidegate:
         ):
             fresh = _decoded([tree for tree in trees if tree["kind"] == kind], decode)
             found[kind] = {k: v for k, v in (dict(held) | fresh).items() if k not in names}
-        self._snapshot = replace(
-            self._snapshot, services=found["Service"], slices=found["EndpointSlice"]
-        )
+        before = self._snapshot
+        self._snapshot = replace(before, services=found["Service"], slices=found["EndpointSlice"])
         self._world, _ = build(self._snapshot, self._world)
         ledger = identities.allocate(self._world, EMPTY_LEDGER)
-        self._publisher.publish(self._compiler.compile(self._world, ledger), ledger)
+        desired = self._compiler.compile(self._world, ledger)
+        self._publisher.publish(desired, ledger, triggers=triggers(before, self._snapshot))
 
     def cold(self) -> Compiled:
         """What a new operator makes of the same."""
@@ -258,9 +263,9 @@ class Tidegate:
         for node in nodes or NODES:
             subprocess.run([*self.command(node), "--once"], check=True, env=_environment())
 
-    def start(self, node: str) -> subprocess.Popen[bytes]:
+    def start(self, node: str, *more: str) -> subprocess.Popen[bytes]:
         """A loader that stays."""
-        return subprocess.Popen(self.command(node), env=_environment())
+        return subprocess.Popen([*self.command(node), *more], env=_environment())
 
     def backends(self, node: str, vip: str, port: int = 80) -> set[str]:
         """Where the kernel of the node leads sockets that ask for the Service's TCP port."""

@@ -28,7 +28,7 @@ from tidegate_cli.errors import CliError
 from tidegate_cli.main import build_parser, main
 from tidegate_cli.objects import RunObjects
 from tidegate_cli.policy_wait import Look, Target
-from tidegate_loader.local import NodePaths, Realised, write_realised
+from tidegate_loader.local import NodePaths, Realised, RealisedFile
 from tidegate_operator.standalone import Runner
 from unit.operator.given import pod, policy, put
 
@@ -214,7 +214,7 @@ class Up:
                 )
                 if not peers and before is not None:
                     made = structs.replace(made, peer_sets=before.peer_sets)
-                write_realised(path, made)
+                RealisedFile(path).write(made)
 
 
 @pytest.fixture

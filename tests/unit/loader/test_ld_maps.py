@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import random
 from pathlib import Path
 
+import msgspec
 import pytest
 from support import loader_world as world
 from tidegate_api import state as api
@@ -120,6 +122,40 @@ def test_the_memory_never_changes_the_result() -> None:
         for _, wanted, numbers in [*CASES, *reversed(CASES)]:
             state, known = wanted.state(), world.interfaces(*numbers)
             assert builder.build(state, known) == maps.build(state, known)
+
+
+def test_services_that_change_by_shards_are_as_from_scratch() -> None:
+    """Endpoints come and go under the frontends that are there; frontends come, go, and are
+    claimed twice, also across shards. Unchanged shards are the very same objects, as `source`
+    has them."""
+    dice = random.Random(6)
+    builder, wanted = maps.Builder(), world.World(shards=4)
+    held: tuple[api.StateSlice, ...] = ()
+    kept = 0
+    found: maps.DesiredMaps | None = None
+    for _ in range(400):
+        known = {item.name: item for item in wanted.services}
+        name = dice.choice("abcdefghij")
+        if dice.random() < 0.1:
+            known.pop(name, None)
+        else:
+            old = known.get(name)
+            address = f"10.96.0.{dice.randrange(8)}"
+            if old is not None and dice.random() < 0.9:
+                address = old.frontends[0].address
+            backends = sorted((f"10.0.0.{dice.randrange(9)}", 80) for _ in range(3))
+            known[name] = world.service(name, address, 80, backends[: dice.randrange(4)])
+        wanted.services = list(known.values())
+        state = wanted.state()
+        if held:
+            pairs = zip(held, state.services, strict=True)
+            same = tuple(old if old == new else new for old, new in pairs)
+            state = msgspec.structs.replace(state, services=same)
+        held = state.services
+        before, found = found, builder.build(state, {})
+        assert found == maps.build(state, {})
+        kept += before is not None and before.service_names is found.service_names
+    assert 100 < kept < 400, "most changes are of endpoints, and cost no look at the others"
 
 
 REFUSED = [

@@ -215,6 +215,38 @@ def test_after_short_absence_news_are_taken_as_they_come(tmp_path: Path) -> None
     assert (tmp_path / "objects/stateslices/ipcache-e1-0-of-1.json").read_bytes() == b"new"
 
 
+def test_it_knows_what_it_has_written(tmp_path: Path) -> None:
+    """And what it has removed; before it is asked for the first time, anything."""
+    found, nodes, slices = _mirror(tmp_path)
+    nodes.held = {}
+    found._pass()
+    assert [found.changes(), found.changes()] == [None, frozenset()]
+    held = {("", "ipcache-e1-0-of-2"): b"a", ("", "ipcache-e1-1-of-2"): b"b"}
+    nodes.held, slices.held = {("", "n"): b'{"spec":{}}'}, dict(held)
+    found._pass()
+    files = {f"stateslices/{name}.json" for _, name in held}
+    assert found.changes() == files | {"nodestates/n.json"}
+    slices.held = held | {("", "ipcache-e1-1-of-2"): b"c"}
+    found._pass()
+    slices.held = dict(slices.held)
+    found._pass()
+    assert found.changes() == {"stateslices/ipcache-e1-1-of-2.json"}
+    found.realised(frozenset(files))
+    found._pass()
+    assert found.changes() == {"stateslices/ipcache-e1-0-of-1.json"}, "nobody names it: removed"
+    assert not (tmp_path / "objects/stateslices/ipcache-e1-0-of-1.json").exists()
+    slices.held = {("", "ipcache-e1-0-of-2"): b"a"}
+    found._pass()
+    assert found.changes() == frozenset(), "it goes when no state in force names it"
+    found.realised(frozenset({"stateslices/ipcache-e1-0-of-2.json"}))
+    found._pass()
+    assert found.changes() == {"stateslices/ipcache-e1-1-of-2.json"}
+    slices.held = dict(held)
+    found._pass()
+    assert found.changes() == {"stateslices/ipcache-e1-1-of-2.json"}, "written anew"
+    assert (tmp_path / "objects/stateslices/ipcache-e1-1-of-2.json").read_bytes() == b"b"
+
+
 def test_news_end_the_pause_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """A NodeState that is made half an hour after its node has its status soon."""
     monkeypatch.setattr(mirror, "RETRY_FIRST", 3600.0)

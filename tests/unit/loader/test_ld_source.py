@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 from support import loader_world as world
 from tidegate_api import state as api
-from tidegate_loader.local import NodePaths
+from tidegate_loader.local import NodePaths, Realised, RealisedFile, read_realised
 from tidegate_loader.source import Source, Stalled
 from tidegate_loader.watch import Watch
 
@@ -108,6 +109,92 @@ def test_incomplete_is_stalled(
     assert raised.value.reason == expected
 
 
+def test_of_shards_those_written_are_read_and_no_others(paths: NodePaths) -> None:
+    """Who writes them knows; once somebody else may have, all are looked at."""
+    changed = world.example()
+    changed.write(paths.objects.parent)
+    source = _source(paths)
+    first = source.state()
+    changed.ipcache = changed.ipcache | {"10.3.3.3/32": 305}
+    changed.write(paths.objects.parent)
+    assert source.state(frozenset()) is first
+    assert source.state({"nodestates/node-1.json", "stateslices/nobody.json"}) is first
+    shard = api.shard_of("10.3.3.3/32", changed.shards)
+    name = api.slice_name("ipcache", 1, shard, changed.shards)
+    assert source.state({f"stateslices/{name}.json"}) == changed.state()
+    (paths.objects / f"stateslices/{name}.json").unlink()  # by hand
+    assert source.state(frozenset()) == changed.state()
+    for written in (None, frozenset[str]()):
+        with pytest.raises(Stalled, match="is not there"):
+            source.state(written)
+
+
+def test_the_newest_shard_may_be_put_back(paths: NodePaths) -> None:
+    """A table is as new as the newest of its shards, whichever was read last."""
+    changed = world.example()
+    changed.revision = 5
+    changed.write(paths.objects.parent)
+    source = _source(paths)
+    source.state()
+    for number, reason in ((0, ""), (1, "Incomplete")):
+        path = f"stateslices/{api.slice_name('ipcache', 1, number, 2)}.json"
+        _edit(path, _spec("revision", 4))(paths.objects)
+        try:
+            source.state({path})
+            found = ""
+        except Stalled as error:
+            found = error.reason
+        assert found == reason
+
+
+def test_what_is_told_is_as_from_scratch(paths: NodePaths) -> None:
+    """Whatever is written, spoiled, taken away or put back, in any order."""
+    dice = random.Random(6)
+    files, world_ = paths.objects / "stateslices", world.example()
+    world_.shards = 4
+    world_.write(paths.objects.parent)
+    source, stalled = _source(paths), 0
+    source.state()
+    spoiled: dict[Path, bytes] = {}
+    for step in range(400):
+        before = {path: path.read_bytes() for path in files.iterdir()}
+        match dice.randrange(6):
+            case 0:
+                spoiled.update({path: before[path] for path in dice.sample(sorted(before), 1)})
+                path = next(reversed(spoiled))
+                path.write_bytes(b"{") if dice.randrange(2) else path.unlink()
+            case 1 | 2 if spoiled:
+                path, data = spoiled.popitem()
+                path.write_bytes(data)
+            case 3:
+                world_.revision = max(1, world_.revision + dice.choice([-1, 1]))
+                world_.write(paths.objects.parent)
+                spoiled.clear()
+            case _:
+                number = dice.randrange(50)
+                cidr = f"10.4.4.{number}/32"
+                if cidr in world_.ipcache:
+                    world_.ipcache = {k: v for k, v in world_.ipcache.items() if k != cidr}
+                else:
+                    world_.ipcache = world_.ipcache | {cidr: 300 + step}
+                if not spoiled:
+                    world_.write(paths.objects.parent)
+        after = {path: path.read_bytes() for path in files.iterdir()}
+        both = before.keys() | after.keys()
+        written = {f"stateslices/{p.name}" for p in both if before.get(p) != after.get(p)}
+        told = written if dice.random() < 0.9 else None
+        try:
+            fresh: object = _source(paths).state()
+        except Stalled as error:
+            fresh, stalled = error.reason, stalled + 1
+        try:
+            found: object = source.state(told)
+        except Stalled as error:
+            found = error.reason
+        assert found == fresh, step
+    assert 20 < stalled < 380
+
+
 def test_last_good_is_a_whole_copy(paths: NodePaths) -> None:
     world.example().write(paths.objects.parent)
     source = _source(paths)
@@ -183,3 +270,25 @@ def test_watch_sees_directories_that_come_later(paths: NodePaths) -> None:
     watch.close()
     os.close(read_fd)
     os.close(write_fd)
+
+
+def test_what_is_realised_is_written_when_it_changes(paths: NodePaths) -> None:
+    """Names, most of it, are encoded when they are others; what is read is what was meant."""
+    file, path = RealisedFile(paths.realised), paths.realised
+    made = Realised(node="n", epoch=1, services={"10.0.0.1:80/TCP": "ns/a"}, digest="d")
+    names = {"10.0.0.1:80/TCP": "ns/b", "[fd00::1]:53/UDP": "ns/\u00e9"}
+    for wanted in (
+        made,
+        msgspec.structs.replace(made, epoch=2),
+        msgspec.structs.replace(made, services=names),
+        msgspec.structs.replace(made, services=names, digest=msgspec.UNSET),
+        msgspec.structs.replace(made, services={}),
+        Realised(node="n", epoch=0),
+        made,
+    ):
+        file.write(wanted)
+        assert read_realised(path) == wanted
+        assert msgspec.json.decode(path.read_bytes()) == msgspec.to_builtins(wanted)
+        path.unlink()
+        file.write(msgspec.structs.replace(wanted))
+        assert not path.exists(), "equal: nothing to write"
