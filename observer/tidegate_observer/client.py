@@ -18,23 +18,29 @@ from tidegate_observer.methods import (
     SERVER_STATUS,
     call,
 )
-from tidegate_observer.tls import Certificates
+from tidegate_observer.tls import ClientCredentials
 
 TIMEOUT_SECONDS = 5.0
 KEEPALIVE_MS = 20_000
+NOBODY = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
 
 
 class ObserverError(Exception):
     """The observer could not be asked, or refused."""
 
 
+class UnreachableError(ObserverError):
+    """Nobody answers there."""
+
+
 class Client:
     """One server, "unix:PATH" or "HOST:PORT". A context manager. Every call: ObserverError."""
 
     def __init__(
-        self, address: str, certificates: Certificates | None = None, server_name: str = ""
+        self, address: str, certificates: ClientCredentials | None = None, server_name: str = ""
     ) -> None:
-        """`certificates`: to ask by TLS, of a server that has one for `server_name`.
+        """`certificates`: to ask by TLS, of a server that has one for `server_name`; "": for its
+        address.
         ObserverError: a file of them is missing."""
         self.address = address
         options: list[tuple[str, str | int]] = [
@@ -50,8 +56,9 @@ class Client:
             credentials = certificates.for_client()
         except OSError as error:
             raise ObserverError(f"no certificate to ask with: {error}") from error
+        if server_name:
+            options.append(("grpc.ssl_target_name_override", server_name))
         options += [
-            ("grpc.ssl_target_name_override", server_name),
             # A node that is gone says nothing: a stream to it must not wait for ever.
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
@@ -71,11 +78,10 @@ class Client:
         try:
             ask(observer_pb2.ServerStatusRequest(), timeout=seconds, wait_for_ready=True)
         except grpc.RpcError as error:
-            code = error.code() if hasattr(error, "code") else None
-            if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+            if _code(error) in NOBODY:
                 text = f"no answer from {self.address} in {seconds:.0f} s"
-                raise ObserverError(text) from None
-            raise ObserverError(_text(error)) from error
+                raise UnreachableError(text) from None
+            raise _failed(error) from error
 
     def flows(
         self, request: observer_pb2.GetFlowsRequest, marks: float = 0.0
@@ -103,7 +109,7 @@ class Client:
         try:
             yield from stream
         except grpc.RpcError as error:
-            raise ObserverError(_text(error)) from error
+            raise _failed(error) from error
         finally:
             stream.cancel()
 
@@ -127,11 +133,16 @@ class Client:
         try:
             return call(self._channel, method)(request, timeout=TIMEOUT_SECONDS)
         except grpc.RpcError as error:
-            raise ObserverError(_text(error)) from error
+            raise _failed(error) from error
 
 
-def _text(error: grpc.RpcError) -> str:
-    # Every error of a call is one of its outcome, too; the stubs do not say so.
-    code = error.code() if hasattr(error, "code") else None
+def _failed(error: grpc.RpcError) -> ObserverError:
+    code = _code(error)
     details = error.details() if hasattr(error, "details") else str(error)
-    return f"{code.name.lower().replace('_', ' ') if code else 'error'}: {details}"
+    text = f"{code.name.lower().replace('_', ' ') if code else 'error'}: {details}"
+    return UnreachableError(text) if code in NOBODY else ObserverError(text)
+
+
+def _code(error: grpc.RpcError) -> grpc.StatusCode | None:
+    """Every error of a call is one of its outcome, too; the stubs do not say so."""
+    return error.code() if hasattr(error, "code") else None

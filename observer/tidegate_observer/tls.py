@@ -8,7 +8,9 @@ new ones are in use without a restart.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 import structlog
@@ -63,6 +65,30 @@ class Certificates:
         log.info("certificate renewed", directory=str(self.directory))
         self._served = found
         return _configuration(found)
+
+
+class ClientCredentials(Protocol):
+    """What `client.Client` asks with."""
+
+    def for_client(self) -> grpc.ChannelCredentials:
+        """OSError: a file is missing."""
+
+
+class ClientFiles:
+    """Of files that people name one by one."""
+
+    def __init__(self, authorities: Sequence[Path], chain: Path | None, key: Path | None) -> None:
+        """`authorities`: none are gRPC's own. `chain`, `key`: None shows nothing."""
+        self._authorities = authorities
+        self._chain = chain
+        self._key = key
+
+    def for_client(self) -> grpc.ChannelCredentials:
+        """OSError: a file is missing."""
+        trusted = b"".join(path.read_bytes() for path in self._authorities) or None
+        files = (self._chain, self._key)
+        chain, key = (path.read_bytes() if path else None for path in files)
+        return grpc.ssl_channel_credentials(trusted, key, chain)
 
 
 def _configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:

@@ -24,6 +24,9 @@ TIME_FORMATS = (
     "RFC1123Z",
 )
 
+EVERYTHING = (1 << 63) - 1
+"""A number of flows that no server holds."""
+
 EITHER: tuple[str, ...] = (
     "pod",
     "ip",
@@ -85,23 +88,46 @@ def add_parser(subparsers: Any, run: Any) -> None:
         help="agent-events: what changed on the nodes (default: flows)",
     )
     _which(parser.add_argument_group("which flows"))
+    _tls(parser.add_argument_group("certificates for --server HOST:PORT"))
     _filters(parser.add_argument_group("filters"))
     _raw(parser.add_argument_group("filters as the API has them"))
     _form(parser.add_argument_group("output"))
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= EVERYTHING:
+        raise argparse.ArgumentTypeError(f"must be 0 to {EVERYTHING}")
+    return number
+
+
 def _which(group: Any) -> None:
     add = group.add_argument
     ends = group.add_mutually_exclusive_group()
-    ends.add_argument("--first", type=int, metavar="N", help="the first N that are held")
-    ends.add_argument("--last", type=int, metavar="N", help="the last N")
+    ends.add_argument("--first", type=_count, metavar="N", help="the first N that are held")
+    ends.add_argument("--last", type=_count, metavar="N", help="the last N")
     ends.add_argument("--all", action="store_true", help="every one that is held")
     add("--since", metavar="TIME", help="5m, 1h, or a time as RFC 3339 has it")
     add("--until", metavar="TIME", help="as --since")
     add("-f", "--follow", action="store_true", help="and those to come")
     add("--node", default=argparse.SUPPRESS, metavar="NAME", help="of this node only")
-    add("--server", metavar="ADDR", help="ask this server: unix:///PATH, HOST:PORT")
+    add("--server", metavar="ADDR", help="ask this one: unix:///PATH, HOST:PORT, tls://HOST:PORT")
     add("--input-file", metavar="FILE", help="of what -o jsonpb wrote, no server's; -: stdin")
+
+
+def _tls(group: Any) -> None:
+    add = group.add_argument
+    add("--tls", action="store_true", help="ask by TLS, as any of the others and tls:// say, too")
+    add(
+        "--tls-ca-cert-files",
+        action="append",
+        default=[],
+        metavar="FILE,...",
+        help="whose certificates the server must have (default: those of gRPC)",
+    )
+    add("--tls-client-cert-file", metavar="FILE", help="what to show it; needs the key, too")
+    add("--tls-client-key-file", metavar="FILE", help="the key of that")
+    add("--tls-server-name", default="", metavar="NAME", help="that its certificate has")
 
 
 def _filters(group: Any) -> None:
@@ -162,7 +188,7 @@ def _filters(group: Any) -> None:
     add("--tcp-flags", metavar="FLAGS", help="syn,ack: all of them set")
     add("-4", "--ipv4", help="IPv4 only", const="v4")
     add("-6", "--ipv6", help="IPv6 only", const="v6")
-    add("--ip-version", metavar="V", help="v4 or v6")
+    add("--ip-version", metavar="V", help="v4, v6 or none")
     add("--reply", metavar="BOOL", help="true: replies (each event is told as its flow began)")
     add("--node-name", metavar="PATTERN", help="[CLUSTER/]NODE, with *")
     add("--node-label", metavar="SELECTOR", help="labels of the node (none are known)")
@@ -170,6 +196,9 @@ def _filters(group: Any) -> None:
     add("--snat-ip", metavar="IP[/N]", help="an address that the source was given (none is known)")
     add("--uuid", metavar="ID", help="the one flow of this id")
     add("--trace-id", metavar="ID", help="of a trace (none are known)")
+    add("--ip-trace-id", metavar="N", help="of an option of IP (none is seen)")
+    add("--encrypted", help="sent encrypted between nodes (no flow is)", const="true")
+    add("--unencrypted", help="sent as it is", const="true")
     for name in ("http-status", "http-method", "http-path", "http-url", "http-header"):
         add(f"--{name}", metavar="VALUE", help="of HTTP (none is seen)")
     add("--cel-expression", metavar="EXPR", help="of CEL, over _flow; see docs/observe.md")
@@ -210,7 +239,14 @@ def _form(group: Any) -> None:
     add("--print-node-name", action="store_true", help="show the node, too")
     add("--print-policy-names", action="store_true", help="they are shown anyway")
     add("--numeric", action="store_true", help="addresses, not names")
-    add("--ip-translation", choices=("true", "false"), default="true", help="false: as --numeric")
+    add(
+        "--ip-translation",
+        nargs="?",
+        choices=("true", "false"),
+        default="true",
+        const="true",
+        help="false: as --numeric",
+    )
     add(
         "--experimental-field-mask",
         default="",

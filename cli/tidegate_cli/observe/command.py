@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tidegate_observer.api import observer_pb2
-from tidegate_observer.client import Client, ObserverError
+from tidegate_observer.client import Client, ObserverError, UnreachableError
 from tidegate_observer.relay import merged
+from tidegate_observer.tls import ClientFiles
 
 from tidegate_cli.cluster.kubeconfig import present
 from tidegate_cli.errors import CliError
@@ -24,6 +25,8 @@ from tidegate_cli.target import as_plugin, choose
 RUN_DIR_SOCKET = "observer.sock"
 NODE_SOCKET = OBSERVER_DIR / RUN_DIR_SOCKET
 """In a node's loader pod."""
+
+TLS = "tls://"
 
 Request: TypeAlias = observer_pb2.GetFlowsRequest | observer_pb2.GetAgentEventsRequest
 Answers: TypeAlias = Iterator[Any]
@@ -64,7 +67,7 @@ def observe(args: argparse.Namespace) -> int:
                 if args.follow:
                     sys.stdout.flush()
     except ObserverError as error:
-        raise CliError(str(error), "is the observer running? `tidegate status`") from error
+        raise _failed(error) from error
     finally:
         printer.close()
     _leave(server)
@@ -88,9 +91,14 @@ def _agent_events(args: argparse.Namespace) -> int:
                 if args.follow:
                     sys.stdout.flush()
     except ObserverError as error:
-        raise CliError(str(error), "is the observer running? `tidegate status`") from error
+        raise _failed(error) from error
     _leave(server)
     return 0
+
+
+def _failed(error: ObserverError) -> CliError:
+    there = not isinstance(error, UnreachableError)
+    return CliError(str(error), "" if there else "is the observer running? `tidegate status`")
 
 
 def _leave(server: str | None) -> None:
@@ -118,7 +126,7 @@ def _answers(
         ask = Client.agent_events if agents else None
         return merged(found.peers, wanted, lambda: True, found.connect, ask)
     if isinstance(wanted, observer_pb2.GetAgentEventsRequest):
-        events: Answers = stack.enter_context(Client(server)).agent_events(wanted)
+        events: Answers = stack.enter_context(_client(args, server)).agent_events(wanted)
         if args.node:
             events = (response for response in events if response.node_name == args.node)
         return events
@@ -128,13 +136,28 @@ def _answers(
             item.node_name.append(args.node)
     if args.input_file:
         return files.responses(args.input_file, wanted)
-    return stack.enter_context(Client(server)).flows(wanted)
+    return stack.enter_context(_client(args, server)).flows(wanted)
+
+
+def _client(args: argparse.Namespace, server: str) -> Client:
+    """CliError; ObserverError: a certificate's file is missing."""
+    files = [Path(name) for text in args.tls_ca_cert_files for name in text.split(",") if name]
+    own = (args.tls_client_cert_file, args.tls_client_key_file)
+    if any(own) != all(own):
+        raise CliError("--tls-client-cert-file and --tls-client-key-file go together")
+    asked = args.tls or files or any(own) or args.tls_server_name
+    if not asked and not (args.server or "").startswith(TLS):
+        return Client(server)
+    if not args.server or server.startswith("unix:"):
+        raise CliError("certificates are for --server HOST:PORT only")
+    chain, key = (Path(name) if name else None for name in own)
+    return Client(server, ClientFiles(files, chain, key), args.tls_server_name)
 
 
 def server_of(args: argparse.Namespace) -> str | None:
     """Where to ask, as gRPC writes it; None: the nodes of a cluster. CliError."""
     if args.server:
-        text = str(args.server)
+        text = str(args.server).removeprefix(TLS)
         return "unix:" + text.removeprefix("unix://") if text.startswith("unix://") else text
     cluster = args.kubeconfig is not None or args.context is not None or as_plugin()
     if args.local or (NODE_SOCKET.exists() and not (cluster or args.run_dir_given)):

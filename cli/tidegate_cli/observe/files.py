@@ -18,7 +18,7 @@ from tidegate_observer.api import flow_pb2, observer_pb2
 from tidegate_observer.told import told
 
 from tidegate_cli.errors import CliError
-from tidegate_cli.observe.request import EVERYTHING
+from tidegate_cli.observe.arguments import EVERYTHING
 
 Response = observer_pb2.GetFlowsResponse
 STDIN = "-"

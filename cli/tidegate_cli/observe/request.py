@@ -18,12 +18,11 @@ from tidegate_observer.api import flow_pb2, observer_pb2
 from tidegate_observer.messages import timestamp
 
 from tidegate_cli.errors import CliError
-from tidegate_cli.observe.arguments import EITHER, Filter
+from tidegate_cli.observe.arguments import EITHER, EVERYTHING, Filter
 
 DEFAULT_COUNT = 20
-EVERYTHING = (1 << 63) - 1
-"""A number of flows that no server holds."""
-UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3}
+UNITS |= {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 IDENTITIES = {
     "host": 1,
     "world": 2,
@@ -98,13 +97,14 @@ def build(args: argparse.Namespace, now: float | None = None) -> observer_pb2.Ge
         text = getattr(args, name)
         if text:
             getattr(request, name).CopyFrom(timestamp(parse_time(text, now)))
-    if args.first is not None:
+    # As for Hubble, none is as if it were not said.
+    if args.first:
         if args.follow:
             raise CliError("--first and --follow exclude each other")
         request.number, request.first = args.first, True
     elif args.all:
         request.number = EVERYTHING
-    elif args.last is not None:
+    elif args.last:
         request.number = args.last
     elif not args.since and not args.follow and not args.input_file:
         request.number = DEFAULT_COUNT
@@ -224,9 +224,9 @@ def _common(side: flow_pb2.FlowFilter, name: str, text: str) -> None:
             side.tcp_flags.append(flow_pb2.TCPFlags(**dict.fromkeys(words, True)))
         case "ipv4" | "ipv6" | "ip-version":
             versions = {"v4": flow_pb2.IPv4, "4": flow_pb2.IPv4, "v6": flow_pb2.IPv6}
-            versions["6"] = flow_pb2.IPv6
+            versions |= {"6": flow_pb2.IPv6, "none": flow_pb2.IP_NOT_USED}
             if text.lower() not in versions:
-                raise CliError(f"--ip-version: {text!r} is neither v4 nor v6")
+                raise CliError(f"--ip-version: {text!r} is none of v4, v6, none")
             side.ip_version.append(versions[text.lower()])
         case "reply":
             if text.lower() not in ("true", "false"):
@@ -242,6 +242,12 @@ def _common(side: flow_pb2.FlowFilter, name: str, text: str) -> None:
             side.source_ip_xlated.append(text)
         case "uuid":
             side.uuid.append(text)
+        case "ip-trace-id":
+            if not re.fullmatch(r"\d{1,19}", text):
+                raise CliError(f"--ip-trace-id: {text!r} is no number")
+            side.ip_trace_id.append(int(text))
+        case "encrypted" | "unencrypted":
+            side.encrypted.append(name == "encrypted")
         case "trace-id":
             side.trace_id.append(text)
         case "cel-expression":
@@ -292,7 +298,7 @@ def parse_time(text: str, now: float) -> int:
     zone in digits) have it. CliError."""
     if text == "now":
         return int(now * 10**9)
-    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[smhd])", text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|[smhd])", text)
     if parts and "".join(a + b for a, b in parts) == text:
         ago = sum(float(number) * UNITS[unit] for number, unit in parts)
         return max(0, int((now - ago) * 10**9))

@@ -101,6 +101,19 @@ ROWS = [
             "blacklist": [{"experimental": {"cel_expression": ["false"]}}],
         },
     ),
+    ("--last 0", {"number": "20"}),
+    ("--first 0 --since 1500ms", {"since": "1970-01-01T02:46:38.500Z"}),
+    ("--since 1h500us", {"since": "1970-01-01T01:46:39.999500Z"}),
+    ("-f --ip-version none", {"follow": True, "whitelist": [{"ip_version": ["IP_NOT_USED"]}]}),
+    (
+        "-f --ip-trace-id 7 --unencrypted --not --encrypted",
+        {
+            "follow": True,
+            "whitelist": [{"ip_trace_id": ["7"], "encrypted": [False]}],
+            "blacklist": [{"encrypted": [True]}],
+        },
+    ),
+    ("-f --ip-translation", {"follow": True}),
     ("-f --type l7", {"follow": True, "whitelist": [{"event_type": [{"type": 129}]}]}),
     ("--since 1970-01-01T00:00:09.123456789Z", {"since": "1970-01-01T00:00:09.123456Z"}),
     ("--since 1970-01-01T02+01:00", {"since": "1970-01-01T01:00:00Z"}),
@@ -141,6 +154,7 @@ def test_requests(words: str, expected: dict[str, object]) -> None:
         "--identity who",
         "--tcp-flags abc",
         "--reply perhaps",
+        "--ip-trace-id x",
         "--type trace:nowhere",
         "--allowlist {",
         '--denylist {"no_such_field":1}',
@@ -154,3 +168,10 @@ def test_refused(words: str) -> None:
 
 def test_a_time_as_rfc_1123_has_it() -> None:
     assert request.parse_time("Thu, 01 Jan 1970 01:00:09 +0100", NOW) == 9 * 10**9
+
+
+@pytest.mark.parametrize("words", ["--last=-1", "--first 99999999999999999999", "--last many"])
+def test_no_number_of_flows(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["observe", *words.split()])
+    assert "Traceback" not in capsys.readouterr().err
