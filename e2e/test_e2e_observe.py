@@ -140,7 +140,7 @@ class Sent:
             for node in {friend.node, server.node}:
                 by = ALLOWED if node == server.node else ()
                 self.expected[node, "start", name, "server", port, by, ()] += 1
-                self.expected[node, "end", name, "server", port, (), ()] += 1
+                self.expected[node, "end", name, "server", port, by, ()] += 1
 
     def of(self, flows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of these."""
