@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
+from msgspec.structs import astuple
 
 from tidegate_observer import labels
 from tidegate_observer.api import flow_pb2
@@ -66,6 +67,22 @@ class FilterError(ValueError):
 
 class CostlyError(Exception):
     """A test gave up on a flow, which took it too long."""
+
+
+class Numbered(Flow, gc=False):
+    """A flow with its id, for expressions that ask for it."""
+
+    uuid: str = ""
+
+
+def numbered(flow: Flow, uuid: str) -> Numbered:
+    made = Numbered(*astuple(flow))
+    made.uuid = uuid
+    return made
+
+
+def asks_by_expression(items: Iterable[flow_pb2.FlowFilter]) -> bool:
+    return any(item.HasField("experimental") for item in items)
 
 
 def build(white: Iterable[flow_pb2.FlowFilter], black: Iterable[flow_pb2.FlowFilter]) -> Test:
@@ -444,8 +461,7 @@ def _encrypted(values: Sequence[object]) -> Test:
 
 
 def _experimental(values: Sequence[object]) -> Test:
-    """Over the flow's message, which has no `uuid` if it is made for this.
-    Several expressions: one of them."""
+    """Over the flow's message. Several expressions: one of them."""
     texts: list[str] = []
     for value in values:
         assert isinstance(value, flow_pb2.FlowFilter.Experimental)
@@ -467,7 +483,9 @@ def _experimental(values: Sequence[object]) -> Test:
 
     def test(flow: Flow) -> bool:
         try:
-            return matches(flow.message if isinstance(flow, Told) else flow_message(flow, ""))
+            if isinstance(flow, Told):
+                return matches(flow.message)
+            return matches(flow_message(flow, flow.uuid if isinstance(flow, Numbered) else ""))
         except expressions.CostlyError as error:
             raise CostlyError(f"cel_expression: {error}") from error
 

@@ -105,6 +105,7 @@ class ObserverService:
             since=_nanoseconds(request, "since"),
             until=_nanoseconds(request, "until"),
             uuids=uuids,
+            numbered=filters.asks_by_expression((*request.whitelist, *request.blacklist)),
             mask=mask,
         )
 
@@ -159,7 +160,8 @@ class ObserverService:
         """What is asked for of [start, stop), with its numbers."""
         first, entries = self._history.slice(start, stop)
         numbered = enumerate(entries, first)
-        if query.since is None and query.until is None and query.uuids is None:
+        plain = query.since is None and query.until is None and query.uuids is None
+        if plain and not query.numbered:
             test = query.test
             return [(n, e) for n, e in numbered if e.__class__ is Lost or test(e)]  # type: ignore[arg-type]
         return [(n, e) for n, e in numbered if self._fits(query, n, e)]
@@ -173,6 +175,8 @@ class ObserverService:
             return True
         if query.uuids is not None and self._uuid(number) not in query.uuids:
             return False
+        if query.numbered:
+            entry = filters.numbered(entry, self._uuid(number))
         return query.test(entry)
 
     def _following(
@@ -336,6 +340,8 @@ class _Query:
     since: int | None
     until: int | None
     uuids: frozenset[str] | None
+    numbered: bool
+    """The test may ask for a flow's id."""
     mask: Any | None
 
 

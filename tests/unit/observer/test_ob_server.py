@@ -263,6 +263,16 @@ def test_an_expression_that_takes_too_long_ends_the_call(
     assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+def test_an_expression_knows_the_flows_id(serving: Serving) -> None:
+    history, client, _ = serving
+    fill(history, 5)
+    uuid = client.flows()[3]["uuid"]
+    asked = {"experimental": {"cel_expression": [f'_flow.uuid == "{uuid}"']}}
+    assert ports(client.flows(whitelist=[asked])) == [3]
+    assert ports(client.flows(blacklist=[asked], number=2)) == [2, 4]
+    assert ports(client.flows(whitelist=[asked | {"source_pod": ["shop/other"]}])) == []
+
+
 def test_field_mask_and_uuid(serving: Serving) -> None:
     history, client, _ = serving
     fill(history, 3)
