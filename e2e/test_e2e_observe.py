@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 import pytest
+from support import waiting
 from support.hubble import Hubble, contract
 
 from kind import cluster
@@ -240,6 +241,7 @@ def test_a_killed_observer_misses_nothing(settled: town.Town) -> None:
     before = observers()[server.node]
     number = asking.pid(before)
     os.kill(number, signal.SIGSTOP)
+    pods.eventually(lambda: waiting.stopped(number), "all its threads have stopped", 30)
     made = Sent(place, FIRST_PORT + 1000)
     try:
         made.denied()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def until(condition: Callable[[], object], what: str, seconds: float) -> None:
@@ -11,3 +12,9 @@ def until(condition: Callable[[], object], what: str, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"never happened: {what}"
         time.sleep(0.01)
+
+
+def stopped(pid: int) -> bool:
+    """Whether SIGSTOP has reached every thread of it: until then the others go on."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
