@@ -106,6 +106,25 @@ def add_load_balancer(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_policy_log(parser: argparse.ArgumentParser) -> None:
+    """What log/policy_action.log has, with the observer's flags for it."""
+    for what, default in (("deny", "all"), ("allow", "none")):
+        parser.add_argument(
+            f"--policy-log-{what}",
+            choices=("all", "listed", "none"),
+            default=default,
+            help=f"what policies {what}, in log/policy_action.log; listed: of policies named, of "
+            "rules with log: true (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--policy-log-policy",
+        action="append",
+        default=[],
+        metavar="NS/NAME",
+        help="a policy that is listed; may be repeated",
+    )
+
+
 def add_identities(parser: argparse.ArgumentParser) -> None:
     """How pods get their numbers."""
     parser.add_argument(

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support import ca_town
+from support import ca_town, waiting
 from support.ca_town import Town, node, pod, policy, until
 from support.hubble import Hubble
 from tidegate_cli.standalone.errors import PrerequisiteError
@@ -70,7 +70,7 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
         agent["spec"] |= {"hostNetwork": True}
         made.save("pods", *pods, pod("caged", 2), agent)
         made.save("policy", policy("server", "server", "ally"), policy("lock", "server"), CAGE)
-        made.up()
+        made.up("--policy-log-allow=listed", "--policy-log-policy=default/server")
         until(lambda: made.run_dir.observer.exists(), "the observer serves")
         yield made
 
@@ -146,16 +146,11 @@ def test_a_policy_that_is_new_is_named_from_the_first_denial_on(town: Town, hubb
         assert found <= names - {()}
 
 
-def stopped(pid: int) -> bool:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
-
-
 def test_a_killed_observer_misses_nothing(town: Town, hubble: Hubble) -> None:
     (pid,) = observers(town)
     os.kill(pid, signal.SIGSTOP)
     # Until one thread has taken the signal, the others go on, and might read what comes now.
-    until(lambda: stopped(pid), "all its threads have stopped")
+    until(lambda: waiting.stopped(pid), "all its threads have stopped")
     expected = deny_some(town, FIRST_PORT + 2000)
     os.kill(pid, signal.SIGKILL)
     until(lambda: observers(town) not in ([], [pid]), "another observer is there")
@@ -376,19 +371,36 @@ def test_the_policy_log_has_the_denials(town: Town) -> None:
     # A port of its own: denials of one kind are one line, whoever else's test makes them.
     for _ in range(3):
         send(town, "stranger", "server", FIRST_PORT + 7000, 4, 8099)
-    path = town.run_dir.logs / "policy_action.log"
 
     def found() -> int:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
         return sum(
             line["count"]
-            for line in lines
+            for line in logged(town, FIRST_PORT + 7000)
             if line["src"].get("pod_name") == "stranger"
-            and line["connection"]["src_port"] == FIRST_PORT + 7000
             and [p["name"] for p in line["policies"]] == ["lock", "server"]
         )
 
-    until(lambda: path.exists() and found() == 3, "it is logged, counted")
+    until(lambda: found() == 3, "it is logged, counted")
+
+
+def test_the_policy_log_has_what_a_named_policy_allowed(town: Town) -> None:
+    """And nothing else that was allowed: `tidegate up` was told so."""
+    send(town, "friend", "alien", FIRST_PORT + 7500, 4)
+    send(town, "friend", "server", FIRST_PORT + 7501, 4)
+    until(lambda: logged(town, FIRST_PORT + 7501), "it is logged")
+    (line,) = logged(town, FIRST_PORT + 7501)
+    assert (line["disposition"], line["dest"]["pod_name"]) == ("allow", "server")
+    assert line["policies"] == [{"kind": "NetworkPolicy", "name": "server", "namespace": "default"}]
+    assert not logged(town, FIRST_PORT + 7500)
+
+
+def logged(town: Town, port: int) -> list[dict[str, Any]]:
+    """Lines of the policy log of what was sent from that port."""
+    path = town.run_dir.logs / "policy_action.log"
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [line for line in lines if line["connection"].get("src_port") == port]
 
 
 def observers(town: Town) -> list[int]:

@@ -47,8 +47,8 @@ class Town:
         temporary.write_text(yaml.safe_dump_all(documents, sort_keys=False))
         temporary.rename(self.folder / f"{name}.yaml")
 
-    def up(self) -> None:
-        result = self.tidegate("up", str(self.folder), "--detach")
+    def up(self, *options: str) -> None:
+        result = self.tidegate("up", str(self.folder), "--detach", *options)
         assert result.returncode == 0, result.stdout + result.stderr
 
     def pod(self, name: str) -> Pod:

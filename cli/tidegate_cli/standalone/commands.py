@@ -16,6 +16,7 @@ from tidegate_cli.arguments import (
     add_identities,
     add_load_balancer,
     add_masquerade,
+    add_policy_log,
     command,
 )
 from tidegate_cli.standalone.errors import StandaloneError
@@ -51,6 +52,7 @@ def add_parser(subparsers: Any) -> None:
         help="give up, and remove everything, if not all is realised by then (default: 60)",
     )
     up.add_argument("--no-observer", action="store_true", help="without what shows flows")
+    add_policy_log(up)
     add_identities(up)
     add_masquerade(up)
     add_load_balancer(up)
@@ -120,6 +122,11 @@ def _up(arguments: argparse.Namespace) -> int:
             nodes=arguments.nodes,
             detach=arguments.detach,
             observer=not arguments.no_observer,
+            policy_log=(
+                f"--policy-log-deny={arguments.policy_log_deny}",
+                f"--policy-log-allow={arguments.policy_log_allow}",
+                *(f"--policy-log-policy={name}" for name in arguments.policy_log_policy),
+            ),
             wait=arguments.wait,
             identities=arguments.identities,
             excluded_labels=arguments.excluded_labels,

@@ -175,7 +175,7 @@ def up(options: UpOptions) -> int:
         OperatorFeed(run_dir, folder, made_of),
         Loaders(run_dir, _loader_options(options)),
         options.wait,
-        Observer(run_dir) if options.observer else None,
+        Observer(run_dir, options.policy_log) if options.observer else None,
         options.excluded_labels,
     )
     ending = f"\nready: following {folder}"

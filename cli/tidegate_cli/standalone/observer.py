@@ -13,8 +13,10 @@ from tidegate_cli.standalone.rundir import Node, RunDir
 class Observer:
     """Implements `supervisor.Companion`."""
 
-    def __init__(self, run_dir: RunDir) -> None:
+    def __init__(self, run_dir: RunDir, policy_log: tuple[str, ...] = ()) -> None:
+        """`policy_log`: more of the observer's arguments."""
         self._run_dir = run_dir
+        self._policy_log = policy_log
         self._child: Child | None = None
 
     def start(self, nodes: list[Node], cgroup: Path) -> None:
@@ -26,6 +28,7 @@ class Observer:
         argv += ["--cgroup", str(cgroup.parent)]
         argv += ["--metrics-file", str(self._run_dir.path / "observer.prom")]
         argv += ["--policy-log", str(self._run_dir.logs / "policy_action.log")]
+        argv += self._policy_log
         self._child = Child("observer", argv, self._run_dir.logs / "observer.log", cgroup)
         self._child.start()
 

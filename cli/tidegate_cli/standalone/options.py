@@ -16,6 +16,8 @@ class UpOptions:
     detach: bool = False
     observer: bool = True
     """Whether what shows flows runs, too."""
+    policy_log: tuple[str, ...] = ()
+    """What it writes down, as its arguments."""
     wait: float = 60.0
     """Seconds until everything must be realised."""
     identities: Literal["classes", "labels"] = "classes"
