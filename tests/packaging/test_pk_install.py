@@ -323,6 +323,8 @@ def test_a_sysdump_has_what_is_needed_and_no_secret(
         "errors.txt",
         "objects/nodestates.json",
         "objects/pods.json",
+        "objects/trafficpolicies.json",
+        "objects/clusterpolicystatuses.json",
         f"objects/daemonsets.{NAMESPACE}.json",
         f"objects/configmaps.{NAMESPACE}.json",
         "nodes/node-a/endpoint-list.json",
@@ -330,6 +332,8 @@ def test_a_sysdump_has_what_is_needed_and_no_secret(
     } <= files.keys()
     assert b"hunter2" not in b"".join(files.values())
     assert b"ct list: node-a: broken" in files["errors.txt"]
+    # That there are no ClusterNetworkPolicies is no lack: nobody has to install their CRD.
+    assert b"objects/" not in files["errors.txt"]
     assert json.loads(files["nodes/node-a/lb-list-backends.json"])["asked"][-1] == "--backends"
     (held,) = json.loads(files["objects/pods.json"])
     assert held["spec"]["nodeName"] == "node-a"

@@ -78,8 +78,10 @@ ALLOWED: dict[str, Tree] = {
     "RuleSet": WHOLE,
     "StateSlice": WHOLE,
     "PolicyStatus": {"policy": True, "status": True},
+    "ClusterPolicyStatus": {"policy": True, "status": True},
     "TrafficPolicy": WHOLE,
     "NetworkPolicy": {"spec": True},
+    "ClusterNetworkPolicy": WHOLE,
     "Namespace": {"status": True},
     "Node": {
         "spec": {"podCIDR": True, "podCIDRs": True, "taints": True, "unschedulable": True},

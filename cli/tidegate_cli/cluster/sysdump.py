@@ -19,7 +19,7 @@ from tidegate_kube import resources
 from tidegate_kube.resources import Resource
 
 from tidegate_cli.cluster import doctor, progress
-from tidegate_cli.cluster.api import Api, connect
+from tidegate_cli.cluster.api import Api, ApiError, connect
 from tidegate_cli.cluster.redact import redact
 from tidegate_cli.cluster.state import (
     DAEMON_SETS,
@@ -34,6 +34,7 @@ from tidegate_cli.errors import CliError
 
 LOG_LINES = 20_000
 """Of each container, the newest; and as many of the one before."""
+NOT_FOUND = 404
 NODE_COMMANDS = (
     ("status", "-v"),
     ("endpoint", "list"),
@@ -48,7 +49,10 @@ NODE_COMMANDS = (
 WHOLE_CLUSTER: tuple[Resource, ...] = (
     *KINDS,
     resources.POLICY_STATUSES,
+    resources.CLUSTER_POLICY_STATUSES,
+    resources.TRAFFIC_POLICIES,
     resources.NETWORK_POLICIES,
+    resources.CLUSTER_NETWORK_POLICIES,
     resources.NAMESPACES,
     resources.NODES,
     resources.PODS,
@@ -56,6 +60,8 @@ WHOLE_CLUSTER: tuple[Resource, ...] = (
     resources.ENDPOINT_SLICES,
     resources.CRDS,
 )
+OPTIONAL = (resources.CLUSTER_NETWORK_POLICIES,)
+"""Kinds that users install, or not."""
 OF_OURS: tuple[Resource, ...] = (
     DEPLOYMENTS,
     DAEMON_SETS,
@@ -132,7 +138,12 @@ class Dump:
         name = f"objects/{resource.plural}{f'.{namespace}' if namespace else ''}.json"
 
         def part() -> None:
-            ours = (self._ours(item) for item in self._api.items(resource, namespace))
+            try:
+                ours = [self._ours(item) for item in self._api.items(resource, namespace)]
+            except ApiError as error:
+                if error.code == NOT_FOUND and resource in OPTIONAL:
+                    return
+                raise
             self._json(name, [item for item in ours if item is not None])
 
         self._try(name, part)

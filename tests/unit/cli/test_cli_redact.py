@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tidegate_cli.cluster import sysdump
 from tidegate_cli.cluster.redact import ALLOWED, META, OUR_POD, Tree, keep, redact
+from tidegate_kube import Access, Client
+from tidegate_operator.cluster.watches import Watches
 
 SECRET = "hunter2"
 META_OF = {
@@ -103,6 +106,13 @@ def test_kinds(reason: str, item: dict[str, Any], expected: dict[str, Any] | Non
         return
     head = {"apiVersion": "", "kind": item["kind"], "metadata": {}}
     assert found == head | expected, reason
+
+
+def test_every_kind_that_decides_is_collected_and_has_a_list() -> None:
+    watched = {item.resource for item in Watches(Client(Access("http://127.0.0.1:1"))).all}
+    collected = {*sysdump.WHOLE_CLUSTER, *sysdump.OF_OURS}
+    assert watched <= collected
+    assert {resource.kind for resource in collected} == set(ALLOWED)
 
 
 def test_our_own_pods_keep_their_arguments_and_no_environment() -> None:
