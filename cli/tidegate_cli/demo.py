@@ -12,17 +12,17 @@ from pathlib import Path
 from tidegate_cli import main
 from tidegate_cli.model import Model
 from tidegate_cli.objects import RunObjects
-from tidegate_cli.standalone.rundir import RunDir, Supervisor
+from tidegate_cli.standalone.rundir import RunDir, Supervisor, is_alive
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Exit code of the first command that failed, else 0."""
+    """Exit code of the first command that failed, else 0. A folder that is up is shown again."""
     run_dir = ["--run-dir", str(args.run_dir)]
-    for words in (
-        ["up", args.dir, "--detach"],
-        ["identity", "list"],
-        ["matrix"],
-    ):
+    first = ["up", args.dir, "--detach"]
+    if _is_up(Path(args.run_dir), Path(args.dir)):
+        first = ["endpoint", "list"]
+        print(f"{args.dir} is up already")
+    for words in (first, ["identity", "list"], ["matrix"]):
         code = _show(words, run_dir)
         if code:
             return code
@@ -31,6 +31,13 @@ def demo(args: argparse.Namespace) -> int:
         _show(["explain", *denied], run_dir)
     print(_next(Path(args.dir), denied))
     return 0
+
+
+def _is_up(run_dir: Path, folder: Path) -> bool:
+    state = RunDir.at(run_dir).read()
+    if state is None or not is_alive(state) or not state.ready:
+        return False
+    return state.folder == str(folder.resolve())
 
 
 def _show(words: list[str], run_dir: list[str]) -> int:
