@@ -291,7 +291,6 @@ class RelayService:
         self._version = version
         self._connect = connect
         self.streams = Streams()
-        self._started = time.monotonic()
 
     def get_flows(
         self, request: observer_pb2.GetFlowsRequest, context: grpc.ServicerContext
@@ -336,7 +335,8 @@ class RelayService:
             max_flows=sum(a.max_flows for a in there),
             seen_flows=sum(a.seen_flows for a in there),
             flows_rate=sum(a.flows_rate for a in there),
-            uptime_ns=int((time.monotonic() - self._started) * 10**9),
+            # In which that was seen: a relay that began just now has seen nothing itself.
+            uptime_ns=max((a.uptime_ns for a in there), default=0),
             unavailable_nodes=missing,
             version=self._version,
         )
@@ -385,9 +385,11 @@ class RelayService:
                     yield answer
 
     def get_debug_events(
-        self, _request: observer_pb2.GetDebugEventsRequest, _context: grpc.ServicerContext
+        self, request: observer_pb2.GetDebugEventsRequest, context: grpc.ServicerContext
     ) -> Iterator[observer_pb2.GetDebugEventsResponse]:
         """No node makes any."""
+        while request.follow and context.is_active():
+            time.sleep(POLL_SECONDS)
         yield from ()
 
     def notify(

@@ -23,6 +23,7 @@ from tidegate_observer.server import About, ObserverService, Server
 from unit.observer.flows import SECOND, flow
 
 until = functools.partial(waiting.until, seconds=20.0)
+DAY = 86400.0
 Rig = tuple[dict[str, History], Hubble]
 
 
@@ -33,7 +34,11 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     peers = {name: f"unix:{tmp_path}/{name}" for name in (*histories, "node-3")}
     servers = [
         Server(
-            ObserverService(history, About((name,), "t", namespaces=lambda: ["a"])), [peers[name]]
+            ObserverService(
+                history,
+                About((name,), "t", namespaces=lambda: ["a"], started=time.monotonic() - DAY),
+            ),
+            [peers[name]],
         )
         for name, history in histories.items()
     ]
@@ -84,6 +89,7 @@ def test_a_dead_node_is_told(rig: Rig) -> None:
     assert status["num_connected_nodes"] == {"value": 2}
     assert status["unavailable_nodes"] == ["node-3"]
     assert (status["num_flows"], status["max_flows"]) == (1, 200)
+    assert status["uptime_ns"] >= DAY * SECOND, "what was seen was not seen since the relay began"
     nodes = client.ask("/observer.Observer/GetNodes")["nodes"]
     assert [(n["name"], n["state"]) for n in nodes] == [
         ("node-1", "NODE_CONNECTED"),
