@@ -286,20 +286,39 @@ def test_every_query_of_dashboard_and_alerts_names_what_a_run_emits(
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     rules = yaml.safe_load((monitoring / "alerts.yaml").read_text())
     queries += [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
-    asked = {
-        name for query in queries for name in re.findall(r"\b(?:hubble|cilium|tidegate)_\w+", query)
-    }
-    assert len(asked) >= 9
+    asked = [asks(query) for query in queries]
+    assert len(set().union(*(names for names, _ in asked))) >= 16
     prom = town.run_dir.path / "observer.prom"
 
     def missing() -> set[str]:
+        """Names, and labels that nothing in a query has."""
+        emitted: dict[str, set[str]] = {}
         text = prom.read_text() if prom.exists() else ""
-        return asked - set(re.findall(r"^(\w+)(?:\{.*\})? ", text, re.M))
+        for name, labels in re.findall(r"^(\w+)(\{.*\})? ", text, re.M):
+            emitted.setdefault(name, {"instance"}).update(re.findall(r"(\w+)=\"", labels))
+        found = set()
+        for names, labels in asked:
+            found |= names - emitted.keys()
+            found |= labels - set().union(*(emitted.get(name, set()) for name in names))
+        return found
 
     try:
         until(lambda: not missing(), "everything is emitted")
     finally:
         assert missing() == set()
+
+
+def asks(query: str) -> tuple[set[str], set[str]]:
+    """(metrics, labels) that it names."""
+    labels: list[str] = []
+    for matchers in re.findall(r"\{([^}]*)\}", query):
+        labels += re.findall(r"(\w+)\s*[=!]", matchers)
+    rest = re.sub(r"\{[^}]*\}", "", query)
+    for listed in re.findall(r"\b(?:by|without)\s*\(([^)]*)\)", rest):
+        labels += re.findall(r"\w+", listed)
+    rest = re.sub(r"\b(?:by|without)\s*\([^)]*\)", "", rest)
+    # What is neither a function nor a number of seconds.
+    return set(re.findall(r"\b[a-z_]\w*\b(?!\s*\()", rest)), set(labels)
 
 
 SPEAK = """
