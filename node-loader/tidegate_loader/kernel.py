@@ -305,8 +305,8 @@ class Kernel:
         policies = (p for entry in table.values() for p in (entry.ingress, entry.egress) if p)
         # Slots are taken lowest first: what no table names yet follows what one names.
         slots = range(max((p.slot for p in policies), default=-1) + 1 + len(pins))
-        linked = self._by_inner_id("rule_sets_v2", slots)
-        tries = self._by_inner_id("cidrs_v1", slots)
+        linked = {inner: slot for slot, inner in self._inner_ids("rule_sets_v2", slots).items()}
+        tries = self._inner_ids("cidrs_v1", slots)  # a copy of a rule set shares its trie
         found = {}
         for path in pins:
             number = int(path.name)
@@ -318,7 +318,7 @@ class Kernel:
             if trie is not None:
                 with trie:
                     cidr = self.decode_prefixes(trie)
-                    if tries.get(trie.info.id) != slot:
+                    if slot is not None and tries.get(slot) != trie.info.id:
                         slot = None
             content = rules.content_of(entries, cidr)
             known = rules.identities_of(entries)
@@ -343,8 +343,8 @@ class Kernel:
         rows = self.layouts.prefix.unpack_all(keys)
         return {(row.bits, row.addr): n for row, n in zip(rows, numbers, strict=True)}
 
-    def _by_inner_id(self, name: str, slots: Iterable[int]) -> dict[int, int]:
-        """Inner map id -> slot, of some slots. Never of all: before Linux 6.8 every look-up
+    def _inner_ids(self, name: str, slots: Iterable[int]) -> dict[int, int]:
+        """Slot -> inner map id, of some slots. Never of all: before Linux 6.8 every look-up
         in a map of maps, in a batch too, waits for an RCU grace period."""
         opened, found = self.map(name), {}
         limit = opened.info.max_entries
@@ -352,14 +352,13 @@ class Kernel:
             if slot >= limit:
                 break
             with contextlib.suppress(KeyError):
-                found[INDEX.unpack(opened.lookup(INDEX.pack(slot)))[0]] = slot
+                found[slot] = INDEX.unpack(opened.lookup(INDEX.pack(slot)))[0]
         return found
 
     def _linked(self, name: str, directory: str) -> set[int]:
         """Slots whose inner map is the one pinned under the slot's number."""
         pins = _numbered(self.pin_dir / directory)
-        slots = self._by_inner_id(name, [int(path.name) for path in pins])
-        linked = {slot: inner for inner, slot in slots.items()}
+        linked = self._inner_ids(name, [int(path.name) for path in pins])
         found = set()
         for path in pins:
             with Map.open_pinned(str(path)) as opened:

@@ -157,13 +157,59 @@ def _variants() -> list[tuple[str, world.World, tuple[int, ...]]]:
     del moved.ipcache["10.0.1.9/32"]
     moved.peers = [world.peer_set("web", 303)]
     moved.services = [world.service("a", "10.96.0.1", 80, [("10.0.0.2", 8080)])]
+    relabelled = _relabelled(moved)
     empty = world.World()
     return [
         ("first", world.example(), (1, 2)),
         ("everything moves", moved, (1, 2)),
+        ("a label and a policy at once", relabelled, (1, 2)),
         ("an interface less", moved, (2,)),
         ("nothing", empty, ()),
     ]
+
+
+def _relabelled(before: world.World) -> world.World:
+    """10.0.1.10 has the number of others now, which another policy allows instead."""
+    ingress = world.rule_set(*before.rule_sets[0].spec.terms, name="other")
+    made = copy.deepcopy(before)
+    made.ipcache["10.0.1.10/32"] = 302
+    made.peers = [world.peer_set("web", 302)]
+    made.rule_sets = [ingress, made.rule_sets[1]]
+    made.endpoints[0] = world.endpoint(1, 300, *(r.metadata.name for r in made.rule_sets))
+    return made
+
+
+def test_a_label_and_a_policy_that_change_at_once_are_one_switch(
+    objects: Path, pin_dir: Path
+) -> None:
+    """Who is allowed before and after always is, and all others turn with one step."""
+    node, before = Node(objects, pin_dir), world.example()
+    moves, comes, goes = (addresses.pack(f"10.0.1.{n}") for n in (10, 11, 12))
+    before.ipcache |= {"10.0.1.10/32": 303, "10.0.1.11/32": 302, "10.0.1.12/32": 303}
+    before.peers = [world.peer_set("web", 303)]
+    node.apply(before, 1, 2)
+    after = _relabelled(before)
+    made, writer = node.plan(after, 1, 2), apply.Writer(node.kernel, node.actual)
+    seen = [[_allows(node, address) for address in (moves, comes, goes)]]
+    for step in made.steps:
+        writer.execute(step)
+        found = [_allows(node, address) for address in (moves, comes, goes)]
+        seen += [found] if found != seen[-1] else []
+    assert seen == [[True, False, True], [True, True, False]]
+    assert [type(step) for step in made.steps].count(plan.SwitchNodeTable) == 3
+    assert node.plan(after, 1, 2).steps == ()
+    assert node.restart(objects, pin_dir).plan(after, 1, 2).steps == ()
+
+
+def _allows(node: Node, address: bytes) -> bool:
+    """Does pod 1 let the address in, as a program would read it now?"""
+    table = node.kernel.read_node_table()
+    assert table is not None
+    policy = table[plan.NODE_IFINDEX, 11].ingress
+    assert policy is not None
+    number = node.kernel.read_ipcache_keys([address])[address] & plan.NUMBER
+    with Map.open_pinned(str(node.kernel.pin_dir / "rule_sets" / str(policy.rule_set))) as pinned:
+        return any(key[0] == number for key in node.kernel.decode_rules(pinned))
 
 
 def test_killed_after_any_step_the_next_start_completes(objects: Path, tmp_path: Path) -> None:
@@ -190,7 +236,7 @@ def _kill_after(objects: Path, pin_dir: Path, index: int, step: int, reason: str
     _, wanted, numbers = variants[index]
     old = node.kernel.read_node_table()
     made = node.plan(wanted, *numbers)
-    new = next((s.entries for s in made.steps if isinstance(s, plan.BuildNodeTable)), old)
+    tables = [old, *(s.entries for s in made.steps if isinstance(s, plan.BuildNodeTable))]
     child = os.fork()
     if child == 0:
         writer = apply.Writer(node.kernel, node.actual)
@@ -200,7 +246,7 @@ def _kill_after(objects: Path, pin_dir: Path, index: int, step: int, reason: str
     assert os.waitpid(child, 0)[1] == 0
     again = node.restart(objects, pin_dir)
     table = again.kernel.read_node_table()
-    assert table in (old, new), reason
+    assert table in tables, reason
     for entry in (table or {}).values():
         for policy in (entry.ingress, entry.egress):
             if policy is not None:
