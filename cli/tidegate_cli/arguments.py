@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import Any, TypeVar
 
+N = TypeVar("N", int, float)
+MAX_NODES = 64
 FORMS = ("table", "json", "yaml")
 DEFAULT_RUN_DIR = "/run/tidegate"
 ENVIRONMENT = "TIDEGATE_RUN_DIR"
@@ -81,6 +83,22 @@ def command(
     )
     add_common(parser)
     return parser
+
+
+def number(text: str, least: N, most: N, unit: str = "") -> N:
+    """Of the bounds' type. Raises ArgumentTypeError: argparse shows its text, and of any other
+    error only the function's name."""
+    try:
+        found = type(least)(text)
+        if least <= found <= most:
+            return found
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be {least} to {most}{unit}")
+
+
+def node_count(text: str) -> int:
+    return number(text, 1, MAX_NODES)
 
 
 def _label_keys(text: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from tidegate_cli.arguments import add_cluster, add_identities, add_local, command
+from tidegate_cli.arguments import add_cluster, add_identities, add_local, command, node_count
 from tidegate_cli.observe import arguments as observe
 
 MAX_WAIT = 86400
@@ -213,7 +213,9 @@ def _compile(subparsers: Any) -> None:
     parser = subparsers.add_parser("compile", help=text, description=about)
     parser.add_argument("folder", metavar="DIR", help="folder of manifests")
     parser.add_argument("-o", "--output", choices=("yaml", "json"), default="yaml", help="format")
-    parser.add_argument("--nodes", type=int, metavar="N", help="how many nodes (default: as up)")
+    parser.add_argument(
+        "--nodes", type=node_count, metavar="N", help="how many nodes (default: as up)"
+    )
     add_identities(parser)
     parser.set_defaults(run=_later("compile_cmd", "compile_folder"))
 

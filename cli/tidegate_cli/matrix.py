@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidegate_cli.arguments import add_cluster, command
+from tidegate_cli.arguments import add_cluster, command, number
 from tidegate_cli.errors import CliError
 
 DEFAULT_SECONDS = 1.0
@@ -51,10 +51,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0.05 <= number <= MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"must be 0.05 to {MAX_SECONDS:g} seconds")
-    return number
+    return number(text, 0.05, MAX_SECONDS, " seconds")
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -32,6 +32,16 @@ MAX_NAME = 253
 MAX_ERRORS = 10
 """Errors reported for one object."""
 
+BOUNDS = {
+    "greater_than_equal": "ge",
+    "less_than_equal": "le",
+    "too_short": "min_length",
+    "too_long": "max_length",
+    "string_too_short": "min_length",
+    "string_too_long": "max_length",
+}
+"""pydantic's errors of this sort, and where each says the bound."""
+
 STAYS = "the last valid version stays in force"
 CLOSED = (
     "until then it isolates whom it selects, its rules that are not understood allow nothing, and "
@@ -500,6 +510,12 @@ def _words(detail: Any, written: str, model: type[BaseModel]) -> tuple[str, str]
         return f"{str(value)[:60]!r} is not a value of this field", f"use {context['expected']}"
     if kind in ("int_type", "int_parsing") and isinstance(value, str) and value.isdigit():
         return f"{short(value)!r} is text, not a number", f"write it without quotes: {short(value)}"
+    if kind in BOUNDS:
+        bound = context[BOUNDS[kind]]
+        word = "least" if BOUNDS[kind] in ("ge", "min_length") else "most"
+        if "actual_length" in context:
+            return f"has {context['actual_length']}", f"write at {word} {bound}"
+        return f"{short(str(value))} is out of bounds", f"write at {word} {bound}"
     expected = {
         "int_type": "a number",
         "bool_type": "true or false",

@@ -423,6 +423,8 @@ class _Placement:
         self._relevant = relevant
         self._same = relevant == builder.previous.relevance
         self._load = dict.fromkeys(nodes, 0)
+        self._pending: dict[tuple[Key, str], tuple[str, list[_Wanted]]] = {}
+        """(workload, why) -> remedy and its pods: ten thousand replicas are one problem."""
         self._used: dict[str, set[int]] = {name: set() for name in nodes}
         before = builder.previous.cursors
         self._cursors = {name: before.get(name, FIRST_SLOT - 1) for name in nodes}
@@ -459,7 +461,13 @@ class _Placement:
             made = self._make(name, wanted[name], places.get(name))
             if made is not None:
                 pods[name] = made
+        for (_, why), (remedy, pending) in self._pending.items():
+            others = f", as {len(pending) - 1} more of it do" if len(pending) > 1 else ""
+            self._builder._report(pending[0], f"stays pending{others}: {why}", remedy)
         return pods, self._cursors
+
+    def _pend(self, pod: _Wanted, why: str, remedy: str) -> None:
+        self._pending.setdefault((pod.workload, why), (remedy, []))[1].append(pod)
 
     def _make(
         self, name: ObjectName, pod: _Wanted, place: tuple[str, int] | None
@@ -467,9 +475,9 @@ class _Placement:
         if place is None:
             if pod.node:
                 known = ", ".join(sorted(self._nodes))
-                self._builder._report(
+                self._pend(
                     pod,
-                    f"stays pending: there is no node {pod.node}",
+                    f"there is no node {pod.node}",
                     f"use one of {known}, add a Node of that name, or remove nodeName",
                 )
                 return None
@@ -480,8 +488,8 @@ class _Placement:
         if slot < 0:
             slot = 0 if pod.spec.host_network else self._next_slot(node)
             if slot < 0:
-                text = f"stays pending: node {node} has no free address"
-                self._builder._report(pod, text, "use more nodes or fewer pods")
+                text = f"node {node} has no free address"
+                self._pend(pod, text, "use more nodes or fewer pods")
                 return None
         before = self._builder.previous.pods.get(name)
         if (

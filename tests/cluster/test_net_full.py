@@ -154,10 +154,10 @@ def test_saving_a_file_changes_the_kernel(full: Full) -> None:
 def test_second_up_and_a_missing_folder(full: Full) -> None:
     full.up("minimal")
     second = full.tidegate("up", str(full.folder), "--detach")
-    assert second.returncode == 1
+    assert second.returncode == 2
     assert f"follows {full.folder}" in second.stderr
     missing = full.tidegate("up", str(full.folder / "nowhere"))
-    assert (missing.returncode, "no such folder" in missing.stderr) == (1, True)
+    assert (missing.returncode, "no such folder" in missing.stderr) == (2, True)
     assert full.reached()["default/client", "default/server"], "the first one lives on"
 
 

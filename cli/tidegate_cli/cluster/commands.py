@@ -6,7 +6,7 @@ import argparse
 import importlib
 from typing import Any
 
-from tidegate_cli.arguments import add_cluster
+from tidegate_cli.arguments import add_cluster, number
 
 MAX_WAIT = 86400.0
 
@@ -94,7 +94,4 @@ def _wait(parser: argparse.ArgumentParser, what: str, seconds: int) -> None:
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= MAX_WAIT:
-        raise argparse.ArgumentTypeError(f"must be 0 to {MAX_WAIT:g} seconds")
-    return number
+    return number(text, 0.0, MAX_WAIT, " seconds")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NamedTuple
 
-from tidegate_cli.arguments import add_cluster, add_local, add_run_dir
+from tidegate_cli.arguments import add_cluster, add_local, add_run_dir, number
 
 KINDS = ("flows", "agent-events")
 OUTPUTS = ("tab", "table", "compact", "dict", "json", "jsonpb")
@@ -95,10 +95,7 @@ def add_parser(subparsers: Any, run: Any) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= EVERYTHING:
-        raise argparse.ArgumentTypeError(f"must be 0 to {EVERYTHING}")
-    return number
+    return number(text, 0, EVERYTHING)
 
 
 def _which(group: Any) -> None:

@@ -18,12 +18,13 @@ from tidegate_cli.arguments import (
     add_masquerade,
     add_policy_log,
     command,
+    node_count,
+    number,
 )
 from tidegate_cli.standalone.errors import StandaloneError
 from tidegate_cli.standalone.options import UpOptions
 
-MAX_NODES = 64
-MAX_WAIT = 3600
+MAX_WAIT = 3600.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     up.add_argument("dir", metavar="DIR", help="folder of Kubernetes manifests, read recursively")
     up.add_argument(
         "--nodes",
-        type=_node_count,
+        type=node_count,
         metavar="N",
         help="number of nodes (default: as many as DIR has Node objects, or 2)",
     )
@@ -87,18 +88,8 @@ def add_parser(subparsers: Any) -> None:
     execute.set_defaults(run=_reported(_exec))
 
 
-def _node_count(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= MAX_NODES:
-        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_NODES}")
-    return number
-
-
 def _seconds(text: str) -> float:
-    number = float(text)
-    if not 1 <= number <= MAX_WAIT:
-        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_WAIT} seconds")
-    return number
+    return number(text, 1.0, MAX_WAIT, " seconds")
 
 
 def _reported(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -109,7 +100,7 @@ def _reported(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse
             return action(arguments)
         except StandaloneError as error:
             print(f"tidegate: {error}", file=sys.stderr)
-            return 1
+            return 2  # as `main` says
 
     return run
 

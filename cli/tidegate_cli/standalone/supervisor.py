@@ -344,7 +344,7 @@ def detached(run: Callable[[Callable[[str], None]], None], log_file: Path) -> in
         sys.stdout.write(rest)
         return 0
     sys.stderr.write(rest or "tidegate: up ended before it was ready\n")
-    return 1
+    return 2
 
 
 def _child(run: Callable[[Callable[[str], None]], None], pipe: int, log_file: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,28 +19,18 @@ from tidegate_observer import tracked
 ROOT = Path(__file__).parents[3]
 HEAVY = {"msgspec", "pydantic", "yaml", "structlog", "watchfiles", "pyroute2", "ctypes", "json"}
 HEAVY |= {"kubernetes", "urllib3", "ssl"}
-COMMANDS = [
-    [],
-    *(
-        [name]
-        for name in (
-            "up",
-            "down",
-            "exec",
-            "matrix",
-            "status",
-            "explain",
-            "compile",
-            "doctor",
-            "answer",
-        )
-    ),
-    *([name, "list"] for name in ("identity", "endpoint", "lb", "ct", "ipcache", "metrics")),
-    ["policy", "get"],
-    ["install"],
-    ["uninstall"],
-    ["sysdump"],
-]
+
+
+def commands(parser: argparse.ArgumentParser) -> Iterator[list[str]]:
+    """The words of every command, of groups of them too."""
+    yield []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from ([name, *words] for words in commands(inner))
+
+
+COMMANDS = list(commands(main.build_parser()))
 
 
 def python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -51,6 +43,7 @@ def tidegate(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_imports_nothing_heavy() -> None:
+    assert len(COMMANDS) > 30
     code = (
         "import contextlib, io, sys\n"
         "from tidegate_cli.main import main\n"
@@ -67,6 +60,26 @@ def test_help_imports_nothing_heavy() -> None:
     ours = {name for name in loaded if name.startswith("tidegate_")}
     assert loaded & HEAVY == set()
     assert {name.partition(".")[0] for name in ours} == {"tidegate_cli"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compile", "f", "--nodes=-5"], "must be 1 to 64"),
+        (["compile", "f", "--nodes=2.5"], "must be 1 to 64"),
+        (["up", "f", "--nodes=many"], "must be 1 to 64"),
+        (["up", "f", "--wait=nan"], "must be 1.0 to 3600.0 seconds"),
+        (["matrix", "--timeout=x"], "must be 0.05 to 60.0 seconds"),
+        (["install", "--wait=-1"], "must be 0.0 to 86400.0 seconds"),
+        (["observe", "--last=-1"], "must be 0 to "),
+    ],
+)
+def test_numbers_out_of_bounds(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main.main(words)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

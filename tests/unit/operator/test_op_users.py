@@ -164,6 +164,11 @@ OBJECTS = [
     ("upper case name", _object("Namespace", "v1", "A", ""), "lower-case"),
     ("text for a number", _object("Deployment", "apps/v1", "a", "spec: {replicas: '3', "
      "selector: {}, template: {spec: {containers: [{name: a}]}}}"), "without quotes: 3"),
+    ("replicas below 0", _object("Deployment", "apps/v1", "a", "spec: {replicas: -1, "
+     "selector: {}, template: {spec: {containers: [{name: a}]}}}"), "write at least 0"),
+    ("too many rules", _object("ClusterNetworkPolicy", "policy.networking.k8s.io/v1alpha2", "a",
+     "spec: {tier: Admin, priority: 1, subject: {namespaces: {}}, ingress: ["
+     + ",".join(["{action: Deny, from: [{namespaces: {}}]}"] * 26) + "]}"), "write at most 25"),
     ("selector misses template", _object("Deployment", "apps/v1", "a", "spec: {selector: "
      "{matchLabels: {a: b}}, template: {spec: {containers: [{name: a}]}}}"), "add a: 'b'"),
     ("old version", _object("NetworkPolicy", "extensions/v1beta1", "a", "spec: {}"),

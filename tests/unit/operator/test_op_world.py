@@ -238,6 +238,16 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(now.nodes), problems[0].severity) == (3, "error")
 
 
+def test_pods_without_a_place_are_one_problem_a_workload() -> None:
+    text = _workload("Deployment", "replicas: 300, ") + pod("ghost", rest=", nodeName: nowhere")
+    now, problems = build(documents(text), Options(nodes=1))
+    assert len(now.pods) == 253
+    found = sorted(str(problem) for problem in problems)
+    assert len(found) == 2
+    assert "stays pending, as 46 more of it do: node node-1 has no free address" in found[0]
+    assert "Pod default/ghost: stays pending: there is no node nowhere" in found[1]
+
+
 def test_selector_that_mentions_a_hash_label_splits_running_pods() -> None:
     text = _workload("StatefulSet", "replicas: 2, ")
     key = "statefulset.kubernetes.io/pod-name"
