@@ -65,6 +65,8 @@ class _Not(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any
     ) -> None:
+        if getattr(namespace, "negate", False):
+            parser.error("--not --not: one filter is left out once")
         namespace.negate = True
 
 

@@ -145,17 +145,22 @@ def _client(args: argparse.Namespace, server: str) -> Client:
     own = (args.tls_client_cert_file, args.tls_client_key_file)
     if any(own) != all(own):
         raise CliError("--tls-client-cert-file and --tls-client-key-file go together")
-    asked = args.tls or files or any(own) or args.tls_server_name
-    if not asked and not (args.server or "").startswith(TLS):
+    if not _asks_tls(args):
         return Client(server)
-    if not args.server or server.startswith("unix:"):
-        raise CliError("certificates are for --server HOST:PORT only")
     chain, key = (Path(name) if name else None for name in own)
     return Client(server, ClientFiles(files, chain, key), args.tls_server_name)
 
 
+def _asks_tls(args: argparse.Namespace) -> bool:
+    words = (args.tls, args.tls_ca_cert_files, args.tls_server_name)
+    own = (args.tls_client_cert_file, args.tls_client_key_file)
+    return any(words) or any(own) or (args.server or "").startswith(TLS)
+
+
 def server_of(args: argparse.Namespace) -> str | None:
     """Where to ask, as gRPC writes it; None: the nodes of a cluster. CliError."""
+    if _asks_tls(args) and (not args.server or args.server.startswith("unix:")):
+        raise CliError("certificates are for --server HOST:PORT only")
     if args.server:
         text = str(args.server).removeprefix(TLS)
         return "unix:" + text.removeprefix("unix://") if text.startswith("unix://") else text

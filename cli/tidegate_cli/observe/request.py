@@ -83,6 +83,8 @@ class Sides:
 def build(args: argparse.Namespace, now: float | None = None) -> observer_pb2.GetFlowsRequest:
     """CliError: flags that make no sense."""
     now = time.time() if now is None else now
+    if args.negate:
+        raise CliError("--not: no filter follows it")
     white, black = lists(args.filters, everywhere=_everywhere(args))
     request = observer_pb2.GetFlowsRequest(
         whitelist=[*white.messages(), *_raw("allowlist", args.allowlist)],

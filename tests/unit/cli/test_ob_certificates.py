@@ -63,6 +63,7 @@ ALL = [AUTHORITY, OWN, "--tls-client-key-file=me.key"]
         ("half of it", "{}", [AUTHORITY, OWN], "go together"),
         ("no such file", "{}", ["--tls-ca-cert-files=none.crt"], "none.crt"),
         ("a Unix socket", "unix:///s", ALL, "HOST:PORT only"),
+        ("no server", "", ["--tls"], "HOST:PORT only"),
     ],
 )
 def test_who_may_ask(

@@ -155,6 +155,7 @@ def test_requests(words: str, expected: dict[str, object]) -> None:
         "--tcp-flags abc",
         "--reply perhaps",
         "--ip-trace-id x",
+        "--verdict DROPPED --not",
         "--type trace:nowhere",
         "--allowlist {",
         '--denylist {"no_such_field":1}',
@@ -170,8 +171,10 @@ def test_a_time_as_rfc_1123_has_it() -> None:
     assert request.parse_time("Thu, 01 Jan 1970 01:00:09 +0100", NOW) == 9 * 10**9
 
 
-@pytest.mark.parametrize("words", ["--last=-1", "--first 99999999999999999999", "--last many"])
-def test_no_number_of_flows(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words", ["--last=-1", "--first 99999999999999999999", "--last many", "--not --not -4"]
+)
+def test_refused_at_once(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         build_parser().parse_args(["observe", *words.split()])
     assert "Traceback" not in capsys.readouterr().err
