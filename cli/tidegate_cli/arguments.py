@@ -124,6 +124,12 @@ def add_load_balancer(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _policy(text: str) -> str:
+    if not text.partition("/")[2]:
+        raise argparse.ArgumentTypeError("is NS/NAME, or /NAME of a kind without namespaces")
+    return text
+
+
 def add_policy_log(parser: argparse.ArgumentParser) -> None:
     """What log/policy_action.log has, with the observer's flags for it."""
     for what, default in (("deny", "all"), ("allow", "none")):
@@ -136,6 +142,7 @@ def add_policy_log(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument(
         "--policy-log-policy",
+        type=_policy,
         action="append",
         default=[],
         metavar="NS/NAME",

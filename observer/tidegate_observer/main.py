@@ -264,6 +264,7 @@ def parser() -> argparse.ArgumentParser:
         )
     add(
         "--policy-log-policy",
+        type=_policy,
         action="append",
         default=[],
         metavar="NS/NAME",
@@ -278,6 +279,12 @@ def _node(text: str) -> tuple[str, Path]:
     if not (name and equals and pins):
         raise argparse.ArgumentTypeError("is NAME=PINS")
     return name, Path(pins)
+
+
+def _policy(text: str) -> str:
+    if not text.partition("/")[2]:
+        raise argparse.ArgumentTypeError("is NS/NAME, or /NAME of a kind without namespaces")
+    return text
 
 
 def _flows(text: str) -> int:

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from msgspec.structs import replace
+from tidegate_cli.main import build_parser
+from tidegate_observer import main
 from tidegate_observer.flow import Kind
 from tidegate_observer.policylog import PolicyLog, Settings
 from unit.observer.flows import ALLOW, DENY, SECOND, WORLD, flow, pod, started
@@ -138,3 +141,16 @@ def test_denials_that_were_only_counted_are_in_the_count(tmp_path: Path) -> None
     log.add([flow(), flow(more=41)], 0.0)
     log.flush(1.0, every=True)
     assert [line["count"] for line in lines(path)] == [42]
+
+
+def test_a_policy_is_named_with_its_namespace(capsys: pytest.CaptureFixture[str]) -> None:
+    """By a name alone nothing would ever be listed, and nobody would be told."""
+    argv = ["--node=n=/p", "--run-dir=/r", "--objects=/o", "--socket=/s"]
+    named = [f"--policy-log-policy={name}" for name in ("data/lock", "/admin")]
+    assert main.parser().parse_args([*argv, *named]).policy_log_policy == ["data/lock", "/admin"]
+    for wrong in ("lock", "data/", ""):
+        with pytest.raises(SystemExit):
+            main.parser().parse_args([*argv, f"--policy-log-policy={wrong}"])
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(["up", "dir", f"--policy-log-policy={wrong}"])
+    assert capsys.readouterr().err.count("is NS/NAME") == 6
