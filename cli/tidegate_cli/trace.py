@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tidegate_api.base import IDENTITY_BITS
 from tidegate_bpf import Codec
 from tidegate_loader import addresses
 
@@ -20,6 +21,7 @@ from tidegate_cli.target import choose
 
 FILTER = "trace_filter_v1"
 MAX_SECONDS = 3600
+MAX_IDENTITY = (1 << IDENTITY_BITS) - 1
 HEADER = ("SECONDS LEFT", "ADDRESSES", "IDENTITY", "PORT", "PROTOCOL")
 PROTOCOL_NUMBERS = {name.lower(): number for name, number in PROTOCOLS.items()}
 
@@ -33,6 +35,9 @@ def start(args: argparse.Namespace) -> int:
         raise CliError(f"--protocol {args.protocol}: not known", f"one of {known}")
     if args.port is not None and not 1 <= args.port <= 0xFFFF:
         raise CliError(f"--port {args.port}: not a port", "from 1 to 65535")
+    if args.identity is not None and not 1 <= args.identity <= MAX_IDENTITY:
+        text = f"--identity {args.identity}: not an identity"
+        raise CliError(text, f"from 1 to {MAX_IDENTITY}; `tidegate identity list` has them")
     if (args.pod, args.ip, args.identity, args.port, args.protocol) == (None,) * 5:
         raise CliError("every packet would be told of", "name a pod, an address, a port …")
     wanted = _addresses(args.ip) if args.ip is not None else []

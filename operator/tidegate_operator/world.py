@@ -50,6 +50,8 @@ class Options:
 
     nodes: int | None = None
     """None: as many as there are Node objects, or DEFAULT_NODES without any."""
+    keep_nodes: bool = False
+    """The nodes of the first world stay: what runs on them cannot move to others."""
     pod_cidrs: tuple[str, ...] = ("10.244.0.0/16", "fd00:10:244::/56")
     service_cidrs: tuple[str, ...] = ("10.96.0.0/16", "fd00:10:96::/112")
     first_node: tuple[str, ...] = ("172.18.0.2", "fc00:f853:ccd:e793::2")
@@ -204,7 +206,13 @@ class _Builder:
 
     # ---- nodes, namespaces, policies, identities ----
 
-    def _nodes(self, documents: Sequence[Document]) -> dict[str, MadeNode]:
+    def _node_names(self, documents: Sequence[Document]) -> list[str]:
+        if self.options.keep_nodes and self.previous.nodes:
+            text = "joins at the next `tidegate up`: nodes stay as they were made"
+            new = [item for item in documents if item.key.name not in self.previous.nodes]
+            for document in new:
+                self.problems.append(at(document.source, "warning", text, object=str(document.key)))
+            return [*self.previous.nodes]
         names = [document.key.name for document in documents]
         count = self.options.nodes or len(names) or DEFAULT_NODES
         if count > MAX_NODES:
@@ -222,9 +230,12 @@ class _Builder:
                 )
             )
         names = names[:count]
-        labels = {document.key.name: document.object.metadata.labels for document in documents}
         fillers = (f"node-{number}" for number in range(1, 2 * MAX_NODES + 1))
-        names += [name for name in fillers if name not in names][: count - len(names)]
+        return names + [name for name in fillers if name not in names][: count - len(names)]
+
+    def _nodes(self, documents: Sequence[Document]) -> dict[str, MadeNode]:
+        names = self._node_names(documents)
+        labels = {document.key.name: document.object.metadata.labels for document in documents}
         known = {name: self.previous.nodes[name] for name in names if name in self.previous.nodes}
         taken = {node.index for node in known.values()}
         free = iter(index for index in range(MAX_NODES) if index not in taken)

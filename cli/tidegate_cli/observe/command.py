@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +21,8 @@ from tidegate_cli.errors import CliError
 from tidegate_cli.objects import OBSERVER_DIR
 from tidegate_cli.observe import agent, files, request
 from tidegate_cli.observe.printer import Printer, json_line
+from tidegate_cli.standalone.errors import StandaloneError
+from tidegate_cli.standalone.rundir import RunDir, is_alive
 from tidegate_cli.target import as_plugin, choose
 
 RUN_DIR_SOCKET = "observer.sock"
@@ -27,6 +30,9 @@ NODE_SOCKET = OBSERVER_DIR / RUN_DIR_SOCKET
 """In a node's loader pod."""
 
 TLS = "tls://"
+STARTING_SECONDS = 15.0
+"""For the observer to start, after `up --detach` has said that all is ready."""
+POLL_SECONDS = 0.05
 
 Request: TypeAlias = observer_pb2.GetFlowsRequest | observer_pb2.GetAgentEventsRequest
 Answers: TypeAlias = Iterator[Any]
@@ -173,11 +179,30 @@ def server_of(args: argparse.Namespace) -> str | None:
             )
         return f"unix:{NODE_SOCKET}"
     socket = Path(args.run_dir) / RUN_DIR_SOCKET
-    if socket.exists() and not (cluster and not args.run_dir_given):
+    if not (cluster and not args.run_dir_given) and _serves(Path(args.run_dir), socket):
         return f"unix:{socket}"
     if args.run_dir_given or not (cluster or present()):
         raise CliError(
             f"no observer serves in {args.run_dir}",
-            "run `tidegate up DIR` first, or give --server, or the --kubeconfig of a cluster",
+            "run `tidegate up DIR` first, without --no-observer, or give --server, or the "
+            "--kubeconfig of a cluster",
         )
     return None
+
+
+def _serves(run_dir: Path, socket: Path) -> bool:
+    """Is it there; the observer of an `up` that lives is waited for, as it starts last."""
+    deadline = time.monotonic() + STARTING_SECONDS
+    while not socket.exists():
+        if not _is_up(run_dir) or time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def _is_up(run_dir: Path) -> bool:
+    try:
+        state = RunDir.at(run_dir).read()
+    except StandaloneError:
+        return False
+    return state is not None and is_alive(state)

@@ -166,6 +166,7 @@ def up(options: UpOptions) -> int:
         raise StandaloneError(f"{folder}: no such folder; name one that holds manifests")
     made_of = world.Options(
         nodes=options.nodes,
+        keep_nodes=True,
         identities=Settings(options.identities, options.excluded_labels or EXCLUDED),
         services=services.Settings(masquerade=options.masquerade),
     )

@@ -82,6 +82,15 @@ def test_numbers_out_of_bounds(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", ["-1", "0", "16777216"])
+def test_a_number_that_is_no_identity_is_not_traced(
+    number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--run-dir", str(tmp_path), "trace", "start", f"--identity={number}"]
+    assert main.main(words) == 2
+    assert "not an identity; from 1 to 16777215" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("started", "name"), [("tidegate", "tidegate"), ("kubectl-tidegate", "kubectl tidegate")]
 )

@@ -238,6 +238,18 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(now.nodes), problems[0].severity) == (3, "error")
 
 
+def test_nodes_that_are_made_stay() -> None:
+    options = Options(keep_nodes=True)
+    before, _ = build(documents(pod("a")), options)
+    now, problems = build(documents(pod("a") + NODE % "late"), options, before)
+    assert (now.nodes, now.pods) == (before.nodes, before.pods)
+    assert [problem.object for problem in problems] == ["Node late"]
+    first, _ = build(documents(pod("a") + NODE % "late"), options)
+    assert list(first.nodes) == ["late"]
+    again, problems = build(documents(pod("a")), options, first)
+    assert (again.pods, problems) == (first.pods, ())
+
+
 def test_pods_without_a_place_are_one_problem_a_workload() -> None:
     text = _workload("Deployment", "replicas: 300, ") + pod("ghost", rest=", nodeName: nowhere")
     now, problems = build(documents(text), Options(nodes=1))
