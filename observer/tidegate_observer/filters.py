@@ -127,9 +127,7 @@ def _bounded(items: Iterable[flow_pb2.FlowFilter], what: str) -> list[flow_pb2.F
 
 
 def _message(item: flow_pb2.FlowFilter) -> Test:
-    unknown = sorted({field.field_number for field in unknown_fields(item)})
-    if unknown:
-        raise FilterError(f"unknown filter: field {', '.join(map(str, unknown))}")
+    _all_known(item, "unknown filter: ")
     tests = [_test(name, values) for name, values in _fields(item)]
     return functools.reduce(_both, tests) if tests else _constant(True)
 
@@ -138,9 +136,17 @@ def _both(first: Test, second: Test) -> Test:
     return lambda flow: first(flow) and second(flow)
 
 
-def unknown_fields(item: Message) -> Iterable[Any]:
-    """The stubs do not know that the set can be iterated."""
-    return cast("Iterable[Any]", UnknownFieldSet(item))
+def _all_known(item: Message, said: str) -> None:
+    """FilterError: it has a field that is not in the contract, or what is in it has."""
+    # The stubs do not know that the set can be iterated.
+    found = cast("Iterable[Any]", UnknownFieldSet(item))
+    unknown = sorted({field.field_number for field in found})
+    if unknown:
+        raise FilterError(f"{said}field {', '.join(map(str, unknown))}")
+    for field, value in item.ListFields():
+        if field.message_type is not None:
+            for one in value if field.is_repeated else [value]:
+                _all_known(one, f"{said}{field.name}, ")
 
 
 def _fields(item: flow_pb2.FlowFilter) -> Iterable[tuple[str, Sequence[object]]]:
@@ -465,9 +471,6 @@ def _experimental(values: Sequence[object]) -> Test:
     texts: list[str] = []
     for value in values:
         assert isinstance(value, flow_pb2.FlowFilter.Experimental)
-        unknown = sorted({field.field_number for field in unknown_fields(value)})
-        if unknown:
-            raise FilterError(f"unknown filter: experimental, field {', '.join(map(str, unknown))}")
         texts += value.cel_expression
     if len(texts) > MAX_EXPRESSIONS:
         raise FilterError(f"cel_expression: {len(texts)} values, at most {MAX_EXPRESSIONS}")

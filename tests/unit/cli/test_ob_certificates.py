@@ -45,6 +45,8 @@ def address(served: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 AUTHORITY, OWN = "--tls-ca-cert-files=a.crt", "--tls-client-cert-file=me.crt"
+REFUSED = "tidegate: "
+"""By whom, and when, is gRPC's affair."""
 ALL = [AUTHORITY, OWN, "--tls-client-key-file=me.key"]
 
 
@@ -56,10 +58,10 @@ ALL = [AUTHORITY, OWN, "--tls-client-key-file=me.key"]
         ("files without either", "{}", ALL, ""),
         ("one of several authorities", "{}", ["--tls-ca-cert-files=b.crt,a.crt", *ALL[1:]], ""),
         ("another name of its", "{}", [*ALL, "--tls-server-name=kubernetes"], ""),
-        ("not its name", "{}", [*ALL, "--tls-server-name=other"], "unavailable"),
-        ("plain text", "{}", [], "unavailable"),
-        ("nothing shown", "tls://{}", [AUTHORITY], "unavailable"),
-        ("an authority of another", "{}", ["--tls-ca-cert-files=b.crt", *ALL[1:]], "unavailable"),
+        ("not its name", "{}", [*ALL, "--tls-server-name=other"], REFUSED),
+        ("plain text", "{}", [], REFUSED),
+        ("nothing shown", "tls://{}", [AUTHORITY], REFUSED),
+        ("an authority of another", "{}", ["--tls-ca-cert-files=b.crt", *ALL[1:]], REFUSED),
         ("half of it", "{}", [AUTHORITY, OWN], "go together"),
         ("no such file", "{}", ["--tls-ca-cert-files=none.crt"], "none.crt"),
         ("a Unix socket", "unix:///s", ALL, "HOST:PORT only"),

@@ -114,6 +114,7 @@ def test_lists() -> None:
 UNKNOWN = F.FromString(b"\xf8\x7f\x01")
 REFUSED = [
     ("an unknown field", UNKNOWN, "2047"),
+    ("one of an event's type", F.FromString(b"\x32\x03\xf8\x7f\x01"), "event_type, field 2047"),
     ("protocol", F(protocol=["tpc"]), "'tpc'"),
     ("port", F(source_port=["http"]), "'http'"),
     ("port too high", F(source_port=["65536"]), "65536"),
