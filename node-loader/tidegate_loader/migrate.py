@@ -20,7 +20,7 @@ from tidegate_bpf.btf import Field, Layout
 
 CARRIED = ("ct", "socks", "nat", "affinity")
 """Maps, without their versions, whose entries outlive a change of layout. Half-open flows do
-not: their next packet opens them again."""
+not, nor whose they are: their next packet opens them again."""
 _CHUNK = 8192
 """Entries converted and written at once."""
 

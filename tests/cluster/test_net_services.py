@@ -97,6 +97,16 @@ metadata: {{name: legacy-1, labels: {{kubernetes.io/service-name: legacy}}}}
 addressType: IPv4
 ports: [{{port: 8081, protocol: TCP}}]
 endpoints: [{{addresses: ["{OUTSIDE[4]}"]}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: once}}
+spec:
+  type: NodePort
+  ipFamilyPolicy: PreferDualStack
+  externalTrafficPolicy: Local
+  selector: {{app: far}}
+  ports: [{{port: 9000, protocol: UDP, nodePort: 30180}}]
 """
 OLD_SERVER = """
 import http.server, json
@@ -248,6 +258,52 @@ def test_a_backend_outside_the_cluster(cluster: Cluster) -> None:
         (answer,) = cluster.ask("default/one", LEGACY, 80)
         assert answer[0] == "old"
         assert answer[1].startswith("10.244.0.")
+    finally:
+        server.kill()
+        server.communicate()
+
+
+ANSWERS_ONCE = """
+import socket, sys
+s = socket.socket(socket.AF_INET6 if sys.argv[1] == "6" else socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(("", 9000))
+print("ready", flush=True)
+s.connect(s.recvfrom(100)[1])
+print("asked", flush=True)
+sys.stdin.readline()
+s.send(b"nobody is there any more")
+s.settimeout(20)
+try:
+    s.recv(100)
+except OSError as error:
+    print(type(error).__name__)
+"""
+ASKS_AND_ENDS = """
+import socket, sys
+s = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM)
+s.sendto(b"?", (sys.argv[1], 30180))
+"""
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_error_about_the_first_answer(cluster: Cluster, version: int) -> None:
+    """Of a client outside that sends one datagram and is gone before it is answered: its stack
+    tells the NodePort so, and the pod hears it."""
+    state = cluster.run_dir.read()
+    assert state is not None
+    (far,) = (Path(p.netns).name for p in state.pods if p.name == "far")
+    enter = ["ip", "netns", "exec"]
+    server = subprocess.Popen(
+        [*enter, far, sys.executable, "-c", ANSWERS_ONCE, str(version)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        asks = [sys.executable, "-c", ASKS_AND_ENDS, NODES["node-2"][version]]
+        subprocess.run([*enter, cluster.client, *asks], check=True, timeout=60)
+        assert server.stdout.readline() == "asked\n"
+        assert server.communicate("go\n", timeout=60)[0] == "ConnectionRefusedError\n"
     finally:
         server.kill()
         server.communicate()

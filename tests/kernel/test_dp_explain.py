@@ -63,7 +63,7 @@ def ask(
     return result.retval, result.data_out, SkbContext.from_buffer_copy(result.ctx_out)
 
 
-STATE = ("ct_v2", "frags_v1", "metrics_v1", "socks_v1", "streams_v1")
+STATE = ("ct_v2", "answered_v1", "frags_v1", "metrics_v1", "socks_v1", "streams_v1")
 """What the real programs write, besides the half-open shares."""
 
 

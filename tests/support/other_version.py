@@ -22,7 +22,11 @@ CHANGED = {
         ("TG_SIZE(struct tg_half_open_set, 672)", "TG_SIZE(struct tg_half_open_set, 704)"),
     ],
 }
-RENAMED = ("ct_v2", "ct_v3"), ("half_open_v2", "half_open_v3")
+RENAMED = (
+    ("ct_v2", "ct_v3"),
+    ("answered_v1", "answered_v2"),
+    ("half_open_v2", "half_open_v3"),
+)
 LOADER_PARTS = ("crds", "datapath", "node-loader")
 FORMAT = 9
 """No version of ours has got so far."""

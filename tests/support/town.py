@@ -82,7 +82,8 @@ class Town:
 
     def open(self, rules: dict[str, Rules] | None = None, **identities: int) -> None:
         """A fresh town: no flow, fragment, service or address is left of the one before."""
-        names = ("ct_v2", "frags_v1", "ipcache_v1", "ipcache_lpm_v1", "frontends_v1")
+        flows = ("ct_v2", "answered_v1", "frags_v1")
+        names = (*flows, "ipcache_v1", "ipcache_lpm_v1", "frontends_v1")
         for table in (self.lab.maps[name] for name in names):
             for key in list(table.keys()):
                 table.discard(key)

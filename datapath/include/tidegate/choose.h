@@ -21,6 +21,14 @@ tg_inline struct tg_ct *tg_lookup(struct tg_run *r)
 	return ct && tg_ct_alive(ct, r->s->proof, r->s->p.t.protocol, r->s->now) ? ct : NULL;
 }
 
+/* The client's side of a translated flow that is not established. */
+tg_inline struct tg_ct *tg_lookup_answered(struct tg_run *r)
+{
+	struct tg_ct *ct = bpf_map_lookup_elem(&answered_v1, &r->s->key);
+
+	return ct && tg_ct_alive(ct, r->s->proof, r->s->p.t.protocol, r->s->now) ? ct : NULL;
+}
+
 /* Whether the packet goes against the way the flow began. */
 tg_inline int tg_is_reply(const struct tg_run *r, __u32 flags)
 {

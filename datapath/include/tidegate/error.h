@@ -71,7 +71,7 @@ static __noinline int tg_find_quoted(struct tg_run *r, struct tg_quoted *q)
 		ep = tg_local(r->node, r->from_pod ? &r->s->p.t.src : &r->s->p.t.dst);
 	}
 	if (!q->ct)
-		q->ct = ct;
+		q->ct = ct ? ct : tg_lookup_answered(r);
 	if (!q->ct)
 		return TG_DROP_ICMP_ERROR;
 	q->reply = tg_is_reply(r, q->ct->flags);

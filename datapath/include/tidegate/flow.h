@@ -202,12 +202,23 @@ tg_inline int tg_client_key(struct tg_scratch *s, const struct tg_ct *ct, int re
 	return tg_ct_key(client, &s->client_key);
 }
 
+/* s->made, a translated flow's entry, becomes what is known under s->client_key: that a client
+ * has asked, and which backend it has. */
+tg_inline void tg_make_client(struct tg_scratch *s, int reply)
+{
+	__u32 began_a = tg_client_key(s, &s->made, reply) ? TG_CT_BEGAN_A : 0;
+
+	s->made.nat_addr = reply ? s->p.t.src : s->p.t.dst;
+	s->made.nat_port = reply ? s->p.t.sport : s->p.t.dport;
+	s->made.flags = TG_CT_SERVICE | began_a | (s->made.flags & TG_CT_HAIRPIN);
+	s->made.word = tg_word(s->epoch, tg_proof(tg_flow_hash(&s->client)));
+}
+
 /* Out of the share, into the table. Of a translated flow the client's side is
  * recorded too, so that what it sends next finds its backend. */
 tg_global int tg_establish(struct tg_ct *ct, int reply)
 {
 	struct tg_scratch *s = tg_work();
-	__u32 began_a;
 	__u64 word;
 
 	if (dry_run || !s || !ct)
@@ -223,11 +234,8 @@ tg_global int tg_establish(struct tg_ct *ct, int reply)
 	tg_swap_word(ct, word, TG_CT_FREE);
 	if (!(s->made.flags & TG_CT_NAT))
 		return 0;
-	began_a = tg_client_key(s, &s->made, reply) ? TG_CT_BEGAN_A : 0;
-	s->made.nat_addr = reply ? s->p.t.src : s->p.t.dst;
-	s->made.nat_port = reply ? s->p.t.sport : s->p.t.dport;
-	s->made.flags = TG_CT_SERVICE | TG_CT_REPLIED | began_a | (s->made.flags & TG_CT_HAIRPIN);
-	s->made.word = tg_word(s->epoch, tg_proof(tg_flow_hash(&s->client)));
+	tg_make_client(s, reply);
+	s->made.flags |= TG_CT_REPLIED;
 	bpf_map_update_elem(&ct_v2, &s->client_key, &s->made, BPF_ANY);
 	return 0;
 }
@@ -348,7 +356,8 @@ tg_inline int tg_proves(const struct tg_packet *p, __u32 flags)
 }
 
 /* The first answer. What an earlier connection left under the client's key
- * names that one's backend: its SYN did not look there. */
+ * names that one's backend: its SYN did not look there. What is noted
+ * of this one lives as long as a flow that opens. */
 tg_global int tg_replied(struct tg_ct *ct)
 {
 	struct tg_scratch *s = tg_work();
@@ -359,11 +368,14 @@ tg_global int tg_replied(struct tg_ct *ct)
 		ct->handshake = tg_latency(ct->start);
 	if (!(ct->flags & TG_CT_NAT))
 		return 0;
-	tg_client_key(s, ct, 1);
+	s->made = *ct;
+	tg_barrier();
 	if ((tg_read_word(ct) ^ s->proof) & TG_PROOF_MASK)
 		return 0;
+	tg_make_client(s, 1);
 	if (bpf_map_lookup_elem(&ct_v2, &s->client_key))
 		bpf_map_delete_elem(&ct_v2, &s->client_key);
+	bpf_map_update_elem(&answered_v1, &s->client_key, &s->made, BPF_ANY);
 	return 0;
 }
 

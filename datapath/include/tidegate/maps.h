@@ -206,6 +206,16 @@ struct {
 	__uint(max_entries, 131072);
 } ct_v2 SEC(".maps");
 
+/* The client's side of translated flows that had one answer: whose the errors about it are.
+ * Not in the table above, which floods must not fill: from the client's second packet on it
+ * is there. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct tg_ct_key);
+	__type(value, struct tg_ct);
+	__uint(max_entries, 1024);
+} answered_v1 SEC(".maps");
+
 /* A share forgets a flow for one of the same set only: finding the oldest of
  * four costs a new flow far less than an LRU_HASH's lists do. */
 struct {

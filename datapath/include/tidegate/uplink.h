@@ -298,6 +298,8 @@ static __noinline int tg_net_error(struct tg_run *r, int egress)
 		return TG_PASS;
 	tg_key(r);
 	ct = tg_lookup(r);
+	if (!ct)
+		ct = tg_lookup_answered(r);
 	if (!ct || !(ct->flags & TG_CT_SERVICE))
 		return TG_PASS;
 	r->s->inner.addr = ct->nat_addr;

@@ -35,6 +35,10 @@ def test_every_drop_reason_is_documented() -> None:
         ("rule sets in force on a node", OBJECT.enums["tg_limits"]["TG_MAX_RULE_SETS"]),
         ("key shapes of one rule set", OBJECT.enums["tg_limits"]["TG_MAX_SHAPES"]),
         ("tracked flows a node", OBJECT.maps["ct_v2"].max_entries),
+        (
+            "translated flows with one answer so far, a node",
+            OBJECT.maps["answered_v1"].max_entries,
+        ),
         ("frontends", OBJECT.maps["frontends_v1"].max_entries),
         ("fragmented packets in flight a node", OBJECT.maps["frags_v1"].max_entries),
         ("TCP sockets translated at connect", OBJECT.maps["streams_v1"].max_entries),
