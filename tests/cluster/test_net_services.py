@@ -529,28 +529,33 @@ def test_lists_say_it(cluster: Cluster) -> None:
 
 
 def test_lists_say_what_was_carried(cluster: Cluster) -> None:
-    """From outside to a pod of the node that is asked, and from a pod's sockets."""
-    asked = {
-        "node-1": (f"{NODES['node-1'][4]}:30080/TCP", ("", NODES["node-1"][4], 30080), {"one"}),
-        "node-2": (f"{VIP[4]}:80/TCP", ("default/far", VIP[4], 80), {"one", "two"}),
-    }
+    """From outside and by a node's own process to a pod of that node, and by a pod's sockets."""
+    asked = (
+        ("node-1", f"{NODES['node-1'][4]}:30080/TCP", ("", NODES["node-1"][4], 30080), {"one"}),
+        ("node-1", f"{VIP[4]}:80/TCP", ("default/agent", VIP[4], 80), {"one"}),
+        ("node-2", f"{VIP[4]}:80/TCP", ("default/far", VIP[4], 80), {"one", "two"}),
+    )
 
-    def row(node: str) -> dict[str, int]:
+    def row(node: str, frontend: str) -> dict[str, int]:
         text = cluster.tidegate("lb", "list", "--node", node, "--stats", "-o", "json")
-        (found,) = (row for row in json.loads(text) if row["address"] == asked[node][0])
+        (found,) = (row for row in json.loads(text) if row["address"] == frontend)
         return {
             key: found.get(key, 0) for key in ("packets", "bytes", "replyPackets", "replyBytes")
         }
 
-    for node, (_, question, counted) in asked.items():
-        before = row(node)
+    for node, frontend, question, counted in asked:
+        before = row(node, frontend)
         answers = [who for who, _ in cluster.ask(*question, 16)]
         assert set(answers) == {"one", "two"}
         some = sum(who in counted for who in answers)
 
-        def more(node: str = node, before: dict[str, int] = before, some: int = some) -> bool:
+        place = node, frontend
+
+        def more(
+            place: tuple[str, str] = place, before: dict[str, int] = before, some: int = some
+        ) -> bool:
             """Of each connection four packets at least go there, and three back."""
-            after = row(node)
+            after = row(*place)
             least = {"packets": 4, "bytes": 250, "replyPackets": 3, "replyBytes": 250}
             return all(after[key] - before[key] >= some * by for key, by in least.items())
 
