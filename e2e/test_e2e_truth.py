@@ -232,7 +232,7 @@ class _Beside:
 
     def __init__(self, truth: Truth) -> None:
         self._truth, self._end = truth, threading.Event()
-        turns = ((ALLIES, True, 10.0), (FOES, False, 0.3))
+        turns = ((ALLIES, True, WAIT_SECONDS), (FOES, False, 0.3))
         self._threads = [threading.Thread(target=self._repeat, args=turn) for turn in turns]
         self.made = self.refused = 0
         self.wrong: list[str] = []

@@ -260,13 +260,15 @@ class Echoes:
 
 @dataclass
 class Flow:
-    """One connection, or one socket of datagrams, that asks and asks. `lost`: datagrams without an
-    answer after LOST_SECONDS."""
+    """One connection, or one socket of datagrams, that asks and asks. `missing`: datagrams without
+    an answer after LOST_SECONDS. A pod that has no CPU for longer answers late, and in their
+    order: lost is what has none once a later one has (`newest`)."""
 
     name: str
     sock: socket.socket
     answered: int = 0
-    lost: int = 0
+    newest: int = 0
+    missing: set[int] = field(default_factory=set)
     sent_at: float = 0.0
     number: int = 0
     waits: bool = False
@@ -275,20 +277,30 @@ class Flow:
     def stream(self) -> bool:
         return self.sock.type == socket.SOCK_STREAM
 
+    @property
+    def lost(self) -> int:
+        return sum(number < self.newest for number in self.missing)
+
     def turn(self, now: float) -> None:
         with contextlib.suppress(OSError):
             while data := self.sock.recv(4096):
-                if self.stream or data.endswith(b" %d" % self.number):
-                    self.answered += 1
-                    self.waits = False
+                self._answer(data)
         if self.waits and not self.stream and now - self.sent_at > LOST_SECONDS:
-            self.lost += 1
+            self.missing.add(self.number)
             self.waits = False
         if not self.waits:
             self.number += 1
             self.sent_at, self.waits = now, True
             with contextlib.suppress(OSError):
                 self.sock.send(REQUEST if self.stream else b"%d" % self.number)
+
+    def _answer(self, data: bytes) -> None:
+        self.answered += 1
+        number = self.number if self.stream else int(data.split()[-1])
+        self.newest = max(self.newest, number)
+        self.missing.discard(number)
+        if number == self.number:
+            self.waits = False
 
 
 LOST_SECONDS = 3.0
