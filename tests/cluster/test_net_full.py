@@ -103,6 +103,19 @@ def test_the_kernel_does_what_the_model_says(full: Full, example: str) -> None:
     assert full.tidegate("down").stdout.startswith("nothing is up in ")
 
 
+PRINTED = (
+    "identity list",
+    "endpoint list",
+    "policy get shop/cart --numeric",
+    "explain --from shop/web-c9bef4-0 --to svc/shop/cart --port 80",
+    "explain --from data/cache --to svc/shop/cart --port 80",
+    "lb list --node node-1",
+    "lb list --node node-1 --frontends",
+    "ipcache list --node node-1",
+)
+"""Commands whose output on the example is the same each time, and stands in docs/cli.md."""
+
+
 def shown_as_the_readme_says(full: Full) -> None:
     readme = (EXAMPLES.parent / "README.md").read_text().splitlines()
     first = next(n for n, line in enumerate(readme) if line.startswith("    $ tidegate up"))
@@ -115,11 +128,24 @@ def shown_as_the_readme_says(full: Full) -> None:
         assert result.returncode == 0, result.stderr
         found = {_steady(line) for line in result.stdout.splitlines()}
         assert [line for line in said if _steady(line) not in found] == []
+    page = (EXAMPLES.parent / "docs/cli.md").read_text()
+    for command in PRINTED:
+        block = rf"^    \$ tidegate {re.escape(command)}\n((?:    (?!\$ ).*\n|\n(?=    (?!\$ )))+)"
+        shown = re.search(block, page, re.M)
+        assert shown, command
+        out = full.tidegate(*command.split()).stdout
+        found = {_steady(line) for line in out.replace(str(full.run_dir.path), "DIR").splitlines()}
+        said = shown[1].replace("/run/tidegate", "DIR").replace("    …\n", "").splitlines()
+        assert [line for line in said if _steady(line[4:]) not in found] == [], command
 
 
 def _steady(line: str) -> str:
-    """Without what is another one each time: a Service's pod by chance, numbers of rule sets."""
+    """Without what is another one each time: a Service's pod by chance, numbers of rule sets,
+    endpoints and interfaces, MACs, how wide a column is."""
     line = re.sub(r"\033\[\d*m", "", line)
+    line = re.sub(r"^(node-\d|Endpoint ID:) +\d+ |(?<=/rule_sets/)\d+", r"\1", line)
+    line = re.sub(r"\d+ +(\S+ +\S+ +)(?:[0-9A-F]{2}:){5}[0-9A-F]{2}", r"\1", line)
+    line = re.sub(r" +", " ", line).strip()
     line = re.sub(r"^(shop/web-.*) [.X]$", r"\1", line)
     return re.sub(r"\d+( \(slot )\d+|\d+( reached, )\d+( not)", r"\1\2\3", line)
 
