@@ -57,6 +57,18 @@ QUESTIONS = (
     ["--identity", "world"],
     ["--node-name", "node-1", "--traffic-direction", "egress"],
     ["--from-namespace", "shop", "--to-namespace", "data", "--port", "5432"],
+    ["-n", "shop", "--service", "web"],
+    ["--all-namespaces", "--pod", "web"],
+    ["--label", "app in (web,cart)", "--tcp-flags", "syn", "--tcp-flags", "fin"],
+    ["--not", "--from-label", "app=web", "--not", "--protocol", "tcp"],
+    ["--ip", "10.244.0.0/24", "--type", "trace:to-endpoint"],
+    ["--ipv6", "--protocol", "icmp"],
+    ["--ip-version", "none"],
+    ["--to-workload", "StatefulSet/orders-db", "--drop-reason-desc", "POLICY_DENIED"],
+    ["--cluster", "default", "--type", "policy-verdict"],
+    ["--cel-expression", "_flow.verdict == Verdict.DROPPED && _flow.uuid != ''"],
+    ["--denylist", '{"verdict":["DROPPED"]}', "--allowlist", '{"source_label":["k8s:app=web"]}'],
+    ["--since", "1h30m", "--until", "1ms", "--identity", "host"],
 )
 
 
