@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 import msgspec
 from tidegate_api.state import FIRST_IDENTITY, IDENTITY_BITS
@@ -28,6 +27,7 @@ from tidegate_loader.plan_steps import (
     NodeEntry,
     NodeKey,
     Policy,
+    RuleSetInForce,
 )
 from tidegate_loader.rules import HAS_CIDR, identities_of
 
@@ -63,14 +63,8 @@ class Moves(msgspec.Struct):
         return tuple(stage for stage in (self.before, self.after) if stage is not None)
 
 
-class _Set(NamedTuple):
-    """A rule set; of no policy, "" that knows nobody."""
-
-    name: str
-    known: frozenset[int]
-
-
-_NONE = _Set("", frozenset())
+_LOST = RuleSetInForce("", "", None)
+"""In force, and somebody took its pin away: nothing is known of it."""
 
 
 class _Sides:
@@ -81,7 +75,7 @@ class _Sides:
     ) -> None:
         self._actual = actual
         self._created = {step.id: step.expanded for step in created}
-        self._sets: dict[int, _Set] = {}
+        self._known: dict[int, frozenset[int]] = {}
         was = {entry.id: entry for entry in (actual.node_table or {}).values()}
         self._changed = {
             (old, new)
@@ -94,22 +88,22 @@ class _Sides:
             if old != new
         }
 
-    def known(self, number: int) -> frozenset[int]:
-        return self._set(number).known
-
-    def _set(self, number: int | None) -> _Set:
+    def known(self, number: int | None) -> frozenset[int]:
+        """Whom the rule set knows by number; looked for once, as it may have many entries."""
         if number is None:
-            return _NONE
-        found = self._sets.get(number)
-        if found is None:
-            if number in self._created:
-                new = self._created[number]
-                found = _Set(new.name, identities_of(new.entries))
-            else:
-                held = self._actual.rule_sets[number]
-                found = _Set(held.name, held.identities)
-            self._sets[number] = found
-        return found
+            return frozenset()
+        created = self._created.get(number)
+        if created is None:
+            return self._actual.rule_sets.get(number, _LOST).identities
+        if number not in self._known:
+            self._known[number] = identities_of(created.entries)
+        return self._known[number]
+
+    def _name(self, number: int | None) -> str:
+        if number is None:
+            return ""
+        created = self._created.get(number)
+        return (created or self._actual.rule_sets.get(number, _LOST)).name
 
     def first(self, move: Move) -> bool:
         """Do the old rule sets judge the new number as the old one, or as the new ones will?"""
@@ -124,12 +118,13 @@ class _Sides:
         )
 
     def _strange(self, move: Move, number: int | None) -> bool:
-        return self._set(number).known.isdisjoint(move)
+        return self.known(number).isdisjoint(move)
 
     def _same(self, peer: int, old: int | None, new: int | None) -> bool:
         """One policy, of which only members of peer sets changed, and not this one."""
-        one, two = self._set(old), self._set(new)
-        return one.name == two.name != "" and (peer in one.known) == (peer in two.known)
+        if not self._name(old) == self._name(new) != "":
+            return False
+        return (peer in self.known(old)) == (peer in self.known(new))
 
 
 def plan_moves(

@@ -201,6 +201,20 @@ def test_a_label_and_a_policy_that_change_at_once_are_one_switch(
     assert node.restart(objects, pin_dir).plan(after, 1, 2).steps == ()
 
 
+def test_addresses_that_move_under_a_rule_set_whose_pin_is_gone(
+    objects: Path, pin_dir: Path
+) -> None:
+    node, before = Node(objects, pin_dir), world.example()
+    before.ipcache |= {"10.0.1.10/32": 303}
+    node.apply(before, 1, 2)
+    for pin in [*(pin_dir / "rule_sets").iterdir(), *(pin_dir / "cidrs").iterdir()]:
+        pin.unlink()
+    node = node.restart(objects, pin_dir)
+    after = _relabelled(before)
+    node.apply(after, 1, 2)
+    assert node.restart(objects, pin_dir).plan(after, 1, 2).steps == ()
+
+
 def _allows(node: Node, address: bytes) -> bool:
     """Does pod 1 let the address in, as a program would read it now?"""
     table = node.kernel.read_node_table()
