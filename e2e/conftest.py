@@ -33,8 +33,6 @@ def bare_cluster() -> Iterator[None]:
         if not KEEP and cluster.daemon.answers():
             cluster.delete()
         cluster.up()
-        pods.build_image()
-        cluster.load(pods.IMAGE)
         yield
     finally:
         if not KEEP:
@@ -55,12 +53,11 @@ def askers(tidegate: None) -> Iterator[asking.Askers]:
 
 
 @pytest.fixture(scope="module")
-def place(askers: asking.Askers) -> Iterator[town.Town]:
-    """The town, made anew for each module; its Service follows a moment after its pods."""
+def place(askers: asking.Askers) -> town.Town:
+    """The town as new; its Service follows a moment after its pods."""
     made = town.build()
     pods.eventually(lambda: made.is_served(askers), "friends are served", 60)
-    yield made
-    pods.remove_namespaces(town.SPACE)
+    return made
 
 
 @pytest.fixture(name="traffic")

@@ -123,19 +123,27 @@ def test_explain_agrees_with_itself_and_with_packets(
         assert bool(real.pod) is friend, (target, real)
 
 
-def test_the_lists_show_the_nodes_kernels(town: dict[str, pods.Pod]) -> None:
+def test_the_lists_show_the_nodes_kernels(town: dict[str, pods.Pod], askers: asking.Askers) -> None:
+    server = town[f"{SPACE}/server"]
+    # A flow to list, and one that is counted as denied.
+    friend, stranger = (askers.of(town[f"{SPACE}/{who}-far"]) for who in ("friend", "stranger"))
+    stream = friend.begin_stream(asking.Question(server.address, 80))
+    (denied,) = stranger.ask([asking.Question(server.address, 80)])
+    assert not denied.pod
     endpoints = json.loads(tidegate("-o", "json", "endpoint", "list"))
     found = {(node, e["pod"]) for node, rows in endpoints.items() for e in rows}
     assert {(pod.node, pod.key) for pod in town.values()} <= found
     text = tidegate("policy", "get", f"{SPACE}/server")
     assert "k8s:role=friend" in text
     assert f"NetworkPolicy {SPACE}/server spec.ingress[0]" in text
-    server = next(pod for pod in town.values() if pod.name == "server")
-    assert f"{server.address}:80/TCP" in tidegate("lb", "list")
+    # A Service's endpoints follow its pods.
+    backend = f"{server.address}:80/TCP"
+    pods.eventually(lambda: backend in tidegate("lb", "list"), "the Service has its backend")
     assert f"{server.address}/32" in tidegate("ipcache", "list")
     assert server.key in tidegate("ct", "list")
     assert "Policy denied" in tidegate("metrics", "list")
     assert "role=friend" in tidegate("identity", "list")
+    assert not friend.end_stream(stream).detail
     pods.eventually(counted, "every node's observer counts what flows to Services carry")
 
 

@@ -21,7 +21,7 @@ from tidegate_kube import Client, Unreachable, resources
 from tidegate_kube.kubeconfig import from_kubeconfig
 
 from kind import cluster
-from rig import asking, cold, pods
+from rig import api, asking, cold, pods
 from rig.asking import Question
 from rig.pods import Manifest, Pod
 
@@ -108,13 +108,12 @@ def place(tidegate: None) -> Iterator[Place]:
     )
     cluster.kubectl("rollout", "status", "-n", SPACE, "deployment/web", "--timeout=90s")
     found = pods.wait_ready(SPACE)
-    text = cluster.kubectl("get", "services", "-n", SPACE, "-o", "json")
-    items = json.loads(text)["items"]
+    items = api.items("services", SPACE)
     yield Place(
         {pod.name: pod for pod in found.values()},
         {item["metadata"]["name"]: item["spec"]["clusterIP"] for item in items},
     )
-    pods.remove_namespaces(SPACE)
+    pods.remove_namespaces(SPACE, wait=False)
 
 
 def test_names_over_tcp(askers: asking.Askers, place: Place) -> None:

@@ -8,14 +8,13 @@ sends back out, so it is the kernel's generic one.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
 
 from kind import cluster
-from rig import asking, install, outside, pods
+from rig import api, asking, install, outside, pods
 from rig.asking import Answer, Asker, Question
 from rig.pods import Pod
 
@@ -94,10 +93,10 @@ def place(tidegate: None) -> Iterator[Place]:
         pods.manifest("client", SPACE, node=near),
     )
     client = pods.wait_ready(SPACE)[f"{SPACE}/client"]
-    items = json.loads(cluster.kubectl("get", "nodes", "-o", "json"))["items"]
+    items = api.items("nodes")
     with outside.host() as host, without_iptables(), contextlib.closing(host.asker()) as asker:
         yield Place(client, {i["metadata"]["name"]: addresses(i) for i in items}, host, asker)
-    pods.remove_namespaces(SPACE)
+    pods.remove_namespaces(SPACE, wait=False)
 
 
 def addresses(node: pods.Manifest) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from support.ca_soak import campaign, scaled
 
 from kind import cluster
 from kind.run import Failed
-from rig import asking, install, matrix, pods, town
+from rig import api, asking, install, pods, town
 
 pytestmark = pytest.mark.kind
 ROUNDS = scaled(ci=2, soak=17)
@@ -108,7 +108,7 @@ def test_whole_kinds_deleted_by_hand_change_nothing_in_force(
 @pytest.mark.parametrize("kind", ["nodestates", "rulesets", "stateslices"])
 def test_objects_deleted_by_hand_come_back_and_nothing_falls_open(traffic: None, kind: str) -> None:
     # A rule set that no node uses any more is on its way out, and does not come back.
-    used = str(matrix.items("nodestates"))
+    used = str(api.items("nodestates"))
     before = {name for name in _specs(kind) if kind != "rulesets" or name in used}
     assert before
     cluster.kubectl("delete", kind, "--all", "--wait=false")
@@ -124,7 +124,7 @@ def test_a_slice_edited_by_hand_is_repaired(traffic: None) -> None:
 
 
 def _specs(kind: str) -> dict[str, dict[str, object]]:
-    return {item["metadata"]["name"]: item["spec"] for item in matrix.items(kind)}
+    return {item["metadata"]["name"]: item["spec"] for item in api.items(kind)}
 
 
 def _plain(spec: dict[str, object]) -> dict[str, object]:

@@ -15,7 +15,7 @@ STARTS = 8
 @pytest.fixture(scope="module")
 def sink(tidegate: None) -> Iterator[pods.Pod]:
     yield flood.build()
-    pods.remove_namespaces(flood.SPACE)
+    pods.remove_namespaces(flood.SPACE, wait=False)
 
 
 def test_nothing_is_heard_of_pods_that_may_send_nothing(

@@ -10,7 +10,7 @@ import pytest
 from support import clusters
 
 from kind import cluster
-from rig import apps, asking, matrix, pods
+from rig import api, apps, asking, matrix, pods
 
 pytestmark = pytest.mark.kind
 SHOP = Path(__file__).parents[1] / "examples/shop"
@@ -34,7 +34,7 @@ def agree(
 def declared(spaces: Sequence[str]) -> list[matrix.Target]:
     """A column for each port that a pod declares."""
     found = []
-    for item in matrix.items("pods"):
+    for item in api.items("pods"):
         pod = pods.parse(item)
         if pod is None or pod.namespace not in spaces:
             continue
@@ -50,7 +50,7 @@ def test_an_application_with_its_policies(askers: asking.Askers, folder: Path) -
     spaces = apps.run(folder, "e2e-app")
     cells = agree(askers, matrix.pods_of(*spaces), declared(spaces))
     assert {cell.allowed for cell in cells} == {True, False}
-    pods.remove_namespaces(*spaces)
+    pods.remove_namespaces(*spaces, wait=False)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -23,9 +23,7 @@ SPACE = "permissions"
 def log(tidegate: None) -> list[str]:
     """Of a start of all of Tidegate, pods and a policy that come and go."""
     start = audit.size()
-    for kind in ("daemonset/tidegate-loader", "deployment/tidegate-operator"):
-        cluster.kubectl("rollout", "restart", "-n", install.NAMESPACE, kind)
-    install.wait_ready()
+    install.restart()
     _work()
     install.wait_realised()
     # Statuses come some seconds after what they tell of.
@@ -53,7 +51,7 @@ def _work() -> None:
             *("--for=condition=Ready", "--timeout=60s"),
         )
     finally:
-        pods.remove_namespaces(SPACE)
+        pods.remove_namespaces(SPACE, wait=False)
 
 
 def _granted() -> list[dict[str, object]]:

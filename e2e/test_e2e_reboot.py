@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from kind import cluster
@@ -12,12 +10,6 @@ from rig import asking, install, pods, town
 
 pytestmark = pytest.mark.kind
 SECONDS = 180
-
-
-@pytest.fixture
-def place(tidegate: None) -> Iterator[town.Town]:
-    yield town.build()
-    pods.remove_namespaces(town.SPACE)
 
 
 def test_all_nodes_restart_at_once(askers: asking.Askers, place: town.Town) -> None:

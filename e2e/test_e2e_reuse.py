@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 
 from kind import cluster
-from rig import asking, cold, flood, install, ipam, matrix, pods, town
+from rig import api, asking, cold, flood, install, ipam, pods, town
 from rig.asking import Question
 
 pytestmark = pytest.mark.kind
 # As many as a flood sends in some milliseconds.
 MANY = 1000
-FORCED = ("--grace-period=0", "--force")
 
 
 class Heirs:
@@ -55,7 +54,7 @@ class Heirs:
 
     def go(self) -> None:
         names = [f"heir-{role}" for role in self.places]
-        cluster.kubectl("delete", "pods", "-n", town.SPACE, *FORCED, *names)
+        pods.remove(town.SPACE, *names)
 
     def _received(self) -> dict[str, int]:
         return flood.received(self.server, self._asker)
@@ -84,8 +83,7 @@ def test_an_address_that_was_handed_on_while_the_operator_was_away(
     with ipam.pinned(near, addresses["stranger"]), ipam.pinned(far, addresses["friend"]):
         with install.operator_away():
             pods.apply(set_of("stranger", found["named-0"].node))
-            gone = ("gone-friend", "gone-stranger", "named-0")
-            cluster.kubectl("delete", "pods", "-n", town.SPACE, *FORCED, *gone)
+            pods.remove(town.SPACE, "gone-friend", "gone-stranger", "named-0")
             heirs.come()
             for role in heirs.places:
                 pods.eventually(
@@ -193,6 +191,6 @@ def ended() -> dict[str, str]:
     """Role → address, as the API has it, of the pods of jobs that are complete."""
     return {
         pod["metadata"]["labels"]["role"]: pod["status"]["podIP"]
-        for pod in matrix.items("pods")
+        for pod in api.items("pods")
         if pod["status"]["phase"] == "Succeeded" and pod["status"].get("podIP")
     }

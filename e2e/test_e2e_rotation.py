@@ -45,9 +45,7 @@ def test_tokens_that_are_void_and_then_new(
         place.refused(askers)
         _changes_arrive(place, {pod: _token(pod) for pod in everybody()}, "token")
     finally:
-        for kind in ("daemonset/tidegate-loader", "deployment/tidegate-operator"):
-            cluster.kubectl("rollout", "restart", "-n", install.NAMESPACE, kind)
-        install.wait_ready()
+        install.restart()
 
 
 def test_another_certificate_authority(

@@ -9,7 +9,7 @@ from support.ca_soak import campaign, scaled
 from support.fault_proxy import ALL_FAULTS
 
 from kind import cluster
-from rig import cold, pods, proxied, town
+from rig import api, cold, pods, proxied, town
 
 pytestmark = pytest.mark.kind
 CHANGES = 12
@@ -35,6 +35,8 @@ def test_faults_between_tidegate_and_the_api_server(traffic: None, place: town.T
             figures.count = proxy.count
         print(dict(sorted(proxy.faults.items())))
     cluster.kubectl("delete", "networkpolicies,services", "-n", town.SPACE, "-l", "churn=yes")
+    for name in town.STRANGERS:
+        pods.relabel(name, town.SPACE, churn=None)
 
 
 def change(draw: random.Random) -> None:
@@ -42,26 +44,26 @@ def change(draw: random.Random) -> None:
     name = f"churn-{draw.randrange(4)}"
     role, peer = draw.choice(ROLES), draw.choice(ROLES)
     metadata = {"name": name, "namespace": town.SPACE, "labels": {"churn": "yes"}}
+    allowed = {"from": [{"podSelector": {"matchLabels": {"role": peer}}}]}
+    policy = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": metadata,
+        "spec": {"podSelector": {"matchLabels": {"role": "stranger"}}, "ingress": [allowed]},
+    }
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
+        "spec": {"selector": {"role": role}, "ports": [{"port": 80}]},
+    }
     match draw.choice(("policy", "service", "label", "gone")):
         case "policy":
-            allowed = {"from": [{"podSelector": {"matchLabels": {"role": peer}}}]}
-            selector = {"matchLabels": {"role": "stranger"}}
-            spec: pods.Manifest = {"podSelector": selector, "ingress": [allowed]}
-            pods.apply(
-                {
-                    "apiVersion": "networking.k8s.io/v1",
-                    "kind": "NetworkPolicy",
-                    "metadata": metadata,
-                    "spec": spec,
-                }
-            )
+            api.apply(policy)
         case "service":
-            spec = {"selector": {"role": role}, "ports": [{"port": 80}]}
-            pods.apply({"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec})
+            api.apply(service)
         case "label":
-            value = f"churn={draw.randrange(3)}"
-            pod = draw.choice(town.STRANGERS)
-            cluster.kubectl("label", "--overwrite", "pod", "-n", town.SPACE, pod, value)
+            value = str(draw.randrange(3))
+            pods.relabel(draw.choice(town.STRANGERS), town.SPACE, churn=value)
         case "gone":
-            kind = draw.choice(("networkpolicy", "service"))
-            cluster.kubectl("delete", "--ignore-not-found", kind, "-n", town.SPACE, name)
+            api.delete(draw.choice((policy, service)))

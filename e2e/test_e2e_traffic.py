@@ -89,7 +89,6 @@ def test_what_is_not_allowed_any_more_is_cut_and_nothing_else(
     askers: asking.Askers, place: town.Town, how: str
 ) -> None:
     server = place.pods["server"]
-    relabel = ("label", "--overwrite", "pod", "-n", town.SPACE, "stranger-far")
     # The strangers are let in for a while.
     pods.apply(town.policy("stranger"))
     asker = askers.of(place.pods["stranger-far"])
@@ -106,7 +105,7 @@ def test_what_is_not_allowed_any_more_is_cut_and_nothing_else(
         if how == "the rule goes":
             pods.apply(town.policy())
         else:
-            cluster.kubectl(*relabel, "role=nobody")
+            pods.relabel("stranger-far", town.SPACE, role="nobody")
         pods.eventually(lambda: stands_still(asker, cut), "the flow is cut", 20)
         for name, each in kept.items():
             assert not stands_still(each, streams[name]), f"{name}'s flow stands still"
@@ -114,5 +113,5 @@ def test_what_is_not_allowed_any_more_is_cut_and_nothing_else(
         ended = {name: each.end_stream(streams[name]) for name, each in kept.items()}
         asker.end_stream(cut)
         pods.apply(town.policy())
-        cluster.kubectl(*relabel, "role=stranger")
+        pods.relabel("stranger-far", town.SPACE, role="stranger")
     assert {name: answer.detail for name, answer in ended.items()} == dict.fromkeys(kept, "")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
 
 from kind import cluster
 from rig import asking, pods
@@ -57,19 +56,18 @@ def _batch(sink: pods.Pod, count: int, may: str) -> list[str]:
     names = [f"f{next(_numbers)}" for _ in range(count)]
     pods.apply(*(_flooder(n, workers[i % 2], may, sink.address) for i, n in enumerate(names)))
     try:
-        cluster.kubectl(
-            "wait", "-n", SPACE, "--for=jsonpath={.status.phase}=Running", "--timeout=60s",
-            *(f"pod/{name}" for name in names),
-        )  # fmt: skip
-        found = pods.running(SPACE, f"may={may}")
-        return [found[f"{SPACE}/{name}"].address for name in names]
+        keys = [f"{SPACE}/{name}" for name in names]
+        found: dict[str, pods.Pod] = {}
+
+        def run() -> bool:
+            found.update(pods.running(SPACE, f"may={may}"))
+            return found.keys() >= set(keys)
+
+        pods.eventually(run, "they run", 60)
+        return [found[key].address for key in keys]
     finally:
-        _delete(names)
+        pods.remove(SPACE, *names)
 
 
 def _flooder(name: str, node: str, may: str, sink: str) -> pods.Manifest:
     return pods.flooding(pods.manifest(name, SPACE, {"may": may}, node), sink)
-
-
-def _delete(names: Sequence[str]) -> None:
-    cluster.kubectl("delete", "pods", "-n", SPACE, "--grace-period=0", "--force", *names)

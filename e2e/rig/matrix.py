@@ -4,7 +4,6 @@ The oracle reads the very objects that the API server holds. It shares no code w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from support import oracle
 
-from kind import cluster
+from rig import api
 from rig.asking import ANSWER_SECONDS, Answer, Asker, Askers, Question
 from rig.pods import Pod, running
 
@@ -55,7 +54,7 @@ class Cell:
 def judge() -> oracle.Oracle:
     """The oracle for what the API server holds now."""
     found: dict[str, Any] = {
-        kind: items(kind) for kind in ("namespaces", "pods", "networkpolicies")
+        kind: api.items(kind) for kind in ("namespaces", "pods", "networkpolicies")
     }
     pods = [p for p in found["pods"] if p["status"].get("podIPs")]
     return oracle.Oracle(
@@ -67,12 +66,6 @@ def judge() -> oracle.Oracle:
             "nodes": {_key(p): p["spec"]["nodeName"] for p in pods},
         }
     )
-
-
-def items(kind: str) -> list[Any]:
-    """Every object of a kind, as the API server has them."""
-    items: list[Any] = json.loads(cluster.kubectl("get", kind, "-A", "-o", "json"))["items"]
-    return items
 
 
 def targets(pods: Iterable[Pod], ports: Sequence[str]) -> list[Target]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.waiting import until
-
 from kind import cluster, golang, images, settings
 from kind.run import Failed, run
+from rig import api
 
 IMAGE = "tidegate-probe:dev"
 READY_SECONDS = 180.0
@@ -108,18 +106,14 @@ def _probe(port: str) -> Manifest:
 
 def apply(*manifests: Manifest) -> None:
     """As `kubectl apply --server-side`; this test's fields win over a former test's."""
-    document = {"apiVersion": "v1", "kind": "List", "items": list(manifests)}
-    cluster.kubectl(
-        "apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(document)
-    )
+    api.apply(*manifests)
 
 
 def running(namespace: str = "", selector: str = "", container: str = "") -> dict[str, Pod]:
     """key → pod: those that run and are not about to end; of one namespace, or of all. Which
     container of theirs is meant has to be said where there are several."""
-    where = ["-n", namespace] if namespace else ["-A"]
-    text = cluster.kubectl("get", "pods", *where, "-l", selector, "-o", "json")
-    found = (parse(item, container) for item in json.loads(text)["items"])
+    listed = api.items("pods", namespace, labels=selector)
+    found = (parse(item, container) for item in listed)
     return {pod.key: pod for pod in found if pod is not None}
 
 
@@ -158,8 +152,8 @@ def signal(node: str, program: str, number: str) -> None:
 
 def waits(name: str, namespace: str) -> bool:
     """Whether the kubelet has said that this pod's network cannot be had."""
-    field = f"--field-selector=involvedObject.name={name},reason=FailedCreatePodSandBox"
-    return bool(cluster.kubectl("get", "events", "-n", namespace, "-o", "name", field))
+    fields = f"involvedObject.name={name},reason=FailedCreatePodSandBox"
+    return bool(api.items("events", namespace, fields=fields))
 
 
 def flooding(pod: Manifest, address: str) -> Manifest:
@@ -174,22 +168,35 @@ def flooding(pod: Manifest, address: str) -> Manifest:
 def wait_ready(*namespaces: str) -> dict[str, Pod]:
     """The pods of these namespaces, once all of them are Ready."""
     for namespace in namespaces:
-        cluster.kubectl(
-            "wait", "-n", namespace, "--for=condition=Ready", "pods", "--all",
-            f"--timeout={READY_SECONDS:.0f}s",
-        )  # fmt: skip
+        eventually(lambda n=namespace: _all_ready(n), f"the pods of {namespace} are ready")
     return {key: pod for n in namespaces for key, pod in running(n).items()}
+
+
+def remove(namespace: str, *names: str) -> None:
+    """Deletes pods without waiting for their kubelets, as `kubectl delete --force` does."""
+    metadata = [{"name": name, "namespace": namespace} for name in names]
+    api.delete(*({"apiVersion": "v1", "kind": "Pod", "metadata": m} for m in metadata), grace=0)
+
+
+def relabel(name: str, namespace: str, **labels: str | None) -> None:
+    """Gives the pod these labels; None takes one away."""
+    api.patch("pods", name, namespace, {"metadata": {"labels": labels}})
+
+
+def _all_ready(namespace: str) -> bool:
+    found = api.items("pods", namespace)
+    return bool(found) and all(api.is_true(pod, "Ready") for pod in found)
 
 
 def remove_namespaces(*names: str, wait: bool = True) -> None:
     """Deletes namespaces, and waits until they are gone where that is asked for."""
-    how = [f"--timeout={GONE_SECONDS:.0f}s"] if wait else ["--wait=false"]
-    cluster.kubectl("delete", "namespace", "--ignore-not-found", *how, *names)
+    gone = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": n}} for n in names]
+    api.delete(*gone, seconds=GONE_SECONDS if wait else 0)
 
 
 def eventually(condition: Any, what: str, seconds: float = READY_SECONDS) -> None:
     """Waits until `condition()` holds."""
-    until(condition, what, seconds)
+    api.wait(condition, what, seconds)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from support.fault_proxy import FaultProxy, proxied
 
 from kind import cluster
 from kind.run import run
-from rig import authorities, install
+from rig import api, authorities, install
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,6 @@ def _gateway() -> str:
 
 def _lead(server: str) -> None:
     """Has Tidegate ask this server; "": as the nodes' kubelets do."""
-    patch = json.dumps({"data": {"apiServer": server}})
-    where = ("-n", install.NAMESPACE)
-    cluster.kubectl("patch", "configmap", *where, "tidegate-config", "--type=merge", "-p", patch)
-    for part in ("daemonset/tidegate-loader", "deployment/tidegate-operator"):
-        cluster.kubectl("rollout", "restart", *where, part)
-    install.wait_ready()
+    change = {"data": {"apiServer": server}}
+    api.patch("configmaps", "tidegate-config", install.NAMESPACE, change)
+    install.restart()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kind import cluster
-from rig import pods
+from rig import api, pods
 from rig.asking import Answer, Askers, Question
 from rig.pods import Manifest, Pod
 
@@ -56,8 +56,33 @@ class Town:
         )
 
 
+_built: tuple[Town, object] | None = None
+"""The town that is there, and how it looked when it was new."""
+
+
 def build() -> Town:
-    """Makes the town anew and waits until its policy is in force."""
+    """A town that is new, or as new: that of tests before, where they left it as it was, pods and
+    all."""
+    global _built
+    if _built is None or _look() != _built[1]:
+        made = _make()
+        _built = made, _look()
+    return _built[0]
+
+
+def _look() -> object:
+    """What there is in its namespace, as far as a test may have changed it."""
+    return [
+        (
+            item["metadata"]["uid"], item["metadata"].get("labels"), item.get("spec"),
+            pods.parse(item) if kind == "pods" else None,
+        )
+        for kind in ("pods", "services", "networkpolicies", "trafficpolicies")
+        for item in api.items(kind, SPACE)
+    ]  # fmt: skip
+
+
+def _make() -> Town:
     pods.remove_namespaces(SPACE)
     near, far = [n for n in cluster.nodes() if "worker" in n][:2]
     pods.apply(
@@ -74,10 +99,9 @@ def build() -> Town:
         },
     )
     found = pods.wait_ready(SPACE)
-    service = cluster.kubectl(
-        "get", "service", "-n", SPACE, "server", "-o", "jsonpath={.spec.clusterIP}"
-    )
-    return Town({pod.name: pod for pod in found.values()}, service)
+    service = api.find("services", "server", SPACE)
+    assert service is not None
+    return Town({pod.name: pod for pod in found.values()}, service["spec"]["clusterIP"])
 
 
 def policy(*roles: str) -> Manifest:

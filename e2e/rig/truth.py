@@ -10,7 +10,6 @@ import ipaddress
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 from support import truth, truth_town, upstream
@@ -19,7 +18,7 @@ from support.truth import ip
 
 from kind import cluster
 from kind.run import run
-from rig import asking, pods
+from rig import api, asking, pods
 
 SPACE = "truth"
 SPACES = (SPACE, "blue")
@@ -49,7 +48,7 @@ class Truth(truth.Truth):
         for name, real in self.nodes.items():
             pid = run("docker", "inspect", "-f", "{{.State.Pid}}", real).strip()
             self.places.paths[name] = f"/proc/{pid}/ns/net"
-        for item in _items("nodes"):
+        for item in api.items("nodes"):
             name = next(n for n, real in self.nodes.items() if real == item["metadata"]["name"])
             found = [a["address"] for a in item["status"]["addresses"] if a["type"] == "InternalIP"]
             self.addresses[name] = _pair(found)
@@ -141,19 +140,13 @@ def _pair(found: list[str]) -> tuple[str, str]:
     return four, six
 
 
-def _items(kind: str) -> list[Any]:
-    items: list[Any] = json.loads(cluster.kubectl("get", kind, "-o", "json"))["items"]
-    return items
-
-
 def _key(item: pods.Manifest) -> str:
     metadata = item["metadata"]
     return f"{metadata.get('namespace', '')}/{metadata['name']}"
 
 
 def _delete(items: list[pods.Manifest]) -> None:
-    document = {"apiVersion": "v1", "kind": "List", "items": items}
-    cluster.kubectl("delete", "--ignore-not-found", "-f", "-", stdin=json.dumps(document))
+    api.delete(*items, seconds=pods.GONE_SECONDS)
 
 
 @contextlib.contextmanager
@@ -161,12 +154,15 @@ def town() -> Iterator[Truth]:
     """Its pods live and answer, and no policy is there yet; everything is gone afterwards."""
     pods.remove_namespaces(*SPACES)
     crd = upstream.cluster_policy_crd()
+    name = crd["metadata"]["name"]
     _leave()  # what a run left that was killed
     ip("netns", "add", OUTSIDE)
     try:
         pods.apply(crd, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SPACE}})
-        cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s",
-                        f"crd/{crd['metadata']['name']}")  # fmt: skip
+        api.wait(
+            lambda: api.is_true(api.find("customresourcedefinitions", name) or {}, "Established"),
+            f"{name} is served", 60,
+        )  # fmt: skip
         made = Truth()
         try:
             made.inhabit()

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def until(condition: Callable[[], object], what: str, seconds: float) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float, every: float = 0.01) -> None:
+    """AssertionError: `condition()` never held. `every`: seconds between two looks at it."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.01)
+        time.sleep(every)
 
 
 def stopped(pid: int) -> bool:
