@@ -52,7 +52,7 @@ def deployment() -> Manifest:
     labels = {"app": "web"}
     template = pods.serving({"metadata": {"labels": labels}, "spec": {}}, ["TCP:80"])
     template["spec"]["terminationGracePeriodSeconds"] = 30
-    template["spec"]["containers"][0]["env"].append({"name": "DRAIN", "value": "2s"})
+    template["spec"]["containers"][0]["env"].append({"name": "DRAIN", "value": "5s"})
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
