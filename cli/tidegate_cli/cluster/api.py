@@ -239,7 +239,7 @@ def connect(kubeconfig: str | None, context: str | None) -> Api:
         ) from error
 
     if kubeconfig is not None and not os.path.isfile(kubeconfig):
-        raise CliError(f"there is no kubeconfig {kubeconfig}")
+        raise CliError(f"there is no kubeconfig {kubeconfig}", "give a file that is there")
     config: Any = untyped
     configuration = client.Configuration()
     load: Callable[[], str]
@@ -262,5 +262,11 @@ def connect(kubeconfig: str | None, context: str | None) -> Api:
         name = load()
     except config.ConfigException as error:
         raise CliError(f"no cluster: {error}", "give --kubeconfig and --context") from error
+    except Exception as error:  # whatever the library stumbles over in a file that is none
+        what = kubeconfig or "the kubeconfig"
+        text = " ".join(str(error).split())
+        raise CliError(
+            f"{what} cannot be read as a kubeconfig: {text}", "give --kubeconfig another"
+        ) from error
     configuration.retries = False
     return Api(configuration, name)

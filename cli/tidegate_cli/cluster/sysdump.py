@@ -77,9 +77,13 @@ def sysdump(args: argparse.Namespace) -> int:
     api = connect(args.kubeconfig, args.context)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     path = Path(args.output_file or f"tidegate-sysdump-{stamp}.tar.gz")
-    with tarfile.open(path, "w:gz") as archive:
-        dump = Dump(api, archive, f"tidegate-sysdump-{stamp}")
-        dump.collect()
+    try:
+        with tarfile.open(path, "w:gz") as archive:
+            dump = Dump(api, archive, f"tidegate-sysdump-{stamp}")
+            dump.collect()
+    except CliError:  # no archive is better than one with nothing in it
+        path.unlink()
+        raise
     print(f"{path}: {dump.files} files, {path.stat().st_size / 1e6:.1f} MB")
     if dump.errors:
         print(f"{len(dump.errors)} things could not be had; errors.txt in it names them")
