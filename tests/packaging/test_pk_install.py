@@ -308,6 +308,13 @@ def test_a_sysdump_has_what_is_needed_and_no_secret(
         (tmp_path / f"{kind}.yaml").write_text(body)
         path = f"/api/v1/namespaces/{NAMESPACE}/{kind.lower()}s"
         cluster.api.create(path, yaml.safe_load(body))
+    for who in ("tidegate.dev/operator", "hunter2"):
+        said = {"metadata": {"name": f"e-{len(who)}"}, "type": "Warning", "reason": "NodesSilent"}
+        said |= {"reportingController": who, "reportingInstance": "a", "action": "Report"}
+        said |= {"note": "silent", "eventTime": "2024-01-01T00:00:00.000000Z"}
+        said["regarding"] = {"apiVersion": "v1", "kind": "Node", "name": "node-a"}
+        path = "/apis/events.k8s.io/v1/namespaces/default/events"
+        cluster.api.create(path, {"apiVersion": "events.k8s.io/v1", "kind": "Event", **said})
     target = tmp_path / "dump.tar.gz"
     capsys.readouterr()
     assert cluster.run("sysdump", "--output-file", str(target)) == 1
@@ -335,5 +342,7 @@ def test_a_sysdump_has_what_is_needed_and_no_secret(
     # That there are no ClusterNetworkPolicies is no lack: nobody has to install their CRD.
     assert b"objects/" not in files["errors.txt"]
     assert json.loads(files["nodes/node-a/lb-list-backends.json"])["asked"][-1] == "--backends"
+    (event,) = json.loads(files["objects/events.json"])
+    assert (event["regarding"]["name"], event["note"]) == ("node-a", "silent")
     (held,) = json.loads(files["objects/pods.json"])
     assert held["spec"]["nodeName"] == "node-a"

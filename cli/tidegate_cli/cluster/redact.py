@@ -100,6 +100,7 @@ ALLOWED: dict[str, Tree] = {
         (
             *("type", "reason", "message", "note", "count", "firstTimestamp", "lastTimestamp"),
             *("eventTime", "involvedObject", "regarding", "series", "source", "reportingComponent"),
+            *("reportingController", "reportingInstance", "action"),
         ),
         True,
     ),

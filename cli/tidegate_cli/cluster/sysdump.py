@@ -17,6 +17,7 @@ from typing import Any
 
 from tidegate_kube import resources
 from tidegate_kube.resources import Resource
+from tidegate_operator.cluster.events import CONTROLLER
 
 from tidegate_cli.cluster import doctor, progress
 from tidegate_cli.cluster.api import Api, ApiError, connect
@@ -110,6 +111,7 @@ class Dump:
         for namespace in sorted(self._namespaces()):
             for resource in OF_OURS:
                 self._objects(resource, namespace)
+        self._try("objects/events.json", self._events)
         self._try("logs", self._logs)
         self._try("nodes", self._nodes)
         if self.errors:
@@ -151,6 +153,12 @@ class Dump:
             self._json(name, [item for item in ours if item is not None])
 
         self._try(name, part)
+
+    def _events(self) -> None:
+        """What the operator said of objects wherever they are; of nodes, in `default`."""
+        found = self._api.items(resources.EVENTS)
+        said = [item for item in found if item.get("reportingController") == CONTROLLER]
+        self._json("objects/events.json", [redact(item) for item in said])
 
     @staticmethod
     def _ours(item: Any) -> Any:
