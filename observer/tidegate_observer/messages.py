@@ -91,7 +91,9 @@ def flow_message(flow: Flow, uuid: str) -> flow_pb2.Flow:
         made.trace_reason = flow_pb2.NEW if flow.kind == Kind.START else flow_pb2.ESTABLISHED
         made.egress_allowed_by.extend(_policies(flow.egress))
         made.ingress_allowed_by.extend(_policies(flow.ingress))
-    made.policy_log.extend(_asked(flow))
+    if flow.kind != Kind.END:
+        # The log has one line of it, of its start.
+        made.policy_log.extend(_asked(flow))
     if flow.more:
         count = min(flow.more, MAX_COUNT)
         if flow.direction:

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from tidegate_cli.main import build_parser
 from tidegate_observer import main
 from tidegate_observer.flow import Kind
+from tidegate_observer.messages import flow_message
 from tidegate_observer.policylog import PolicyLog, Settings
 from unit.observer.flows import ALLOW, DENY, SECOND, WORLD, flow, pod, started
 
@@ -154,3 +155,11 @@ def test_a_policy_is_named_with_its_namespace(capsys: pytest.CaptureFixture[str]
         with pytest.raises(SystemExit):
             build_parser().parse_args(["up", "dir", f"--policy-log-policy={wrong}"])
     assert capsys.readouterr().err.count("is NS/NAME") == 6
+
+
+def test_the_flow_that_is_logged_says_by_whom() -> None:
+    """Its end is no line of the log."""
+    rule = replace(ALLOW, log=True)
+    start, end = (flow_message(started(ingress=rule, kind=k), "") for k in (Kind.START, Kind.END))
+    assert (list(start.policy_log), list(end.policy_log)) == (["NetworkPolicy data/allow-web"], [])
+    assert start.ingress_allowed_by == end.ingress_allowed_by
