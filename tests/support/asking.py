@@ -262,13 +262,14 @@ class Echoes:
 class Flow:
     """One connection, or one socket of datagrams, that asks and asks. `missing`: datagrams without
     an answer after LOST_SECONDS. A pod that has no CPU for longer answers late, and in their
-    order: lost is what has none once a later one has (`newest`)."""
+    order: lost is what has none once a later one has (`newest`). `late`: how many came so."""
 
     name: str
     sock: socket.socket
     answered: int = 0
     newest: int = 0
     missing: set[int] = field(default_factory=set)
+    late: int = 0
     sent_at: float = 0.0
     number: int = 0
     waits: bool = False
@@ -298,6 +299,7 @@ class Flow:
         self.answered += 1
         number = self.number if self.stream else int(data.split()[-1])
         self.newest = max(self.newest, number)
+        self.late += number in self.missing
         self.missing.discard(number)
         if number == self.number:
             self.waits = False
@@ -356,3 +358,6 @@ class Flows:
 
     def lost(self) -> dict[str, int]:
         return {name: flow.lost for name, flow in self.flows.items() if flow.lost}
+
+    def late(self) -> int:
+        return sum(flow.late for flow in self.flows.values())

@@ -10,7 +10,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -28,8 +28,8 @@ class Truth(abc.ABC):
     there is none. `cidrs`: of nodes' pods."""
 
     places: Places
-    lossless: ClassVar[bool] = True
-    """Whether what goes on being allowed may not lose one datagram while policies change."""
+    starves: ClassVar[bool] = False
+    """Whether pods may be without a CPU for seconds."""
     addresses: dict[str, tuple[str, str]] = field(default_factory=dict, init=False)
     cidrs: dict[str, tuple[str, str]] = field(default_factory=dict, init=False)
 
@@ -77,6 +77,11 @@ class Truth(abc.ABC):
             for (row, q), got in zip(asked, found, strict=True)
             if got != ("answered" if row.allowed else "")
         ]
+
+    def loses_nothing(self, flows: Flows, but: Set[str] = frozenset()) -> None:
+        """Not one datagram was lost, of other flows than those. Where pods were without a CPU for
+        so long that answers came late, neighbours and queues may have been: that says nothing."""
+        assert flows.lost().keys() <= but or (self.starves and flows.late()), flows.lost()
 
     def inhabit(self, **changed: str) -> None:
         """Everybody, some otherwise."""
@@ -214,7 +219,7 @@ def flows_are_cut(truth: Truth, changed: int) -> None:
             ended = flows.counts()
             until(lambda: flows.silent() == cut, "the rest goes on", WAIT_SECONDS)
             assert {name for name in cut if flows.counts()[name] != ended[name]} == set()
-            assert flows.lost().keys() <= cut or not truth.lossless
+            truth.loses_nothing(flows, cut)
         finally:
             truth.inhabit()
             truth.save("kept", "")
@@ -257,4 +262,4 @@ def policies_are_widened(truth: Truth) -> None:
             truth.save("kept", text)
             truth.agrees(t.rows(f"{opened} yes # is what it adds"))
             until(lambda: flows.silent() == set(), opened, WAIT_SECONDS)
-        assert flows.lost() == {} or not truth.lossless
+        truth.loses_nothing(flows)
