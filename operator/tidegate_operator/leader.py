@@ -22,7 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import structlog
 from tidegate_kube import AlreadyExists, Client, Conflict, KubeError, NotFound, Reflector, resources
+
+log = structlog.get_logger()
 
 RELEASE_SECONDS = 1.5
 """For the request that hands over; who asked for SIGTERM waits for it."""
@@ -164,12 +167,20 @@ class Leader:
             self._wake.clear()
             try:
                 wait = self._step()
-                self._error = ""
+                self._say("")
             except KubeError as error:
-                self._error = str(error)
+                self._say(str(error))
                 wait = min(self._timing.retry, error.retry_after or self._timing.retry) / 2
             self._wake.wait(wait * random.uniform(0.9, 1.1))
         self._release()
+
+    def _say(self, error: str) -> None:
+        """What keeps the Lease from being seen or renewed, each time that it is another."""
+        before, self._error = self._error, error
+        if error and error != before:
+            log.warning("the lease cannot be had", lease=self._name, error=error)
+        elif before and not error:
+            log.info("the lease can be had again", lease=self._name)
 
     def _step(self) -> float:
         """Seconds until the next."""

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 from kube import candidate
 from kube.given import FAST
+from structlog.testing import capture_logs
 from support.apiserver import WITH_US, ApiServer, install_crds
 from support.waiting import until
 from tidegate_kube import Client, Conflict, Invalid, NotFound, Reflector, resources
@@ -200,8 +201,11 @@ def test_a_lease_taken_by_hand_is_given_up(client: Client, candidate_of: Any) ->
 
 def test_stops_whatever_it_was_doing(apiserver: ApiServer) -> None:
     nobody = apiserver.client(apiserver.account("no-lease"))
-    one = Candidate(nobody, "forbidden", "one")
-    until(lambda: "403" in one.leader.error, "is refused", SECONDS)
+    with capture_logs() as said:
+        one = Candidate(nobody, "forbidden", "one")
+        until(lambda: "403" in one.leader.error, "is refused", SECONDS)
+        until(lambda: said, "it is said", SECONDS)
+    assert (said[0]["log_level"], said[0]["error"]) == ("warning", one.leader.error)
     assert one.leader.alive
     one.leader.stop()
     assert not one.leader.alive
