@@ -198,8 +198,10 @@ def rr_local() -> Iterator[Result]:
             expect_flows(lab)
         what = "TCP request/response of two pods on one node, policy at both ends, p50"
         result = outcome("rr-local", what, "the same veths without programs", 0.94, figures)
-        ratios = [a / b for a, b in zip(figures["ours"], figures["base"], strict=True)]
-        places = [round(statistics.median(ratios[at::PLACES]), 4) for at in range(PLACES)]
+        places = [
+            round(paired({k: v[at::PLACES] for k, v in figures.items()}, "ours", "base"), 4)
+            for at in range(PLACES)
+        ]
         yield replace(result, extra={**result.extra, "places": places})
 
 
